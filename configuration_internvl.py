@@ -1,0 +1,228 @@
+"""Configuration of InternVL-14B and of QLLaMA, its language tower (InternVL paper, arXiv:2312.14238, section 3.2)."""
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from .configuration_intern_vit import InternVisionConfig, require, require_fractions, require_positive_integers
+
+
+class QLlamaConfig(PretrainedConfig):
+    """
+    Sizes of QLLaMA: LLaMA's fields, and what its cross-attention to the picture needs.
+
+    Args:
+        vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads (`int`): as in LLaMA.
+        num_key_value_heads (`int`, *optional*): heads of keys and values; as many as `num_attention_heads` if not given.
+        hidden_act (`str`): activation of the gated MLP.
+        max_position_embeddings (`int`): the context that the checkpoint was trained for.
+        initializer_range (`float`): standard deviation of freshly initialised weights.
+        rms_norm_eps (`float`): epsilon of every RMSNorm, those of the cross-attention included.
+        use_cache (`bool`): whether a forward pass returns its keys and values.
+        rope_theta (`float`): base of the rotary positions.
+        attention_dropout (`float`): rate in [0, 1).
+        pad_token_id, bos_token_id, eos_token_id (`int`): special ids; padding shares id 0 with `<unk>`.
+        num_query_token (`int`): learnable queries in front of the text; [`InternVLConfig`] sets it.
+        cross_attention_frequency (`int`): every layer whose index is a multiple of it has a cross-attention.
+        encoder_hidden_size (`int`): width of the picture's tokens, which is the vision tower's.
+
+    Raises:
+        `ValueError`: if a field is out of range; the message names it.
+    """
+
+    model_type = "qllama"
+    base_config_key = "qllama_config"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        vocab_size: int = 49954,
+        hidden_size: int = 4096,
+        intermediate_size: int = 11008,
+        num_hidden_layers: int = 32,
+        num_attention_heads: int = 32,
+        num_key_value_heads: int | None = None,
+        hidden_act: str = "silu",
+        max_position_embeddings: int = 2048,
+        initializer_range: float = 0.02,
+        rms_norm_eps: float = 1e-6,
+        use_cache: bool = True,
+        rope_theta: float = 10000.0,
+        rope_scaling: dict | None = None,
+        attention_bias: bool = False,
+        attention_dropout: float = 0.0,
+        pad_token_id: int = 0,
+        bos_token_id: int = 1,
+        eos_token_id: int = 2,
+        tie_word_embeddings: bool = False,
+        num_query_token: int = 96,
+        cross_attention_frequency: int = 2,
+        encoder_hidden_size: int = 3200,
+        **kwargs: Any,
+    ):
+        require("rope_scaling", rope_scaling, rope_scaling is None, "None: the checkpoint has plain rotary positions")
+        require("attention_bias", attention_bias, not attention_bias, "False: the checkpoint's attention has no bias")
+        require("tie_word_embeddings", tie_word_embeddings, not tie_word_embeddings, "False: `lm_head` is its own matrix")
+        super().__init__(tie_word_embeddings=False, **kwargs)
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        self.hidden_act = hidden_act
+        self.max_position_embeddings = max_position_embeddings
+        self.initializer_range = initializer_range
+        self.rms_norm_eps = rms_norm_eps
+        self.use_cache = use_cache
+        self.rope_theta = rope_theta
+        self.attention_dropout = attention_dropout
+        self.pad_token_id = pad_token_id
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.num_query_token = num_query_token
+        self.cross_attention_frequency = cross_attention_frequency
+        self.encoder_hidden_size = encoder_hidden_size
+        self._check_fields()
+
+    def _check_fields(self) -> None:
+        require_positive_integers(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            max_position_embeddings=self.max_position_embeddings,
+            num_query_token=self.num_query_token,
+            cross_attention_frequency=self.cross_attention_frequency,
+            encoder_hidden_size=self.encoder_hidden_size,
+        )
+        require_fractions(attention_dropout=self.attention_dropout)
+        whole = self.hidden_size % (2 * self.num_attention_heads) == 0
+        require("num_attention_heads", self.num_attention_heads, whole, f"such that {self.hidden_size=} gives even heads")
+        grouped = self.num_attention_heads % self.num_key_value_heads == 0
+        require("num_key_value_heads", self.num_key_value_heads, grouped, f"a divisor of {self.num_attention_heads=}")
+        require("rms_norm_eps", self.rms_norm_eps, self.rms_norm_eps > 0, "above 0")
+        require("rope_theta", self.rope_theta, self.rope_theta > 0, "above 0")
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            token = getattr(self, name)
+            require(name, token, isinstance(token, int) and 0 <= token < self.vocab_size, f"below {self.vocab_size=}")
+
+
+class InternVLConfig(PretrainedConfig):
+    """
+    Configuration of [`InternVLModel`]: both towers and the heads. The defaults are the published checkpoint's.
+
+    Args:
+        vision_config (`dict` or [`InternVisionConfig`], *optional*): the vision tower.
+        qllama_config (`dict` or [`QLlamaConfig`], *optional*): the language tower.
+        clip_embed_dim (`int`): width of the shared embedding space.
+        attn_pool_num_heads (`int`): heads of the attention pools `clip_projector` and `clip_projector2`.
+        num_query_token (`int`): learnable queries; also set on the QLLaMA config.
+        label_smoothing (`float`): of the contrastive training loss, in [0, 1).
+        cross_attention_frequency (`int`): also set on the QLLaMA config.
+        use_backbone_lora, use_qllama_lora (`int`): ranks of the LoRA adapters of a fine-tuned checkpoint; 0 is none.
+        force_image_size (`int`, *optional*): side that the position table was resized to; also set on the vision config.
+        caption_prompt_ids (`list[int]`, *optional*): prompt that `generate` uses when it is given none; the ids
+            depend on the tokenizer, hence their place here. `<s>` alone if not given.
+        initializer_range (`float`): standard deviation of freshly initialised weights of the heads.
+
+    Raises:
+        `ValueError`: if a field is out of range; the message names it.
+        `TypeError`: if a sub-config is neither a dict nor a config.
+    """
+
+    # Not "internvl": that name belongs to an unrelated model of transformers' own since 4.52.
+    model_type = "internvl_14b"
+    sub_configs = {"vision_config": InternVisionConfig, "qllama_config": QLlamaConfig}
+
+    def __init__(
+        self,
+        vision_config: dict | PretrainedConfig | None = None,
+        qllama_config: dict | PretrainedConfig | None = None,
+        clip_embed_dim: int = 768,
+        attn_pool_num_heads: int = 16,
+        num_query_token: int = 96,
+        label_smoothing: float = 0.0,
+        cross_attention_frequency: int = 2,
+        use_backbone_lora: int = 0,
+        use_qllama_lora: int = 0,
+        force_image_size: int | None = None,
+        caption_prompt_ids: list[int] | None = None,
+        initializer_range: float = 0.02,
+        tie_word_embeddings: bool = False,
+        **kwargs: Any,
+    ):
+        require("tie_word_embeddings", tie_word_embeddings, not tie_word_embeddings, "False: `lm_head` is its own matrix")
+        # The original configs store these two; here the class and the language tower are their only sources.
+        kwargs.pop("model_type", None)
+        kwargs.pop("hidden_size", None)
+        attn_implementation = kwargs.pop("attn_implementation", None)
+        super().__init__(tie_word_embeddings=False, **kwargs)
+        self.vision_config = _sub_config("vision_config", vision_config, InternVisionConfig)
+        self.qllama_config = _sub_config("qllama_config", qllama_config, QLlamaConfig)
+        self.clip_embed_dim = clip_embed_dim
+        self.attn_pool_num_heads = attn_pool_num_heads
+        self.num_query_token = num_query_token
+        self.label_smoothing = label_smoothing
+        self.cross_attention_frequency = cross_attention_frequency
+        self.use_backbone_lora = use_backbone_lora
+        self.use_qllama_lora = use_qllama_lora
+        self.force_image_size = force_image_size
+        self.caption_prompt_ids = caption_prompt_ids
+        self.initializer_range = initializer_range
+        self._share_with_sub_configs()
+        self._check_fields()
+        if attn_implementation is not None:
+            self._attn_implementation = attn_implementation
+
+    def _share_with_sub_configs(self) -> None:
+        self.qllama_config.num_query_token = self.num_query_token
+        self.qllama_config.cross_attention_frequency = self.cross_attention_frequency
+        self.qllama_config.encoder_hidden_size = self.vision_config.hidden_size
+        if self.force_image_size is not None:
+            self.vision_config.force_image_size = self.force_image_size
+
+    def _check_fields(self) -> None:
+        require_positive_integers(
+            clip_embed_dim=self.clip_embed_dim,
+            attn_pool_num_heads=self.attn_pool_num_heads,
+            num_query_token=self.num_query_token,
+            cross_attention_frequency=self.cross_attention_frequency,
+        )
+        require_fractions(label_smoothing=self.label_smoothing)
+        for config in (self.vision_config, self.qllama_config):
+            config._check_fields()
+            fits = config.hidden_size % self.attn_pool_num_heads == 0
+            require("attn_pool_num_heads", self.attn_pool_num_heads, fits, f"a divisor of the {config.hidden_size=}")
+        for name in ("use_backbone_lora", "use_qllama_lora"):
+            rank = getattr(self, name)
+            require(name, rank, isinstance(rank, int) and rank >= 0, "a LoRA rank, 0 for none")
+        ids = self.caption_prompt_ids
+        known = ids is None or (len(ids) > 0 and all(0 <= i < self.qllama_config.vocab_size for i in ids))
+        require("caption_prompt_ids", ids, known, f"ids below {self.qllama_config.vocab_size=}")
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the language tower, under the name that generic tools look for."""
+        return self.qllama_config.hidden_size
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PretrainedConfig:
+        """The config that transformers' generation and caches are to read: QLLaMA's."""
+        # transformers >= 5 asks while its own part of the config is being built.
+        return getattr(self, "qllama_config", self)
+
+
+def _sub_config(name: str, value: Any, config_class: type[PretrainedConfig]) -> Any:
+    if value is None:
+        return config_class()
+    if isinstance(value, dict):
+        return config_class(**{key: item for key, item in value.items() if key != "model_type"})
+    # Not isinstance(value, config_class): the loader may hold the class twice, from two copies of this file.
+    if isinstance(value, PretrainedConfig):
+        return value
+    raise TypeError(f"`{name}` must be a dict or a {config_class.__name__}, got {type(value).__name__}.")
+
+
+__all__ = ["InternVLConfig", "QLlamaConfig"]

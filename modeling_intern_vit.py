@@ -1,0 +1,428 @@
+"""
+InternViT-6B, the vision tower of InternVL-14B (InternVL paper, arXiv:2312.14238, section 3.2; SPEC, "Vision tower").
+
+A plain pre-norm vision transformer with three particulars: RMSNorm instead of LayerNorm, an RMSNorm over *all* channels
+of the queries and keys before they are split into heads, and LayerScale on both branches. It has no final norm.
+
+Where this file differs from the original implementation, and why:
+* Attention goes through transformers' registry (`attn_implementation="eager" | "sdpa" | "flash_attention_2" | ...`)
+  instead of a vendored FlashAttention, so that it runs on every device.
+* Norms are torch's own `rms_norm`, or apex's when it is installed: the same numbers.
+
+The base classes at the top serve all three modeling files.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_intern_vit import InternVisionConfig
+
+
+def rms_norm_class() -> type[nn.Module]:
+    """The RMSNorm to build with: apex's fused one when apex is importable, torch's otherwise (SPEC: float32 inside)."""
+    try:
+        from apex.normalization import FusedRMSNorm
+    except ImportError:
+        return nn.RMSNorm
+    return FusedRMSNorm
+
+
+def repeat_key_value(states: torch.Tensor, groups: int) -> torch.Tensor:
+    """Repeat every key/value head `groups` times, for grouped queries."""
+    return states if groups == 1 else states.repeat_interleave(groups, dim=1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention spelt out, with the registry's signature: [B, heads, N, head_dim] in, [B, N, heads, head_dim] out."""
+    key = repeat_key_value(key, module.num_key_value_groups)
+    value = repeat_key_value(value, module.num_key_value_groups)
+    scores = query @ key.transpose(-1, -2) * scaling  # [B, heads, N, S]
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    # Softmax in float32: bfloat16 has too few digits to sum hundreds of weights.
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class RegistryAttention(nn.Module):
+    """
+    Base of every attention here: holds what the functions of transformers' attention registry look for on a module.
+
+    Args:
+        config: a config whose `_attn_implementation` names the attention function.
+        num_heads (`int`), head_dim (`int`): shape of the queries.
+        num_key_value_groups (`int`): query heads per key/value head.
+        dropout (`float`): of the attention weights, in training.
+    """
+
+    is_causal = False
+
+    def __init__(self, config: Any, num_heads: int, head_dim: int, num_key_value_groups: int = 1, dropout: float = 0.0):
+        super().__init__()
+        self.config = config
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.num_key_value_groups = num_key_value_groups
+        self.scaling = head_dim**-0.5
+        self.dropout = dropout
+
+    def split_heads(self, states: torch.Tensor) -> torch.Tensor:
+        """[B, N, heads * head_dim] -> [B, heads, N, head_dim]"""
+        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def attention_function(self, dtype: torch.dtype, has_mask: bool) -> Callable:
+        """Look the configured function up in the registry."""
+        name = self.config._attn_implementation
+        if name is not None and name.startswith("flash") and dtype == torch.float32 and not has_mask:
+            name = "sdpa"  # FlashAttention has no float32 kernels
+        if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):  # transformers >= 5.0
+            return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+        return eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+    ) -> torch.Tensor:
+        """
+        Args:
+            query (`torch.Tensor`): [B, heads, N, head_dim]; key and value [B, key/value heads, S, head_dim].
+            attention_mask (*optional*): in whatever form the configured implementation wants it.
+            is_causal (`bool`): whether position i of the last N of the S keys sees nothing after itself.
+
+        Returns:
+            `torch.Tensor`: [B, N, heads * head_dim]
+        """
+        # A dense mask already says what is causal, and a single query sees everything before it;
+        # FlashAttention's masks are the 2-D padding and leave causality to the flag.
+        padding_only = attention_mask is None or getattr(attention_mask, "ndim", 4) == 2
+        attention = self.attention_function(value.dtype, attention_mask is not None)
+        states, _ = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.dropout if self.training else 0.0,
+            scaling=self.scaling,
+            is_causal=query.shape[2] > 1 and is_causal and padding_only,
+        )
+        return states.flatten(2)
+
+
+class InternPreTrainedModel(PreTrainedModel):
+    """What the towers and the joint model share: fresh weights, strict loading, supported attention functions."""
+
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # torch.nn.init functions only: transformers guards those against overwriting what was loaded.
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif type(module).__name__ in ("RMSNorm", "FusedRMSNorm", "LayerNorm"):
+            nn.init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, strict: bool = True, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """
+        As in transformers, but strict: tensors that the checkpoint lacks, has in another shape or has too many are an
+        error, where transformers would only log them and go on with random weights.
+
+        Args:
+            strict (`bool`): pass `False` to accept such a checkpoint, as when new heads are added for fine-tuning.
+
+        Raises:
+            `ValueError`: names the tensors that are missing, superfluous or of another shape.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        problems = {kind: info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)}
+        if strict and problems:
+            listed = "; ".join(f"{kind}: {_abbreviate(names)}" for kind, names in problems.items())
+            raise ValueError(f"The checkpoint does not fit {cls.__name__}: {listed}. `strict=False` loads it all the same.")
+        return (model, info) if output_loading_info else model
+
+
+def _abbreviate(names: Any, most: int = 5) -> str:
+    names = sorted(str(name) for name in names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def run_layers(
+    stack: nn.Module, hidden_states: torch.Tensor, output_hidden_states: bool, **kwargs: Any
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
+    """
+    Run `stack.layers` one after the other, recomputing activations in the backward pass if the stack's
+    `gradient_checkpointing` flag (set by `gradient_checkpointing_enable`) says so.
+
+    Returns:
+        The last output, and the input of every layer followed by the last output if asked for.
+    """
+    recompute = stack.gradient_checkpointing and stack.training and torch.is_grad_enabled()
+    all_states = [hidden_states]
+    for layer in stack.layers:
+        call = partial(stack._gradient_checkpointing_func, layer.__call__) if recompute else layer
+        hidden_states = call(hidden_states, **kwargs)
+        if output_hidden_states:
+            all_states.append(hidden_states)
+    return hidden_states, tuple(all_states) if output_hidden_states else None
+
+
+def interpolate_positions(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """
+    Fit a square position table to another grid (SPEC, "Vision tower": float32, bicubic, `align_corners=False`).
+
+    Args:
+        table (`torch.Tensor`): [1, 1 + G * G, C], the class position first.
+        height, width (`int`): patches of the grid wanted.
+
+    Returns:
+        `torch.Tensor`: [1, 1 + height * width, C] in the table's dtype; the table itself if it fits.
+    """
+    side = round((table.shape[1] - 1) ** 0.5)
+    if (height, width) == (side, side):
+        return table
+    grid = table[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)  # [1, C, G, G]
+    grid = F.interpolate(grid, size=(height, width), mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
+
+
+class InternVisionEmbeddings(nn.Module):
+    """Cut a picture into patches, embed them, put the class token in front and add positions."""
+
+    def __init__(self, config: InternVisionConfig):
+        super().__init__()
+        self.num_channels = config.num_channels
+        self.patch_size = config.patch_size
+        self.image_size = config.image_size
+        width, num_positions = config.hidden_size, 1 + config.position_grid**2
+        self.class_embedding = nn.Parameter(torch.zeros(1, 1, width))
+        self.patch_embedding = nn.Conv2d(config.num_channels, width, config.patch_size, stride=config.patch_size)
+        self.position_embedding = nn.Parameter(torch.zeros(1, num_positions, width))
+
+    def check_pixels(self, pixel_values: Any) -> None:
+        """Refuse what is not a batch of pictures in whole patches."""
+        if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
+            kind = getattr(pixel_values, "dtype", type(pixel_values).__name__)
+            raise TypeError(f"`pixel_values` must be a floating-point tensor, normalised by the processor, got {kind}.")
+        shape, patch = tuple(pixel_values.shape), self.patch_size
+        if len(shape) != 4 or shape[1] != self.num_channels:
+            raise ValueError(f"`pixel_values` must be [batch, {self.num_channels}, height, width], got {list(shape)}.")
+        if shape[2] % patch or shape[3] % patch or 0 in shape:
+            raise ValueError(f"`pixel_values` must have sides that are multiples of {patch}, got {shape[2]} x {shape[3]}.")
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        self.check_pixels(pixel_values)
+        patches = self.patch_embedding(pixel_values.to(self.class_embedding.dtype))  # [B, C, H, W]
+        height, width = patches.shape[-2:]
+        tokens = patches.flatten(2).transpose(1, 2)  # [B, H * W, C]
+        tokens = torch.cat([self.class_embedding.expand(len(tokens), -1, -1), tokens], dim=1)  # [B, 1 + H * W, C]
+        return tokens + interpolate_positions(self.position_embedding, height, width)
+
+
+class InternAttention(RegistryAttention):
+    """Full self-attention over the tokens of a picture, with normalised queries and keys."""
+
+    def __init__(self, config: InternVisionConfig):
+        width = config.hidden_size
+        heads = config.num_attention_heads
+        super().__init__(config, heads, width // heads, dropout=config.attention_dropout)
+        norm = partial(rms_norm_class(), width, eps=config.layer_norm_eps)
+        self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
+        # Over all channels at once, not per head: a rank of a tensor-parallel group cannot compute it alone.
+        self.q_norm = norm() if config.qk_normalization else nn.Identity()
+        self.k_norm = norm() if config.qk_normalization else nn.Identity()
+        self.proj = nn.Linear(width, width)
+        self.proj_drop = nn.Dropout(config.dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        query, key, value = self.qkv(hidden_states).chunk(3, dim=-1)  # each [B, N, C]
+        query, key, value = map(self.split_heads, (self.q_norm(query), self.k_norm(key), value))
+        return self.proj_drop(self.proj(self.attend(query, key, value)))
+
+
+class InternMLP(nn.Module):
+    def __init__(self, config: InternVisionConfig):
+        super().__init__()
+        self.act = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.act(self.fc1(hidden_states)))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv:1603.09382): drop a residual branch for whole samples, scaling up those that remain."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.rate == 0:
+            return branch
+        keep = torch.full((len(branch), 1, 1), 1 - self.rate, dtype=branch.dtype, device=branch.device)
+        return branch * keep.bernoulli() / (1 - self.rate)
+
+
+class InternVisionEncoderLayer(nn.Module):
+    def __init__(self, config: InternVisionConfig, drop_path_rate: float):
+        super().__init__()
+        width, norm = config.hidden_size, rms_norm_class()
+        self.attn = InternAttention(config)
+        self.mlp = InternMLP(config)
+        self.norm1 = norm(width, eps=config.layer_norm_eps)
+        self.norm2 = norm(width, eps=config.layer_norm_eps)
+        self.ls1 = nn.Parameter(torch.full((width,), config.initializer_factor))
+        self.ls2 = nn.Parameter(torch.full((width,), config.initializer_factor))
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = hidden_states + self.drop_path(self.ls1 * self.attn(self.norm1(hidden_states)))
+        return hidden_states + self.drop_path(self.ls2 * self.mlp(self.norm2(hidden_states)))
+
+
+class InternVisionEncoder(nn.Module):
+    """The stack of layers. Gradient checkpointing is on by default in training, as in the original (SPEC)."""
+
+    def __init__(self, config: InternVisionConfig):
+        super().__init__()
+        depth = config.num_hidden_layers
+        rates = [config.drop_path_rate * index / max(depth - 1, 1) for index in range(depth)]
+        self.layers = nn.ModuleList([InternVisionEncoderLayer(config, rate) for rate in rates])
+        self.gradient_checkpointing = True
+        self._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+    def forward(
+        self, hidden_states: torch.Tensor, output_hidden_states: bool = False
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
+        return run_layers(self, hidden_states, output_hidden_states)
+
+
+class InternVisionModel(InternPreTrainedModel):
+    """
+    InternViT without a head (SPEC, "Vision tower").
+
+    Args:
+        config ([`InternVisionConfig`]): sizes and options.
+    """
+
+    config_class = InternVisionConfig
+    base_model_prefix = "vision_model"
+    _no_split_modules = ["InternVisionEmbeddings", "InternVisionEncoderLayer"]
+
+    def __init__(self, config: InternVisionConfig):
+        super().__init__(config)
+        self.embeddings = InternVisionEmbeddings(config)
+        self.encoder = InternVisionEncoder(config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, InternVisionEmbeddings):
+            nn.init.trunc_normal_(module.class_embedding, std=self.config.initializer_range)
+            nn.init.trunc_normal_(module.position_embedding, std=self.config.initializer_range)
+        elif isinstance(module, InternVisionEncoderLayer):
+            nn.init.constant_(module.ls1, self.config.initializer_factor)
+            nn.init.constant_(module.ls2, self.config.initializer_factor)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.patch_embedding
+
+    def resize_pos_embeddings(self, old_size: int, new_size: int, patch_size: int) -> None:
+        """
+        Interpolate the position table to another picture size and keep it (SPEC, "Vision tower").
+
+        Args:
+            old_size (`int`): side in pixels that the table stands for now.
+            new_size (`int`): side in pixels to fit it to.
+            patch_size (`int`): side of a patch in pixels.
+
+        Raises:
+            `ValueError`: if the table is not that of `old_size`, or a size is not a multiple of the patch.
+        """
+        table = self.embeddings.position_embedding
+        if patch_size != self.config.patch_size:
+            raise ValueError(f"`patch_size` must be the model's own, {self.config.patch_size}, got {patch_size}.")
+        if new_size <= 0 or new_size % patch_size:
+            raise ValueError(f"`new_size` must be a positive multiple of {patch_size}, got {new_size}.")
+        if table.shape[1] != 1 + (old_size // patch_size) ** 2:
+            raise ValueError(f"`old_size` {old_size} does not belong to a table of {table.shape[1]} positions.")
+        grid = new_size // patch_size
+        resized = interpolate_positions(table.detach(), grid, grid)
+        self.embeddings.position_embedding = nn.Parameter(resized.clone(), requires_grad=table.requires_grad)
+        # A saved model must be built with the table it has.
+        self.config.force_image_size = new_size
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        pixel_embeds: torch.Tensor | None = None,
+    ) -> tuple | BaseModelOutputWithPooling:
+        """
+        Args:
+            pixel_values (`torch.Tensor`): [B, 3, H, W], normalised by the processor; H and W are multiples of the
+                patch, square or not. Floats of another precision are brought to the model's.
+            output_hidden_states (`bool`, *optional*): also return the embeddings and the output of every layer.
+            return_dict (`bool`, *optional*): `False` for a plain tuple.
+            pixel_embeds (`torch.Tensor`): [B, 1 + N, C], embedded tokens to use instead of `pixel_values`.
+
+        Returns:
+            `BaseModelOutputWithPooling`: `last_hidden_state` [B, 1 + N, C], class token first; `pooler_output` [B, C],
+            the class token as it is; `hidden_states`, layers + 1 times [B, 1 + N, C].
+
+        Raises:
+            `ValueError`, `TypeError`: neither or both inputs, or one of a wrong shape or dtype.
+        """
+        if (pixel_values is None) == (pixel_embeds is None):
+            raise ValueError("Exactly one of `pixel_values` and `pixel_embeds` must be given.")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if pixel_embeds is None:
+            pixel_embeds = self.embeddings(pixel_values)
+        elif pixel_embeds.ndim != 3 or pixel_embeds.shape[-1] != self.config.hidden_size:
+            expected = f"[batch, tokens, {self.config.hidden_size}]"
+            raise ValueError(f"`pixel_embeds` must be {expected}, got {list(pixel_embeds.shape)}.")
+        last_hidden_state, hidden_states = self.encoder(pixel_embeds, output_hidden_states)
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=last_hidden_state, pooler_output=last_hidden_state[:, 0], hidden_states=hidden_states
+        )
+        return output.to_tuple() if return_dict is False else output
+
+
+__all__ = ["InternVisionModel"]

@@ -1,0 +1,766 @@
+"""
+InternVL-14B: InternViT-6B sees, QLLaMA reads and writes, CLIP-style heads compare.
+
+Paper: InternVL (arXiv:2312.14238). The numbers are those of the published checkpoint (SPEC, "Features and logits",
+"Training objectives"); parameter names are its format.
+
+Two ways to embed a picture:
+* InternVL-C pools the vision tower's tokens;
+* InternVL-G also runs the 96 queries through QLLaMA over the picture, and adds both embeddings.
+
+Where this file differs from the original implementation, and why:
+* No attention mask is built but the padding of the matching texts: see modeling_qllama.py.
+* Padding may stand on either side: real tokens are brought together before the text is read.
+* `embed_image`, `embed_text` and `match` are new; the original calls beside them keep their values and types.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin
+from transformers.utils import ModelOutput, logging
+
+from .configuration_internvl import InternVLConfig
+from .modeling_intern_vit import InternPreTrainedModel, InternVisionModel, RegistryAttention
+from .modeling_qllama import QLlamaForCausalLM
+
+logger = logging.get_logger(__name__)
+
+MODES = ("InternVL-C", "InternVL-G")
+DEFAULT_NEW_TOKENS = 32
+
+
+@dataclass
+class InternVLOutput(ModelOutput):
+    """
+    What [`InternVLModel`] returns; a field whose input was not given is None.
+
+    Attributes:
+        logits_per_image (`torch.Tensor`): [images, texts], cosine similarities times `exp(logit_scale)`.
+        logits_per_text (`torch.Tensor`): [texts, images], its transpose.
+        image_embeds (`torch.Tensor`): [images, clip_embed_dim], of length 1.
+        text_embeds (`torch.Tensor`): [texts, clip_embed_dim], of length 1.
+    """
+
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+
+
+@dataclass
+class InternVLTrainingOutput(ModelOutput):
+    """
+    Losses of a training step, scalars; `loss` is their sum.
+
+    Attributes:
+        loss_itm (`torch.Tensor`): image-text matching.
+        loss_itc (`torch.Tensor`): image-text contrast.
+        loss_itg (`torch.Tensor`): image-grounded text generation; None for retrieval.
+    """
+
+    loss: torch.Tensor | None = None
+    loss_itm: torch.Tensor | None = None
+    loss_itc: torch.Tensor | None = None
+    loss_itg: torch.Tensor | None = None
+
+
+# ------------------------------------------------------------------------------------------------ token batches
+
+
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether values may be looked at: not on the meta device, not for fake tensors, not while compiling."""
+    return type(tensor) is torch.Tensor and tensor.device.type != "meta" and not torch.compiler.is_compiling()
+
+
+def check_token_ids(name: str, input_ids: Any, attention_mask: Any, vocab_size: int) -> torch.Tensor:
+    """
+    Refuse what is not a batch of token ids, and return its padding mask.
+
+    Returns:
+        `torch.Tensor`: bool [B, L]; without `attention_mask` the recipe of the checkpoint, every id but 0 (SPEC).
+    """
+    if not isinstance(input_ids, torch.Tensor) or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        kind = getattr(input_ids, "dtype", type(input_ids).__name__)
+        raise TypeError(f"`{name}` must be a tensor of integer token ids, got {kind}.")
+    if input_ids.ndim != 2 or 0 in input_ids.shape:
+        raise ValueError(f"`{name}` must be a non-empty [batch, length], got {list(input_ids.shape)}.")
+    if attention_mask is None:
+        mask = input_ids > 0
+    elif not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != input_ids.shape:
+        shape = list(getattr(attention_mask, "shape", [])) or type(attention_mask).__name__
+        raise ValueError(f"The attention mask of `{name}` must be {list(input_ids.shape)} like the ids, got {shape}.")
+    else:
+        mask = attention_mask.to(input_ids.device) > 0
+    if has_values(input_ids):
+        _check_token_values(name, input_ids, mask, vocab_size)
+    return mask
+
+
+def _check_token_values(name: str, input_ids: torch.Tensor, mask: torch.Tensor, vocab_size: int) -> None:
+    low, high = (int(bound) for bound in input_ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"`{name}` must hold ids in [0, {vocab_size}), got {low if low < 0 else high}.")
+    if not bool(mask.any(dim=1).all()):
+        raise ValueError(f"`{name}` has a row without a single real token.")
+
+
+def real_tokens_first(mask: torch.Tensor) -> torch.Tensor:
+    """The order [B, L] that brings the real tokens of every row to its left end; it reads no values on the host."""
+    return torch.argsort(mask.logical_not().byte(), dim=1, stable=True)
+
+
+def real_tokens_last(mask: torch.Tensor) -> torch.Tensor:
+    """The order [B, L] that brings the real tokens of every row to its right end."""
+    return torch.argsort(mask.byte(), dim=1, stable=True)
+
+
+# -------------------------------------------------------------------------------------------------------- heads
+
+
+class PoolingAttention(RegistryAttention):
+    """Attention of one query to the tokens that it is the mean of."""
+
+    def __init__(self, config: InternVLConfig, width: int):
+        super().__init__(config, config.attn_pool_num_heads, width // config.attn_pool_num_heads)
+        self.q = nn.Linear(width, width, bias=False)
+        self.k = nn.Linear(width, width, bias=False)
+        self.v = nn.Linear(width, width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.k_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, config.clip_embed_dim)
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        query = self.split_heads(self.q(query) + self.q_bias)
+        key = self.split_heads(self.k(key) + self.k_bias)
+        value = self.split_heads(self.v(value) + self.v_bias)
+        return self.proj(self.attend(query, key, value))
+
+
+class AttentionPool(nn.Module):
+    """
+    Pool tokens into one embedding: their mean attends to them (SPEC, "Features and logits").
+
+    [B, N, width] -> [B, clip_embed_dim]
+    """
+
+    def __init__(self, config: InternVLConfig, width: int):
+        super().__init__()
+        self.norm1_q = nn.LayerNorm(width, eps=1e-5)
+        self.norm1_k = nn.LayerNorm(width, eps=1e-5)
+        self.norm1_v = nn.LayerNorm(width, eps=1e-5)
+        self.cross_attn = PoolingAttention(config, width)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        query = self.norm1_q(tokens.mean(dim=1, keepdim=True))  # [B, 1, width]
+        return self.cross_attn(query, self.norm1_k(tokens), self.norm1_v(tokens)).squeeze(1)
+
+
+# ------------------------------------------------------------------------------------------------------ the model
+
+
+class InternVLPreTrainedModel(InternPreTrainedModel):
+    config_class = InternVLConfig
+    base_model_prefix = "internvl"
+    _no_split_modules = ["InternVisionEmbeddings", "InternVisionEncoderLayer", "QLlamaDecoderLayer", "AttentionPool"]
+    _skip_keys_device_placement = ["past_key_values"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, PoolingAttention):
+            for bias in (module.q_bias, module.k_bias, module.v_bias):
+                nn.init.zeros_(bias)
+        elif isinstance(module, InternVLModel):
+            nn.init.zeros_(module.query_tokens)
+            nn.init.normal_(module.text_projection, std=self.config.initializer_range)
+            nn.init.constant_(module.logit_scale, math.log(1 / 0.07))
+
+
+class InternVLModel(InternVLPreTrainedModel, GenerationMixin):
+    """
+    The joint model: embeds pictures and texts, compares them, matches them and writes captions.
+
+    Args:
+        config ([`InternVLConfig`]): sizes and options.
+
+    Attributes:
+        vision_model ([`InternVisionModel`]): InternViT.
+        qllama ([`QLlamaForCausalLM`]): QLLaMA.
+        query_tokens (`nn.Parameter`): [1, num_query_token, C], the queries.
+        clip_projector, clip_projector2 ([`AttentionPool`]): of the vision tokens, and of the query outputs.
+        text_projection (`nn.Parameter`): [C, clip_embed_dim]
+        logit_scale (`nn.Parameter`): scalar, the logarithm of the inverse temperature.
+        itm_head (`nn.Linear`): C -> 2, no match and match.
+    """
+
+    def __init__(self, config: InternVLConfig):
+        super().__init__(config)
+        width = config.qllama_config.hidden_size
+        self.vision_model = InternVisionModel(config.vision_config)
+        self.qllama = QLlamaForCausalLM(config.qllama_config)
+        self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_token, width))
+        self.text_projection = nn.Parameter(torch.zeros(width, config.clip_embed_dim))
+        self.logit_scale = nn.Parameter(torch.zeros(()))
+        self.clip_projector = AttentionPool(config, config.vision_config.hidden_size)
+        self.clip_projector2 = AttentionPool(config, width)
+        self.itm_head = nn.Linear(width, 2)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.qllama.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.qllama.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.qllama.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.qllama.set_output_embeddings(new_embeddings)
+
+    # ---------------------------------------------------------------------------------------- towers to states
+
+    def _image_states(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[B, 3, H, W] -> the vision tower's tokens [B, 1 + N, vision width]"""
+        return self.vision_model(pixel_values).last_hidden_state
+
+    def _query_states(self, image_states: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+        """Run the queries over pictures: [B, 1 + N, vision width] -> [B, num_query_token, C]"""
+        queries = self.query_tokens.expand(len(image_states), -1, -1)
+        return self.qllama.model(
+            inputs_embeds=queries,
+            encoder_hidden_states=image_states,
+            num_bidirectional=queries.shape[1],
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
+    def _joint_states(
+        self, image_states: torch.Tensor, input_ids: torch.Tensor, mask: torch.Tensor | None, see_all: bool
+    ) -> torch.Tensor:
+        """Run [queries ; text] over pictures: [B, L] ids -> [B, num_query_token + L, C]"""
+        text = self.get_input_embeddings()(input_ids)  # [B, L, C]
+        queries = self.query_tokens.expand(len(text), -1, -1)
+        if mask is not None:
+            mask = torch.cat([mask.new_ones(queries.shape[:2]), mask], dim=1)
+        return self.qllama.model(
+            inputs_embeds=torch.cat([queries, text], dim=1),
+            attention_mask=mask,
+            encoder_hidden_states=image_states,
+            num_bidirectional=queries.shape[1] + (text.shape[1] if see_all else 0),
+            use_cache=False,
+        ).last_hidden_state
+
+    def _text_states(self, input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Read texts. With the real tokens first, causal attention needs no padding mask.
+
+        Returns:
+            The states [B, L, C] of the real tokens, first in every row, and the order [B, L] they were brought into.
+        """
+        order = real_tokens_first(mask)
+        ids = input_ids.gather(1, order)
+        return self.qllama.model(input_ids=ids, use_cache=False).last_hidden_state, order
+
+    def _pool_text(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """[B, L] ids -> the projected state of each row's last real token [B, clip_embed_dim]"""
+        states, _ = self._text_states(input_ids, mask)
+        last = mask.sum(dim=1) - 1  # [B]
+        pooled = states[torch.arange(len(states), device=states.device), last.to(states.device)]  # [B, C]
+        return pooled @ self.text_projection
+
+    def _warn_without_end(self, input_ids: torch.Tensor, mask: torch.Tensor) -> None:
+        if not has_values(input_ids):
+            return
+        last = mask.long().cumsum(1).argmax(1, keepdim=True)
+        if bool((input_ids.gather(1, last) != self.config.qllama_config.eos_token_id).any()):
+            logger.warning_once(
+                "A text does not end with `</s>`: its embedding is taken where the checkpoint was not trained to put"
+                " it. Set `tokenizer.add_eos_token = True`, or use the processor."
+            )
+
+    # ------------------------------------------------------------------------------------------------ new calls
+
+    def embed_image(self, pixel_values: torch.Tensor, mode: str = "InternVL-C", normalize: bool = True) -> torch.Tensor:
+        """
+        Args:
+            pixel_values (`torch.Tensor`): [B, 3, H, W], normalised by the processor.
+            mode (`str`): "InternVL-C" or "InternVL-G".
+            normalize (`bool`): bring the embeddings to length 1; `False` gives the values of `encode_image`.
+
+        Returns:
+            `torch.Tensor`: [B, clip_embed_dim]
+
+        Raises:
+            `ValueError`, `TypeError`: unknown mode, or pixels of a wrong shape or dtype.
+        """
+        embeds = self.encode_image(pixel_values, mode)
+        return F.normalize(embeds, dim=-1) if normalize else embeds
+
+    def embed_text(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, normalize: bool = True
+    ) -> torch.Tensor:
+        """
+        Args:
+            input_ids (`torch.Tensor`): [B, L] ids of `<s> summarize:TEXT </s>`, padded on either side.
+            attention_mask (`torch.Tensor`, *optional*): [B, L]; without it every id but 0 is real.
+            normalize (`bool`): bring the embeddings to length 1; `False` gives the values of `encode_text`.
+
+        Returns:
+            `torch.Tensor`: [B, clip_embed_dim]
+
+        Raises:
+            `ValueError`, `TypeError`: ids of a wrong shape, dtype or range, a mask of another shape, an empty row.
+        """
+        mask = check_token_ids("input_ids", input_ids, attention_mask, self.config.qllama_config.vocab_size)
+        self._warn_without_end(input_ids, mask)
+        embeds = self._pool_text(input_ids, mask)
+        return F.normalize(embeds, dim=-1) if normalize else embeds
+
+    def match(
+        self,
+        pixel_values: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        all_pairs: bool = False,
+    ) -> torch.Tensor:
+        """
+        Does the text match the picture? QLLaMA sees both at once, so this is sharper than a cosine, and dearer: it is
+        made to re-rank a short list (SPEC, "ITM").
+
+        Args:
+            pixel_values (`torch.Tensor`): [B, 3, H, W], or [I, 3, H, W] for all pairs.
+            input_ids (`torch.Tensor`): [B, L] ids of `<s> TEXT </s>`, or [T, L] for all pairs.
+            attention_mask (`torch.Tensor`, *optional*): like `input_ids`; without it every id but 0 is real.
+            all_pairs (`bool`): score every picture with every text instead of the i-th with the i-th.
+
+        Returns:
+            `torch.Tensor`: logits [B, 2], or [I, T, 2] for all pairs; index 1 is "match".
+
+        Raises:
+            `ValueError`: pictures and texts differ in number and `all_pairs` is off; or a bad input.
+        """
+        mask = check_token_ids("input_ids", input_ids, attention_mask, self.config.qllama_config.vocab_size)
+        image_states = self._image_states(pixel_values)
+        order = real_tokens_first(mask)
+        input_ids, mask = input_ids.gather(1, order), mask.gather(1, order)
+        if all_pairs:
+            return torch.stack([self._match(states, input_ids, mask) for states in image_states.split(1)])
+        if len(image_states) != len(input_ids):
+            counts = f"{len(image_states)} pictures and {len(input_ids)} texts"
+            raise ValueError(f"`pixel_values` and `input_ids` must be pairs, got {counts}. Or pass `all_pairs=True`.")
+        return self._match(image_states, input_ids, mask)
+
+    def _match(self, image_states: torch.Tensor, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        states = self._joint_states(image_states, input_ids, mask, see_all=True)
+        return self.itm_head(states[:, : self.config.num_query_token]).mean(dim=1)  # [B, 2]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        **generate_kwargs: Any,
+    ) -> Any:
+        """
+        Write about pictures. Every kind of decoding that transformers offers works; pictures run once, not per beam.
+
+        Args:
+            pixel_values (`torch.Tensor`): [B, 3, H, W], normalised by the processor.
+            input_ids (`torch.Tensor`, *optional*): [B or 1, L] ids of the prompt, `<s>` first and no `</s>`, padded on
+                either side; the config's `caption_prompt_ids` if not given.
+            attention_mask (`torch.Tensor`, *optional*): like `input_ids`; without it every id but 0 is real.
+            generation_config (`GenerationConfig`, *optional*): by default the checkpoint's.
+            generate_kwargs: as in `GenerationMixin.generate`: `num_beams`, `do_sample`, `max_new_tokens`, ...
+                `max_length` and `min_length` count what the original returned: the new tokens and a `<s>`.
+
+        Returns:
+            `torch.Tensor`: [B, new tokens], without the prompt; or transformers' output class if asked for.
+
+        Raises:
+            `ValueError`, `TypeError`: no picture, or a bad picture, prompt or mask.
+        """
+        if pixel_values is None:
+            raise ValueError("`pixel_values` must be given: there is nothing to write about.")
+        image_states = self._image_states(pixel_values)
+        input_ids, mask = self._prompt(input_ids, attention_mask, len(image_states), image_states.device)
+        prefix = DynamicCache(config=self.config.qllama_config)
+        self._query_states(image_states, prefix)
+        prompt = self.get_input_embeddings()(input_ids)  # [B, L, C]
+        queries = self.query_tokens.expand(len(prompt), -1, -1).to(prompt.device)
+        return self.qllama.generate(
+            inputs_embeds=torch.cat([queries, prompt], dim=1),
+            attention_mask=torch.cat([mask.new_ones(queries.shape[:2]), mask], dim=1),
+            image_prefix=prefix,
+            **self._decoding_arguments(generation_config, generate_kwargs),
+        )
+
+    def _prompt(
+        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, batch: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The prompt of every picture and its mask, both [B, L], padded on the left so that all end together."""
+        if input_ids is None:
+            if attention_mask is not None:
+                raise ValueError("`attention_mask` was given without the `input_ids` that it belongs to.")
+            ids = self.config.caption_prompt_ids or [self.config.qllama_config.bos_token_id]
+            input_ids = torch.tensor([ids], device=device)
+        mask = check_token_ids("input_ids", input_ids, attention_mask, self.config.qllama_config.vocab_size)
+        if len(input_ids) not in (1, batch):
+            raise ValueError(f"`input_ids` must have one prompt, or one per picture ({batch}), got {len(input_ids)}.")
+        order = real_tokens_last(mask)
+        input_ids, mask = input_ids.gather(1, order), mask.gather(1, order).long()
+        return input_ids.expand(batch, -1), mask.expand(batch, -1)
+
+    def _decoding_arguments(
+        self, generation_config: GenerationConfig | None, generate_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """
+        One config with all that is asked for, and the arguments that are no part of it, such as a streamer. Lengths go
+        by new tokens: transformers' `max_length` would count the queries and the prompt too.
+        """
+        config = GenerationConfig.from_dict((generation_config or self.generation_config).to_dict())
+        for old, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            length = generate_kwargs.pop(old, None)
+            if length is not None and generate_kwargs.get(new) is None:
+                generate_kwargs[new] = max(length - 1, 0)
+        rest = config.update(**generate_kwargs)
+        if config.max_new_tokens is None:
+            config.max_new_tokens = DEFAULT_NEW_TOKENS
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            if getattr(config, name) is None:
+                setattr(config, name, getattr(self.config.qllama_config, name))
+        return {"generation_config": config, **rest}
+
+    # ------------------------------------------------------------------------------------------ the original calls
+
+    def encode_image(self, image: torch.Tensor, mode: str = "InternVL-C") -> torch.Tensor:
+        """
+        The original call: [B, 3, H, W] -> [B, clip_embed_dim], not normalised. In mode InternVL-G it is the sum of two
+        embeddings of length 1 (SPEC, "Features and logits").
+        """
+        if mode not in MODES:
+            raise ValueError(f"`mode` must be one of {MODES}, got {mode!r}.")
+        image_states = self._image_states(image)
+        pooled = self.clip_projector(image_states)
+        if mode == "InternVL-C":
+            return pooled
+        queried = self.clip_projector2(self._query_states(image_states))
+        return F.normalize(pooled, dim=-1) + F.normalize(queried, dim=-1)
+
+    def encode_text(self, text: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The original call: ids [B, L] of `<s> summarize:TEXT </s>` -> [B, clip_embed_dim], not normalised."""
+        return self.embed_text(text, attention_mask, normalize=False)
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The original call: the vision tokens [B, 1 + N, vision width] and the query outputs [B, queries, C]."""
+        image_states = self._image_states(pixel_values)
+        return image_states, self._query_states(image_states)
+
+    def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The original call: the states of all tokens [B, L, C]; what stands at padding is arbitrary."""
+        mask = check_token_ids("input_ids", input_ids, attention_mask, self.config.qllama_config.vocab_size)
+        states, order = self._text_states(input_ids, mask)
+        back = order.argsort(dim=1).unsqueeze(-1).to(states.device)
+        return states.gather(1, back.expand(-1, -1, states.shape[-1]))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        mode: str = "InternVL-C",
+        return_dict: bool | None = None,
+        image: torch.Tensor | None = None,
+        text: torch.Tensor | None = None,
+    ) -> tuple | InternVLOutput:
+        """
+        Compare pictures and texts, or embed one of them.
+
+        Args:
+            input_ids (`torch.Tensor`, *optional*): [T, L] ids of `<s> summarize:TEXT </s>`.
+            pixel_values (`torch.Tensor`, *optional*): [I, 3, H, W], normalised by the processor.
+            attention_mask (`torch.Tensor`, *optional*): [T, L]; without it every id but 0 is real.
+            mode (`str`): "InternVL-C" or "InternVL-G".
+            return_dict (`bool`, *optional*): `False` for a plain tuple.
+            image, text: the original names of `pixel_values` and `input_ids`; with them a plain tuple
+                `(logits_per_image, logits_per_text)` is returned, as the original did.
+
+        Returns:
+            [`InternVLOutput`]
+
+        Raises:
+            `ValueError`, `TypeError`: no input, an unknown mode, or an input of a wrong shape, dtype or range.
+        """
+        if image is not None or text is not None:
+            return self._original_forward(image, text, input_ids, pixel_values, attention_mask, mode)
+        if mode not in MODES:
+            raise ValueError(f"`mode` must be one of {MODES}, got {mode!r}.")
+        if input_ids is None and pixel_values is None:
+            raise ValueError("At least one of `input_ids` and `pixel_values` must be given.")
+        image_embeds = None if pixel_values is None else self.embed_image(pixel_values, mode)
+        text_embeds = None if input_ids is None else self.embed_text(input_ids, attention_mask)
+        output = InternVLOutput(image_embeds=image_embeds, text_embeds=text_embeds)
+        if image_embeds is not None and text_embeds is not None:
+            output.logits_per_image = self.logit_scale.exp() * image_embeds @ text_embeds.to(image_embeds.device).T
+            output.logits_per_text = output.logits_per_image.T
+        return output.to_tuple() if return_dict is False else output
+
+    def _original_forward(
+        self,
+        image: torch.Tensor | None,
+        text: torch.Tensor | None,
+        input_ids: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        mode: str,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if image is None or text is None or input_ids is not None or pixel_values is not None:
+            raise ValueError("`image` and `text` go together, and without `pixel_values` and `input_ids`.")
+        output = self.forward(text, image, attention_mask, mode)
+        return output.logits_per_image, output.logits_per_text
+
+
+class InternVL_C(InternVLModel):  # noqa: N801 - the name that CLIP_benchmark imports
+    """[`InternVLModel`] whose `encode_image` embeds in mode InternVL-C."""
+
+
+class InternVL_G(InternVLModel):  # noqa: N801
+    """[`InternVLModel`] whose `encode_image` and `forward` work in mode InternVL-G if none is given."""
+
+    def encode_image(self, image: torch.Tensor, mode: str = "InternVL-G") -> torch.Tensor:
+        return super().encode_image(image, mode)
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+class GatherWithGradient(torch.autograd.Function):
+    """
+    Concatenate the ranks' tensors. Backward sums the ranks' gradients for each slice (SPEC, "Training objectives").
+    """
+
+    @staticmethod
+    def forward(ctx: Any, local: torch.Tensor) -> torch.Tensor:
+        ctx.size = len(local)
+        return gather(local)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.narrow(0, ctx.size * dist.get_rank(), ctx.size)
+
+
+def gather(local: torch.Tensor) -> torch.Tensor:
+    """Concatenate a tensor of every rank along its first dimension, without gradients."""
+    parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, local.contiguous())
+    return torch.cat(parts)
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def mean_of_valid(losses: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """The mean over the valid rows; 0, with a gradient of 0, where there is none."""
+    return (losses * valid).sum() / valid.sum().clamp(min=1)
+
+
+class InternVLTrainingModel(InternVLModel):
+    """The losses that both training objectives are made of."""
+
+    def _matching_loss(
+        self,
+        image_states: torch.Tensor,
+        input_ids: torch.Tensor,
+        mask: torch.Tensor,
+        labels: torch.Tensor,
+    ) -> torch.Tensor:
+        """ITM: cross-entropy of match and no match; texts of two tokens, `<s> </s>`, say nothing and are left out."""
+        logits = self._match(image_states, input_ids, mask).float()
+        return mean_of_valid(F.cross_entropy(logits, labels, reduction="none"), mask.sum(dim=1) != 2)
+
+    def _similarities(
+        self, image_embeds: torch.Tensor, text_embeds: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of the local pictures to all ranks' texts, and of the local texts to all ranks' pictures [B, W * B]."""
+        images, texts = F.normalize(image_embeds, dim=-1), F.normalize(text_embeds, dim=-1)
+        all_images, all_texts = images, texts
+        if is_distributed():
+            all_images, all_texts = GatherWithGradient.apply(images), GatherWithGradient.apply(texts)
+        scale = self.logit_scale.exp()
+        return (scale * images @ all_texts.T).float(), (scale * texts @ all_images.T).float()
+
+    def _checked(self, name: str, input_ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Check a token batch and bring its real tokens to the left."""
+        mask = check_token_ids(name, input_ids, mask, self.config.qllama_config.vocab_size)
+        order = real_tokens_first(mask)
+        return input_ids.gather(1, order), mask.gather(1, order)
+
+
+class InternVLForPreTraining(InternVLTrainingModel):
+    """
+    Stage 2 of the original's training: matching, contrast and captioning (paper, section 3.3; SPEC, "Training
+    objectives"). Two of its three passes need no mask: the queries of the caption's pass are also what the contrast is
+    made with, because they see nothing but themselves and the picture.
+    """
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        positive_input_ids: torch.Tensor,
+        positive_attention_mask: torch.Tensor | None,
+        negative_input_ids: torch.Tensor,
+        negative_attention_mask: torch.Tensor | None,
+        summarize_input_ids: torch.Tensor,
+        summarize_attention_mask: torch.Tensor | None,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        labels: torch.Tensor,
+    ) -> InternVLTrainingOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor`): [B, 3, H, W]; every rank has the same B.
+            positive_input_ids, negative_input_ids (`torch.Tensor`): [B, L] ids of texts `<s> TEXT </s>` that match the
+                picture, and that do not. The first B - B // 2 rows take the negative, the others the positive text.
+            summarize_input_ids (`torch.Tensor`): [B, L] ids of `<s> summarize:TEXT </s>`. Rows of five tokens, which
+                hold no text, are left out of the contrast.
+            input_ids, labels (`torch.Tensor`): [B, L] ids of the caption with its prompt, and the same ids with -100
+                where nothing is to be learnt. The shift by one happens here.
+            ..._attention_mask (`torch.Tensor` or None): like the ids; None for "every id but 0".
+
+        Returns:
+            [`InternVLTrainingOutput`]: `loss` = `loss_itm` + `loss_itc` + `loss_itg`.
+        """
+        positive_ids, positive_mask = self._checked("positive_input_ids", positive_input_ids, positive_attention_mask)
+        negative_ids, negative_mask = self._checked("negative_input_ids", negative_input_ids, negative_attention_mask)
+        summary_ids, summary_mask = self._checked("summarize_input_ids", summarize_input_ids, summarize_attention_mask)
+        check_token_ids("input_ids", input_ids, attention_mask, self.config.qllama_config.vocab_size)
+        self._check_labels(input_ids, labels)
+        image_states = self._image_states(pixel_values)
+
+        num_negative = len(pixel_values) - len(pixel_values) // 2
+        loss_itm = self._matching_loss(
+            image_states,
+            _pad_together((negative_ids[:num_negative], positive_ids[num_negative:])),
+            _pad_together((negative_mask[:num_negative], positive_mask[num_negative:])),
+            torch.arange(len(image_states), device=image_states.device).ge(num_negative).long(),
+        )
+        states = self._joint_states(image_states, input_ids, attention_mask, see_all=False)
+        queries, text = states.split([self.config.num_query_token, input_ids.shape[1]], dim=1)
+        loss_itc = self._contrastive_loss(
+            self.clip_projector2(queries), self._pool_text(summary_ids, summary_mask), summary_mask.sum(dim=1) != 5
+        )
+        logits = self.qllama.lm_head(text[:, :-1]).float().flatten(0, 1)  # [B * (L - 1), vocabulary]
+        targets = labels[:, 1:].flatten().to(logits.device)
+        loss_itg = mean_of_valid(F.cross_entropy(logits, targets, reduction="none"), targets != -100)
+        loss = loss_itm + loss_itc + loss_itg
+        return InternVLTrainingOutput(loss=loss, loss_itm=loss_itm, loss_itc=loss_itc, loss_itg=loss_itg)
+
+    def _check_labels(self, input_ids: torch.Tensor, labels: torch.Tensor) -> None:
+        if not isinstance(labels, torch.Tensor) or labels.shape != input_ids.shape:
+            shape = list(getattr(labels, "shape", [])) or type(labels).__name__
+            raise ValueError(f"`labels` must be {list(input_ids.shape)} like `input_ids`, got {shape}.")
+
+    def _contrastive_loss(
+        self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, valid: torch.Tensor
+    ) -> torch.Tensor:
+        """ITC: each picture's text is the one of its own row among all ranks' texts, and the other way round."""
+        targets = torch.arange(len(valid), device=valid.device)
+        if is_distributed():
+            targets = targets + dist.get_rank() * len(valid)
+        smoothing = self.config.label_smoothing
+        losses = [
+            F.cross_entropy(logits, targets.to(logits.device), reduction="none", label_smoothing=smoothing)
+            for logits in self._similarities(image_embeds, text_embeds)
+        ]
+        return mean_of_valid(sum(losses) / 2, valid)
+
+
+class InternVLForRetrieval(InternVLTrainingModel):
+    """Retrieval fine-tuning of the original: matching and contrast with soft targets (SPEC, "Training objectives")."""
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        positive_input_ids: torch.Tensor,
+        positive_attention_mask: torch.Tensor | None,
+        negative_input_ids: torch.Tensor,
+        negative_attention_mask: torch.Tensor | None,
+        summarize_input_ids: torch.Tensor,
+        summarize_attention_mask: torch.Tensor | None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        image_ids: torch.Tensor | None = None,
+    ) -> InternVLTrainingOutput:
+        """
+        Args:
+            image_ids (`torch.Tensor`, *optional*): [B]; rows with the same number, on whatever rank, show the same
+                thing, so all their pairs are positives. Every row its own if not given.
+            input_ids, attention_mask, labels: taken so that both objectives eat the same batches; not used.
+            others: see [`InternVLForPreTraining.forward`].
+
+        Returns:
+            [`InternVLTrainingOutput`]: `loss` = `loss_itm` + `loss_itc`.
+        """
+        positive_ids, positive_mask = self._checked("positive_input_ids", positive_input_ids, positive_attention_mask)
+        negative_ids, negative_mask = self._checked("negative_input_ids", negative_input_ids, negative_attention_mask)
+        summary_ids, summary_mask = self._checked("summarize_input_ids", summarize_input_ids, summarize_attention_mask)
+        image_states = self._image_states(pixel_values)
+        batch = len(image_states)
+        loss_itm = self._matching_loss(
+            torch.cat([image_states, image_states]),
+            _pad_together((negative_ids, positive_ids)),
+            _pad_together((negative_mask, positive_mask)),
+            torch.arange(2 * batch, device=image_states.device).ge(batch).long(),
+        )
+        text_embeds = self._pool_text(summary_ids, summary_mask)
+        targets = self._soft_targets(image_ids, batch, image_states.device)
+        loss_itc = sum(
+            self._contrastive_loss(image_embeds, text_embeds, targets)
+            for image_embeds in (
+                self.clip_projector2(self._query_states(image_states)),
+                self.clip_projector(image_states),
+            )
+        )
+        return InternVLTrainingOutput(loss=loss_itm + loss_itc, loss_itm=loss_itm, loss_itc=loss_itc)
+
+    def _soft_targets(self, image_ids: torch.Tensor | None, batch: int, device: torch.device) -> torch.Tensor:
+        """Each local row's share of every row of all ranks [B, W * B], the same for all rows that show its thing."""
+        if image_ids is None:
+            rank = dist.get_rank() if is_distributed() else 0
+            image_ids = torch.arange(batch, device=device) + rank * batch
+        elif image_ids.shape != (batch,):
+            raise ValueError(f"`image_ids` must be [{batch}], one per picture, got {list(image_ids.shape)}.")
+        all_ids = gather(image_ids) if is_distributed() else image_ids
+        same = (image_ids[:, None] == all_ids[None, :]).float()
+        return same / same.sum(dim=1, keepdim=True)
+
+    def _contrastive_loss(
+        self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
+        smoothing = self.config.label_smoothing
+        losses = [
+            F.cross_entropy(logits, targets.to(logits.device), label_smoothing=smoothing)
+            for logits in self._similarities(image_embeds, text_embeds)
+        ]
+        return sum(losses) / 2
+
+
+def _pad_together(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Put batches of different length one under the other, padded with 0 on the right."""
+    length = max(part.shape[1] for part in parts)
+    return torch.cat([F.pad(part, (0, length - part.shape[1])) for part in parts])
+
+
+__all__ = ["InternVLForPreTraining", "InternVLForRetrieval", "InternVLModel", "InternVL_C", "InternVL_G"]

@@ -1,0 +1,411 @@
+"""
+QLLaMA, the language tower of InternVL-14B (InternVL paper, arXiv:2312.14238, section 3.2; SPEC, "QLLaMA").
+
+A LLaMA decoder whose even layers can also look at a picture: a sequence may start with learnable queries, and only
+those queries cross-attend to the vision tower's tokens. The three ways to run it need no special attention mask:
+
+* picture:          queries alone, which all see each other;
+* text:             plain causal attention;
+* picture + prompt: the queries first, which see each other and nothing else, then the prompt, causally over both.
+                    The queries can be run ahead into a cache; what is decoded then never meets the cross-attention.
+
+Where this file differs from the original implementation, and why:
+* Rotary angles are computed where they are used: no buffer that could be lost on the meta device, no gathered tables.
+* Keys and values live in transformers' `Cache` objects, dynamic, static or quantised, as `generate` creates them.
+"""
+
+import inspect
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache, DynamicCache, GenerationMixin
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .configuration_internvl import QLlamaConfig
+from .modeling_intern_vit import InternPreTrainedModel, RegistryAttention, rms_norm_class, run_layers
+
+
+def attention_mask_for(
+    config: QLlamaConfig,
+    hidden_states: torch.Tensor,
+    padding_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    see_all: bool,
+) -> Any:
+    """
+    Build the mask that the configured attention function wants, or None where it needs none.
+
+    Args:
+        hidden_states (`torch.Tensor`): [B, L, C], the input of the first layer.
+        padding_mask (`torch.Tensor`, *optional*): [B, past + L], 1 for real tokens.
+        see_all (`bool`): every position sees every real token, instead of those before it.
+    """
+    if see_all and padding_mask is None:
+        return None
+    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    arguments = {"config": config, "attention_mask": padding_mask, "past_key_values": past_key_values}
+    parameters = inspect.signature(create_causal_mask).parameters
+    # transformers < 5.6 says `input_embeds`.
+    arguments["inputs_embeds" if "inputs_embeds" in parameters else "input_embeds"] = hidden_states
+    if "cache_position" in parameters:  # transformers < 5.0
+        arguments["cache_position"] = torch.arange(hidden_states.shape[1], device=hidden_states.device) + past
+    if see_all:
+        arguments["or_mask_function"] = lambda batch, head, query, key: query >= 0
+    return create_causal_mask(**arguments)
+
+
+def update_cache(
+    cache: Cache, layer_idx: int, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Append keys and values [B, heads, L, head_dim] to a layer of the cache and return all that it holds."""
+    if "cache_kwargs" not in inspect.signature(cache.update).parameters:  # transformers >= 5.0
+        return cache.update(key, value, layer_idx)
+    # Each layer has its own length here: the layers before this one are already ahead.
+    position = torch.arange(key.shape[2], device=key.device) + cache.get_seq_length(layer_idx)
+    return cache.update(key, value, layer_idx, {"cache_position": position})
+
+
+def rotary_angles(config: QLlamaConfig, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """
+    Cosines and sines of the rotary positions (RoFormer, arXiv:2104.09864).
+
+    Args:
+        position_ids (`torch.Tensor`): [1 or B, L]
+
+    Returns:
+        Two tensors [1 or B, 1, L, head_dim] in `dtype`, computed in float32.
+    """
+    head_dim = config.hidden_size // config.num_attention_heads
+    channels = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32)
+    frequencies = 1.0 / config.rope_theta ** (channels / head_dim)  # [head_dim / 2]
+    angles = position_ids.unsqueeze(-1).float() * frequencies  # [1 or B, L, head_dim / 2]
+    angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)  # [1 or B, 1, L, head_dim]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(states: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    """Turn each pair (i, i + head_dim / 2) of [B, heads, L, head_dim] by its position's angle."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cosines + torch.cat([-second, first], dim=-1) * sines
+
+
+class QLlamaMLP(nn.Module):
+    def __init__(self, config: QLlamaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class QLlamaAttention(RegistryAttention):
+    """Self-attention with rotary positions; the first positions may see each other, the rest is causal."""
+
+    def __init__(self, config: QLlamaConfig, layer_idx: int):
+        heads, groups = config.num_attention_heads, config.num_attention_heads // config.num_key_value_heads
+        head_dim = config.hidden_size // heads
+        super().__init__(config, heads, head_dim, groups, config.attention_dropout)
+        self.layer_idx = layer_idx
+        self.q_proj = nn.Linear(config.hidden_size, heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rotary: tuple[torch.Tensor, ...],
+        attention_mask: Any,
+        past_key_values: Cache | None,
+        num_bidirectional: int,
+    ) -> torch.Tensor:
+        query = rotate(self.split_heads(self.q_proj(hidden_states)), *rotary)
+        key = rotate(self.split_heads(self.k_proj(hidden_states)), *rotary)
+        value = self.split_heads(self.v_proj(hidden_states))
+        if past_key_values is not None:
+            key, value = update_cache(past_key_values, self.layer_idx, key, value)
+        first, length = num_bidirectional, hidden_states.shape[1]
+        if first == length:
+            return self.o_proj(self.attend(query, key, value, attention_mask))
+        states = self.attend(query, key, value, attention_mask, is_causal=True)
+        if first:
+            # Causal attention gave these positions too little; giving it to them again spares every other
+            # implementation than eager a dense mask.
+            states_first = self.attend(query[:, :, :first], key[:, :, :first], value[:, :, :first])
+            states = torch.cat([states_first, states[:, first:]], dim=1)
+        return self.o_proj(states)
+
+
+class QLlamaCrossAttention(RegistryAttention):
+    """Attention of the queries to the tokens of a picture; every token is visible, none has a rotary position."""
+
+    def __init__(self, config: QLlamaConfig):
+        width, encoder_width = config.hidden_size, config.encoder_hidden_size
+        super().__init__(config, config.num_attention_heads, width // config.num_attention_heads)
+        norm = partial(rms_norm_class(), eps=config.rms_norm_eps)
+        self.norm1 = norm(width)
+        self.norm2 = norm(encoder_width)
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(encoder_width, width, bias=False)
+        self.v_proj = nn.Linear(encoder_width, width, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
+
+    def forward(self, queries: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+        query = self.split_heads(self.q_proj(self.norm1(queries)))
+        context = self.norm2(encoder_hidden_states)
+        key, value = self.split_heads(self.k_proj(context)), self.split_heads(self.v_proj(context))
+        if len(key) == 1:  # one picture for many texts: its keys and values are computed once
+            key, value = (states.expand(len(query), -1, -1, -1) for states in (key, value))
+        return self.o_proj(self.attend(query, key, value))
+
+
+class QLlamaDecoderLayer(nn.Module):
+    def __init__(self, config: QLlamaConfig, layer_idx: int):
+        super().__init__()
+        norm = partial(rms_norm_class(), config.hidden_size, eps=config.rms_norm_eps)
+        self.num_query_token = config.num_query_token
+        self.self_attn = QLlamaAttention(config, layer_idx)
+        has_cross_attention = layer_idx % config.cross_attention_frequency == 0
+        self.cross_attn = QLlamaCrossAttention(config) if has_cross_attention else None
+        self.mlp = QLlamaMLP(config)
+        self.input_layernorm = norm()
+        self.post_attention_layernorm = norm()
+
+    def look_at_picture(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+        """Add the cross-attention to the queries; the text behind them stays as it is."""
+        sizes = [self.num_query_token, hidden_states.shape[1] - self.num_query_token]
+        queries, text = hidden_states.split(sizes, dim=1)
+        queries = queries + self.cross_attn(queries, encoder_hidden_states)
+        return torch.cat([queries, text], dim=1) if sizes[1] else queries
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rotary: tuple[torch.Tensor, ...],
+        attention_mask: Any = None,
+        past_key_values: Cache | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        num_bidirectional: int = 0,
+    ) -> torch.Tensor:
+        states = self.input_layernorm(hidden_states)
+        hidden_states = hidden_states + self.self_attn(
+            states, rotary, attention_mask, past_key_values, num_bidirectional
+        )
+        if self.cross_attn is not None and encoder_hidden_states is not None:
+            hidden_states = self.look_at_picture(hidden_states, encoder_hidden_states)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class QLlamaPreTrainedModel(InternPreTrainedModel):
+    config_class = QLlamaConfig
+    main_input_name = "input_ids"
+    base_model_prefix = "model"
+    _no_split_modules = ["QLlamaDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.Embedding) and not getattr(module.weight, "_is_hf_initialized", False):
+            nn.init.zeros_(module.weight[module.padding_idx])
+
+
+class QLlamaModel(QLlamaPreTrainedModel):
+    """QLLaMA without its language head."""
+
+    def __init__(self, config: QLlamaConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([QLlamaDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.norm = rms_norm_class()(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value
+
+    def _position_ids(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
+    ) -> torch.Tensor:
+        length = hidden_states.shape[1]
+        if attention_mask is not None and attention_mask.ndim == 2:
+            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        return (torch.arange(length, device=hidden_states.device) + past).unsqueeze(0)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        num_bidirectional: int = 0,
+    ) -> tuple | BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids (`torch.Tensor`): [B, L] token ids, or `inputs_embeds` [B, L, C] instead.
+            attention_mask (`torch.Tensor`, *optional*): [B, past + L], 1 for real tokens, 0 for padding. Not needed
+                for right-padded text: nothing real looks at what stands behind it.
+            position_ids (`torch.Tensor`, *optional*): [1 or B, L]; by default they count the real tokens from 0.
+            past_key_values (`Cache`, *optional*): what came before; it is extended in place.
+            use_cache (`bool`, *optional*): return a cache; by default as the config says, but never in training.
+            output_hidden_states (`bool`, *optional*): also return the embeddings and the output of every layer.
+            return_dict (`bool`, *optional*): `False` for a plain tuple.
+            encoder_hidden_states (`torch.Tensor`, *optional*): [1 or B, tokens, vision width], the picture; then the
+                first `config.num_query_token` positions are queries and cross-attend to it.
+            num_bidirectional (`int`): so many leading positions see each other, and nothing else; if it is L,
+                everything sees everything.
+
+        Returns:
+            `BaseModelOutputWithPast`: `last_hidden_state` [B, L, C] after the final norm.
+
+        Raises:
+            `ValueError`: neither or both of `input_ids` and `inputs_embeds`, or fewer positions than queries.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, L, C]
+        length = hidden_states.shape[1]
+        if encoder_hidden_states is not None and length < self.config.num_query_token:
+            raise ValueError(f"A picture needs the {self.config.num_query_token} queries in front, got {length} positions.")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if position_ids is None:
+            position_ids = self._position_ids(hidden_states, attention_mask, past_key_values)
+        see_all = num_bidirectional == length
+        mask = attention_mask_for(self.config, hidden_states, attention_mask, past_key_values, see_all)
+        hidden_states, all_states = run_layers(
+            self,
+            hidden_states,
+            output_hidden_states,
+            rotary=rotary_angles(self.config, position_ids, hidden_states.dtype),
+            attention_mask=mask,
+            past_key_values=past_key_values,
+            encoder_hidden_states=encoder_hidden_states,
+            num_bidirectional=num_bidirectional,
+        )
+        output = BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values, hidden_states=all_states
+        )
+        return output.to_tuple() if return_dict is False else output
+
+
+class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
+    """QLLaMA with its language head; what writes captions."""
+
+    def __init__(self, config: QLlamaConfig):
+        super().__init__(config)
+        self.model = QLlamaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        num_bidirectional: int = 0,
+        logits_to_keep: int = 0,
+    ) -> tuple | CausalLMOutputWithPast:
+        """
+        Args:
+            logits_to_keep (`int`): compute logits for so many last positions only; 0 for all.
+            others: see [`QLlamaModel.forward`].
+
+        Returns:
+            `CausalLMOutputWithPast`: `logits` [B, kept, vocabulary].
+        """
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            num_bidirectional=num_bidirectional,
+        )
+        logits = self.lm_head(output.last_hidden_state[:, -logits_to_keep:])
+        output = CausalLMOutputWithPast(
+            logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        image_prefix: Cache | None = None,
+        use_cache: bool | None = True,
+        logits_to_keep: int = 1,
+        **unused: Any,
+    ) -> dict[str, Any]:
+        """
+        What `generate` feeds to `forward` at each step: all that the cache has not seen.
+
+        Args:
+            input_ids (`torch.Tensor`): [B, so far]; after `inputs_embeds`, if those are given.
+            image_prefix (`Cache`, *optional*): the queries of B / beams pictures, already run; the first step copies
+                it into `generate`'s own cache, whatever its kind, once per beam.
+        """
+        if past_key_values is None:
+            raise ValueError("`use_cache` must be True: the queries of the picture are only kept in the cache.")
+        if image_prefix is not None and past_key_values.get_seq_length() == 0:
+            copy_cache(image_prefix, past_key_values, batch_size=len(input_ids))
+        seen = int(past_key_values.get_seq_length())
+        given = 0 if inputs_embeds is None else inputs_embeds.shape[1]
+        step = {"inputs_embeds": inputs_embeds[:, seen:]} if seen < given else {"input_ids": input_ids[:, seen - given :]}
+        common = {"past_key_values": past_key_values, "attention_mask": attention_mask, "use_cache": use_cache}
+        return step | common | {"logits_to_keep": logits_to_keep}
+
+
+def copy_cache(source: Cache, target: Cache, batch_size: int) -> None:
+    """Append every layer of a dynamic cache of N rows to another one, each row `batch_size / N` times in a row."""
+    for index, layer in enumerate(source.layers):
+        repeats = batch_size // len(layer.keys)
+        key, value = (states.repeat_interleave(repeats, dim=0) for states in (layer.keys, layer.values))
+        update_cache(target, index, key, value)
+
+
+__all__ = ["QLlamaForCausalLM", "QLlamaModel"]

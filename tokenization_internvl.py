@@ -1,0 +1,161 @@
+"""The tokenizer of InternVL-14B: SentencePiece's own ids on every transformers release.
+
+Reference: the checkpoint's ``tokenizer.model`` as the slow ``LlamaTokenizer`` of transformers 4.37 read it (SPEC,
+"Sizes" and "Features and logits").
+
+Why the library's tokenizer is not used: transformers 5 rebuilds ``LlamaTokenizer`` on the `tokenizers` library, which
+ranks merges by vocabulary id where SentencePiece ranks them by score, so "A  double  space" and much Chinese text get
+other ids. Here SentencePiece itself splits the text. The base class, `PreTrainedTokenizer`, has the same name and the
+same hooks in 4.57 and 5.x, so nothing in this file depends on the release.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import sentencepiece
+from transformers import PreTrainedTokenizer
+
+
+class InternVLTokenizer(PreTrainedTokenizer):
+    """SentencePiece tokenizer: ``<s>`` first, ``</s>`` last on request, padded on the right with id 0.
+
+    Special tokens spelt out in a text ("</s>") become their ids, and the text on either side of one is encoded as a
+    text of its own, as in transformers 4.37. `decode` is SentencePiece's decode with special tokens left standing.
+
+    Args:
+        vocab_file (`str`): path of a SentencePiece model. It is the only file the constructor reads.
+        unk_token, bos_token, eos_token (`str`): ids 0, 1 and 2 of the published model.
+        pad_token (`str`, *optional*): defaults to `unk_token`, id 0, the id the model was trained with. A token the
+            vocabulary lacks (CLIP_benchmark's ``' '``) also pads with `unk_token`: it would otherwise be added behind
+            the last row of the embedding table, and split every text that contains it.
+        add_bos_token (`bool`, *optional*): whether sequences start with ``<s>``; default True.
+        add_eos_token (`bool`, *optional*): whether sequences end with ``</s>``; default False. Text features are read
+            at ``</s>``, so embeddings need True and prompts for generation False. Both may be assigned at any time.
+        added_ends (`dict[str, bool]`, *optional*): the two settings as `save_pretrained` stores them; not for callers.
+
+    Raises:
+        ValueError: `vocab_file` is None, which is what loading a folder without ``tokenizer.model`` comes to.
+        FileNotFoundError: there is no such file.
+        RuntimeError: the file is no SentencePiece model.
+    """
+
+    vocab_files_names = {"vocab_file": "tokenizer.model"}
+    model_input_names = ["input_ids", "attention_mask"]
+    padding_side = "right"
+
+    def __init__(
+        self,
+        vocab_file,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token=None,
+        add_bos_token=None,
+        add_eos_token=None,
+        added_ends=None,
+        **kwargs,
+    ):
+        if vocab_file is None:
+            raise ValueError("`vocab_file` must be the path of a SentencePiece model (tokenizer.model), got None.")
+        if not os.path.isfile(vocab_file):
+            raise FileNotFoundError(f"`vocab_file` must be the path of a SentencePiece model, got {str(vocab_file)!r}.")
+        self.vocab_file = str(vocab_file)
+        self.sp_model = sentencepiece.SentencePieceProcessor()
+        self.sp_model.Load(self.vocab_file)
+
+        saved = {"bos": True, "eos": False} | (added_ends or {})
+        self.add_bos_token = saved["bos"] if add_bos_token is None else add_bos_token
+        self.add_eos_token = saved["eos"] if add_eos_token is None else add_eos_token
+
+        added = {str(token) for token in kwargs.get("added_tokens_decoder", {}).values()}
+        known_pad = self._is_piece(pad_token) or str(pad_token) in added
+        super().__init__(
+            unk_token=unk_token,
+            bos_token=bos_token,
+            eos_token=eos_token,
+            pad_token=pad_token if known_pad else unk_token,
+            added_ends=self.added_ends,
+            **kwargs,
+        )
+
+    @property
+    def added_ends(self) -> dict[str, bool]:
+        """`add_bos_token` and `add_eos_token` under a name that is saved.
+
+        transformers 5 drops the two flags themselves from ``tokenizer_config.json``; a tokenizer saved with
+        ``add_eos_token=True`` would come back without ``</s>``, and its embeddings would be wrong without an error.
+        """
+        return {"bos": bool(self.add_bos_token), "eos": bool(self.add_eos_token)}
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of SentencePiece pieces (49,954 for the published model, ``[PAD]`` included)."""
+        return self.sp_model.get_piece_size()
+
+    def get_vocab(self) -> dict[str, int]:
+        """Every piece and added token with its id."""
+        pieces = self.sp_model.id_to_piece(list(range(self.vocab_size)))
+        return {piece: index for index, piece in enumerate(pieces)} | self.added_tokens_encoder
+
+    def _is_piece(self, token) -> bool:
+        if token is None:
+            return False
+        return self.sp_model.id_to_piece(self.sp_model.piece_to_id(str(token))) == str(token)
+
+    def _tokenize(self, text, **kwargs):
+        return self.sp_model.encode(text, out_type=str)
+
+    def _convert_token_to_id(self, token):
+        return self.sp_model.piece_to_id(token)
+
+    def _convert_id_to_token(self, index):
+        return self.sp_model.id_to_piece(index)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Joins pieces into text. Special tokens stay as they are: SentencePiece would print ``<unk>`` as " ⁇ "."""
+        special = set(self.all_special_tokens)
+        texts, run = [], []
+        for token in tokens:
+            if token in special:
+                texts += [self.sp_model.decode(run), token]
+                run = []
+            else:
+                run.append(token)
+        return "".join(texts) + self.sp_model.decode(run)
+
+    def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None) -> list[int]:
+        """Puts ``<s>`` before and ``</s>`` after each sequence, as far as `add_bos_token` and `add_eos_token` say."""
+        start = [self.bos_token_id] if self.add_bos_token else []
+        end = [self.eos_token_id] if self.add_eos_token else []
+        first = start + list(token_ids_0) + end
+        return first if token_ids_1 is None else first + start + list(token_ids_1) + end
+
+    def get_special_tokens_mask(self, token_ids_0, token_ids_1=None, already_has_special_tokens=False) -> list[int]:
+        """1 where `build_inputs_with_special_tokens` puts ``<s>`` or ``</s>``, 0 elsewhere."""
+        if already_has_special_tokens:
+            return super().get_special_tokens_mask(token_ids_0, token_ids_1, already_has_special_tokens=True)
+        start, end = [1] * bool(self.add_bos_token), [1] * bool(self.add_eos_token)
+        first = start + [0] * len(token_ids_0) + end
+        return first if token_ids_1 is None else first + start + [0] * len(token_ids_1) + end
+
+    def create_token_type_ids_from_sequences(self, token_ids_0, token_ids_1=None) -> list[int]:
+        """0 for the first sequence, 1 for the second, special tokens included. The model does not use them."""
+        first = [0] * len(self.build_inputs_with_special_tokens(token_ids_0))
+        return first if token_ids_1 is None else first + [1] * len(self.build_inputs_with_special_tokens(token_ids_1))
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
+        """Writes the SentencePiece model to `save_directory` and returns its path in a tuple.
+
+        The model in memory is written when the file it came from is gone.
+        """
+        name = self.vocab_files_names["vocab_file"]
+        target = Path(save_directory) / (f"{filename_prefix}-{name}" if filename_prefix else name)
+        if not os.path.isfile(self.vocab_file):
+            target.write_bytes(self.sp_model.serialized_model_proto())
+        elif not (target.exists() and os.path.samefile(self.vocab_file, target)):
+            shutil.copyfile(self.vocab_file, target)
+        return (str(target),)
+
+
+__all__ = ["InternVLTokenizer"]
