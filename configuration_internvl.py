@@ -62,7 +62,9 @@ class QLlamaConfig(PretrainedConfig):
     ):
         require("rope_scaling", rope_scaling, rope_scaling is None, "None: the checkpoint has plain rotary positions")
         require("attention_bias", attention_bias, not attention_bias, "False: the checkpoint's attention has no bias")
-        require("tie_word_embeddings", tie_word_embeddings, not tie_word_embeddings, "False: `lm_head` is its own matrix")
+        require(
+            "tie_word_embeddings", tie_word_embeddings, not tie_word_embeddings, "False: `lm_head` is its own matrix"
+        )
         super().__init__(tie_word_embeddings=False, **kwargs)
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
@@ -100,7 +102,9 @@ class QLlamaConfig(PretrainedConfig):
         )
         require_fractions(attention_dropout=self.attention_dropout)
         whole = self.hidden_size % (2 * self.num_attention_heads) == 0
-        require("num_attention_heads", self.num_attention_heads, whole, f"such that {self.hidden_size=} gives even heads")
+        require(
+            "num_attention_heads", self.num_attention_heads, whole, f"such that {self.hidden_size=} gives even heads"
+        )
         grouped = self.num_attention_heads % self.num_key_value_heads == 0
         require("num_key_value_heads", self.num_key_value_heads, grouped, f"a divisor of {self.num_attention_heads=}")
         require("rms_norm_eps", self.rms_norm_eps, self.rms_norm_eps > 0, "above 0")
@@ -154,7 +158,9 @@ class InternVLConfig(PretrainedConfig):
         tie_word_embeddings: bool = False,
         **kwargs: Any,
     ):
-        require("tie_word_embeddings", tie_word_embeddings, not tie_word_embeddings, "False: `lm_head` is its own matrix")
+        require(
+            "tie_word_embeddings", tie_word_embeddings, not tie_word_embeddings, "False: `lm_head` is its own matrix"
+        )
         # The original configs store these two; here the class and the language tower are their only sources.
         kwargs.pop("model_type", None)
         kwargs.pop("hidden_size", None)

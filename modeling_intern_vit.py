@@ -43,7 +43,7 @@ def repeat_key_value(states: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -146,14 +146,16 @@ class InternPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # torch.nn.init functions only: transformers guards those against overwriting what was loaded.
-        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
-        elif type(module).__name__ in ("RMSNorm", "FusedRMSNorm", "LayerNorm"):
-            nn.init.ones_(module.weight)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+        is_norm = type(module).__name__ in ("RMSNorm", "FusedRMSNorm", "LayerNorm")
+        if not is_norm and not isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
+            return
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == "bias":
+                nn.init.zeros_(parameter)
+            elif is_norm:
+                nn.init.ones_(parameter)
+            else:
+                nn.init.normal_(parameter, std=self.config.initializer_range)
 
     @classmethod
     def from_pretrained(cls, *args: Any, strict: bool = True, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -168,10 +170,11 @@ class InternPreTrainedModel(PreTrainedModel):
             `ValueError`: names the tensors that are missing, superfluous or of another shape.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        problems = {kind: info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)}
+        kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+        problems = {kind: info[kind] for kind in kinds if info.get(kind)}
         if strict and problems:
             listed = "; ".join(f"{kind}: {_abbreviate(names)}" for kind, names in problems.items())
-            raise ValueError(f"The checkpoint does not fit {cls.__name__}: {listed}. `strict=False` loads it all the same.")
+            raise ValueError(f"The checkpoint does not fit {cls.__name__} ({listed}). `strict=False` loads it anyhow.")
         return (model, info) if output_loading_info else model
 
 
@@ -181,7 +184,7 @@ def _abbreviate(names: Any, most: int = 5) -> str:
 
 
 def run_layers(
-    stack: nn.Module, hidden_states: torch.Tensor, output_hidden_states: bool, **kwargs: Any
+    stack: Any, hidden_states: torch.Tensor, output_hidden_states: bool, **kwargs: Any
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
     """
     Run `stack.layers` one after the other, recomputing activations in the backward pass if the stack's
@@ -241,7 +244,7 @@ class InternVisionEmbeddings(nn.Module):
         if len(shape) != 4 or shape[1] != self.num_channels:
             raise ValueError(f"`pixel_values` must be [batch, {self.num_channels}, height, width], got {list(shape)}.")
         if shape[2] % patch or shape[3] % patch or 0 in shape:
-            raise ValueError(f"`pixel_values` must have sides that are multiples of {patch}, got {shape[2]} x {shape[3]}.")
+            raise ValueError(f"The sides of `pixel_values` must be multiples of {patch}, got {shape[2]} x {shape[3]}.")
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         self.check_pixels(pixel_values)

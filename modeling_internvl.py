@@ -215,13 +215,13 @@ class InternVLModel(InternVLPreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.qllama.get_input_embeddings()
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.qllama.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.qllama.get_output_embeddings()
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.qllama.set_output_embeddings(new_embeddings)
 
     # ---------------------------------------------------------------------------------------- towers to states
@@ -499,8 +499,21 @@ class InternVLModel(InternVLPreTrainedModel, GenerationMixin):
         Raises:
             `ValueError`, `TypeError`: no input, an unknown mode, or an input of a wrong shape, dtype or range.
         """
-        if image is not None or text is not None:
-            return self._original_forward(image, text, input_ids, pixel_values, attention_mask, mode)
+        if image is None and text is None:
+            output = self._compare(input_ids, pixel_values, attention_mask, mode)
+            return output.to_tuple() if return_dict is False else output
+        if image is None or text is None or input_ids is not None or pixel_values is not None:
+            raise ValueError("`image` and `text` go together, and without `pixel_values` and `input_ids`.")
+        output = self._compare(text, image, attention_mask, mode)
+        return output.logits_per_image, output.logits_per_text
+
+    def _compare(
+        self,
+        input_ids: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        mode: str,
+    ) -> InternVLOutput:
         if mode not in MODES:
             raise ValueError(f"`mode` must be one of {MODES}, got {mode!r}.")
         if input_ids is None and pixel_values is None:
@@ -511,21 +524,7 @@ class InternVLModel(InternVLPreTrainedModel, GenerationMixin):
         if image_embeds is not None and text_embeds is not None:
             output.logits_per_image = self.logit_scale.exp() * image_embeds @ text_embeds.to(image_embeds.device).T
             output.logits_per_text = output.logits_per_image.T
-        return output.to_tuple() if return_dict is False else output
-
-    def _original_forward(
-        self,
-        image: torch.Tensor | None,
-        text: torch.Tensor | None,
-        input_ids: torch.Tensor | None,
-        pixel_values: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        mode: str,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if image is None or text is None or input_ids is not None or pixel_values is not None:
-            raise ValueError("`image` and `text` go together, and without `pixel_values` and `input_ids`.")
-        output = self.forward(text, image, attention_mask, mode)
-        return output.logits_per_image, output.logits_per_text
+        return output
 
 
 class InternVL_C(InternVLModel):  # noqa: N801 - the name that CLIP_benchmark imports
@@ -589,9 +588,7 @@ class InternVLTrainingModel(InternVLModel):
         logits = self._match(image_states, input_ids, mask).float()
         return mean_of_valid(F.cross_entropy(logits, labels, reduction="none"), mask.sum(dim=1) != 2)
 
-    def _similarities(
-        self, image_embeds: torch.Tensor, text_embeds: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _similarities(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of the local pictures to all ranks' texts, and of the local texts to all ranks' pictures [B, W * B]."""
         images, texts = F.normalize(image_embeds, dim=-1), F.normalize(text_embeds, dim=-1)
         all_images, all_texts = images, texts
@@ -600,7 +597,9 @@ class InternVLTrainingModel(InternVLModel):
         scale = self.logit_scale.exp()
         return (scale * images @ all_texts.T).float(), (scale * texts @ all_images.T).float()
 
-    def _checked(self, name: str, input_ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _checked(
+        self, name: str, input_ids: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Check a token batch and bring its real tokens to the left."""
         mask = check_token_ids(name, input_ids, mask, self.config.qllama_config.vocab_size)
         order = real_tokens_first(mask)
@@ -614,7 +613,7 @@ class InternVLForPreTraining(InternVLTrainingModel):
     made with, because they see nothing but themselves and the picture.
     """
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         pixel_values: torch.Tensor,
         positive_input_ids: torch.Tensor,
@@ -683,13 +682,13 @@ class InternVLForPreTraining(InternVLTrainingModel):
             F.cross_entropy(logits, targets.to(logits.device), reduction="none", label_smoothing=smoothing)
             for logits in self._similarities(image_embeds, text_embeds)
         ]
-        return mean_of_valid(sum(losses) / 2, valid)
+        return mean_of_valid(torch.stack(losses).mean(dim=0), valid)
 
 
 class InternVLForRetrieval(InternVLTrainingModel):
     """Retrieval fine-tuning of the original: matching and contrast with soft targets (SPEC, "Training objectives")."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         pixel_values: torch.Tensor,
         positive_input_ids: torch.Tensor,
@@ -726,13 +725,9 @@ class InternVLForRetrieval(InternVLTrainingModel):
         )
         text_embeds = self._pool_text(summary_ids, summary_mask)
         targets = self._soft_targets(image_ids, batch, image_states.device)
-        loss_itc = sum(
-            self._contrastive_loss(image_embeds, text_embeds, targets)
-            for image_embeds in (
-                self.clip_projector2(self._query_states(image_states)),
-                self.clip_projector(image_states),
-            )
-        )
+        queried, pooled = self.clip_projector2(self._query_states(image_states)), self.clip_projector(image_states)
+        loss_itc = self._contrastive_loss(queried, text_embeds, targets)
+        loss_itc = loss_itc + self._contrastive_loss(pooled, text_embeds, targets)
         return InternVLTrainingOutput(loss=loss_itm + loss_itc, loss_itm=loss_itm, loss_itc=loss_itc)
 
     def _soft_targets(self, image_ids: torch.Tensor | None, batch: int, device: torch.device) -> torch.Tensor:
@@ -754,7 +749,7 @@ class InternVLForRetrieval(InternVLTrainingModel):
             F.cross_entropy(logits, targets.to(logits.device), label_smoothing=smoothing)
             for logits in self._similarities(image_embeds, text_embeds)
         ]
-        return sum(losses) / 2
+        return torch.stack(losses).mean()
 
 
 def _pad_together(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:

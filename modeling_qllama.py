@@ -179,13 +179,6 @@ class QLlamaDecoderLayer(nn.Module):
         self.input_layernorm = norm()
         self.post_attention_layernorm = norm()
 
-    def look_at_picture(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
-        """Add the cross-attention to the queries; the text behind them stays as it is."""
-        sizes = [self.num_query_token, hidden_states.shape[1] - self.num_query_token]
-        queries, text = hidden_states.split(sizes, dim=1)
-        queries = queries + self.cross_attn(queries, encoder_hidden_states)
-        return torch.cat([queries, text], dim=1) if sizes[1] else queries
-
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -200,7 +193,10 @@ class QLlamaDecoderLayer(nn.Module):
             states, rotary, attention_mask, past_key_values, num_bidirectional
         )
         if self.cross_attn is not None and encoder_hidden_states is not None:
-            hidden_states = self.look_at_picture(hidden_states, encoder_hidden_states)
+            sizes = [self.num_query_token, hidden_states.shape[1] - self.num_query_token]
+            queries, text = hidden_states.split(sizes, dim=1)
+            queries = queries + self.cross_attn(queries, encoder_hidden_states)
+            hidden_states = torch.cat([queries, text], dim=1)
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
@@ -232,7 +228,7 @@ class QLlamaModel(QLlamaPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embed_tokens = value
 
     def _position_ids(
@@ -283,7 +279,8 @@ class QLlamaModel(QLlamaPreTrainedModel):
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, L, C]
         length = hidden_states.shape[1]
         if encoder_hidden_states is not None and length < self.config.num_query_token:
-            raise ValueError(f"A picture needs the {self.config.num_query_token} queries in front, got {length} positions.")
+            queries = self.config.num_query_token
+            raise ValueError(f"With a picture the sequence must start with {queries} queries, got {length} positions.")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
@@ -322,13 +319,13 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.model.embed_tokens = value
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
 
     def forward(
@@ -375,7 +372,7 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor,
         past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
+        inputs_embeds: Any = None,
         image_prefix: Cache | None = None,
         use_cache: bool | None = True,
         logits_to_keep: int = 1,
@@ -395,9 +392,15 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
             copy_cache(image_prefix, past_key_values, batch_size=len(input_ids))
         seen = int(past_key_values.get_seq_length())
         given = 0 if inputs_embeds is None else inputs_embeds.shape[1]
-        step = {"inputs_embeds": inputs_embeds[:, seen:]} if seen < given else {"input_ids": input_ids[:, seen - given :]}
-        common = {"past_key_values": past_key_values, "attention_mask": attention_mask, "use_cache": use_cache}
-        return step | common | {"logits_to_keep": logits_to_keep}
+        is_prompt = inputs_embeds is not None and seen < given
+        return {
+            "inputs_embeds": inputs_embeds[:, seen:] if is_prompt else None,
+            "input_ids": None if is_prompt else input_ids[:, seen - given :],
+            "past_key_values": past_key_values,
+            "attention_mask": attention_mask,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep,
+        }
 
 
 def copy_cache(source: Cache, target: Cache, batch_size: int) -> None:

@@ -13,7 +13,7 @@ Where this file differs from the usual CLIP processor, and why:
 
 import os
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -139,7 +139,7 @@ class InternVLProcessor(ProcessorMixin):
         pictures = None if images is None else _load_pictures(images)
         if task == "caption":
             text = _prompts(text, pictures)
-        data = {}
+        data: dict[str, Any] = {}
         if text is not None:
             texts = _checked_texts(text)
             data |= self._encode_texts(texts, RECIPES[task], padding, max_length, truncation, return_tensors)
@@ -149,7 +149,7 @@ class InternVLProcessor(ProcessorMixin):
 
     def _encode_pictures(self, pictures, crop, return_tensors):
         # The layout is said because 4.57 infers it, and takes a picture of height 1 or 3 for channels first.
-        options = {"input_data_format": "channels_last"}
+        options: dict[str, Any] = {"input_data_format": "channels_last"}
         if crop == "squash":
             target = self.image_processor.crop_size
             options |= {"size": {"height": target["height"], "width": target["width"]}, "do_center_crop": False}

@@ -115,7 +115,8 @@ class InternVLTokenizer(PreTrainedTokenizer):
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Joins pieces into text. Special tokens stay as they are: SentencePiece would print ``<unk>`` as " ⁇ "."""
         special = set(self.all_special_tokens)
-        texts, run = [], []
+        texts: list[str] = []
+        run: list[str] = []
         for token in tokens:
             if token in special:
                 texts += [self.sp_model.decode(run), token]

@@ -22,11 +22,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from emoji_data import DEFAULT_CACHE, LANGUAGES, load
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from emoji_data import DEFAULT_CACHE, LANGUAGES, load
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = ROOT / ".cache" / "train_tiny.pt"
@@ -39,7 +40,11 @@ CAPTION_PROMPTS = {"en": "English caption:", "zh": "中文描述:", "ja": "日�
 
 
 class Augmentation:
-    """Random affine maps, colours and backgrounds; no flips, since a left arrow is not a right arrow."""
+    """
+    Random affine maps, colours and backgrounds; no flips, since a left arrow is not a right arrow.
+
+    `strength`, from 0 to 1, scales all of it: at full strength from the start nothing is learnt for hundreds of steps.
+    """
 
     def __init__(self, size: int, mean: list[float], std: list[float], generator: torch.Generator):
         self.size = size
@@ -49,43 +54,44 @@ class Augmentation:
     def uniform(self, count: int, low: float, high: float) -> torch.Tensor:
         return torch.rand(count, generator=self.generator) * (high - low) + low
 
-    def affine(self, count: int) -> torch.Tensor:
+    def affine(self, count: int, strength: float) -> torch.Tensor:
         """Inverse maps [count, 2, 3]: rotation, scale, aspect, shear and shift."""
-        angle = self.uniform(count, -0.3, 0.3)
-        scale, aspect = self.uniform(count, 0.85, 1.35), self.uniform(count, -0.15, 0.15).exp()
-        shear = self.uniform(count, -0.15, 0.15)
+        angle, shear, aspect, x, y = (
+            self.uniform(count, -limit, limit) * strength for limit in (0.3, 0.15, 0.15, 0.15, 0.15)
+        )
+        scale, aspect = 1 + self.uniform(count, -0.15, 0.3) * strength, aspect.exp()
         cosine, sine = angle.cos() * scale, angle.sin() * scale
-        rows = [
-            torch.stack([cosine * aspect, -sine + shear, self.uniform(count, -0.15, 0.15)], dim=1),
-            torch.stack([sine, cosine / aspect, self.uniform(count, -0.15, 0.15)], dim=1),
-        ]
+        rows = [torch.stack([cosine * aspect, -sine + shear, x], dim=1), torch.stack([sine, cosine / aspect, y], dim=1)]
         return torch.stack(rows, dim=1)
 
-    def colours(self, rgb: torch.Tensor) -> torch.Tensor:
+    def colours(self, rgb: torch.Tensor, strength: float) -> torch.Tensor:
         """Mix channels a little, change contrast and brightness, and take all colour from a few."""
         count = len(rgb)
-        mix = torch.eye(3) + 0.12 * torch.randn(count, 3, 3, generator=self.generator)
-        grey = (self.uniform(count, 0, 1) < 0.08).view(-1, 1, 1)
+        mix = torch.eye(3) + 0.12 * strength * torch.randn(count, 3, 3, generator=self.generator)
+        grey = (self.uniform(count, 0, 1) < 0.06 * strength).view(-1, 1, 1)
         mix = torch.where(grey, torch.full((3, 3), 1 / 3), mix)
         rgb = torch.einsum("bij,bjhw->bihw", mix, rgb)
-        contrast, brightness = self.uniform(count, 0.7, 1.3), self.uniform(count, -0.15, 0.15)
+        contrast = 1 + self.uniform(count, -0.3, 0.3) * strength
+        brightness = self.uniform(count, -0.15, 0.15) * strength
         return ((rgb - 0.5) * contrast.view(-1, 1, 1, 1) + 0.5 + brightness.view(-1, 1, 1, 1)).clamp(0, 1)
 
-    def background(self, count: int) -> torch.Tensor:
+    def background(self, count: int, strength: float) -> torch.Tensor:
         """White, one colour, or a soft blur of colours."""
         kind = self.uniform(count, 0, 1).view(-1, 1, 1, 1)
         colour = torch.rand(count, 3, 1, 1, generator=self.generator)
         blur = F.interpolate(torch.rand(count, 3, 3, 3, generator=self.generator), self.size, mode="bilinear")
-        return torch.where(kind < 0.5, torch.ones(()), torch.where(kind < 0.8, colour, blur))
+        coloured = torch.where(kind < 0.2 * strength, blur, colour)
+        return torch.where(kind < 0.45 * strength, coloured, torch.ones(()))
 
-    def __call__(self, rgba: torch.Tensor) -> torch.Tensor:
+    def __call__(self, rgba: torch.Tensor, strength: float) -> torch.Tensor:
         """uint8 [B, H, W, 4] -> normalised float [B, 3, size, size]"""
         pictures = rgba.permute(0, 3, 1, 2).float() / 255
         alpha = pictures[:, 3:]
-        premultiplied = torch.cat([self.colours(pictures[:, :3]) * alpha, alpha], dim=1)
-        grid = F.affine_grid(self.affine(len(rgba)), [len(rgba), 4, self.size, self.size], align_corners=False)
+        premultiplied = torch.cat([self.colours(pictures[:, :3], strength) * alpha, alpha], dim=1)
+        shape = [len(rgba), 4, self.size, self.size]
+        grid = F.affine_grid(self.affine(len(rgba), strength), shape, align_corners=False)
         moved = F.grid_sample(premultiplied, grid, align_corners=False)
-        rgb = moved[:, :3] + self.background(len(rgba)) * (1 - moved[:, 3:])
+        rgb = moved[:, :3] + self.background(len(rgba), strength) * (1 - moved[:, 3:])
         return (rgb - self.mean) / self.std
 
 
@@ -166,14 +172,18 @@ class Trainer:
         decayed = [parameter for parameter in others if parameter.ndim > 1]
         rest = [parameter for parameter in others if parameter.ndim <= 1]
         rate = self.arguments.rate
-        muon = torch.optim.Muon(matrices, lr=rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+        muon = torch.optim.Muon(matrices, lr=3 * rate, weight_decay=0.03, adjust_lr_fn="match_rms_adamw")
         groups = [{"params": decayed, "weight_decay": 0.02}, {"params": rest, "weight_decay": 0.0}]
         return [muon, torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))]
 
     def rate(self, step: int) -> float:
         """Warm up, then fall to zero along a cosine."""
-        warmup = min(1.0, (step + 1) / 100)
+        warmup = min(1.0, (step + 1) / 50)
         return warmup * 0.5 * (1 + math.cos(math.pi * min(step / self.arguments.steps, 1.0)))
+
+    def strength(self) -> float:
+        """Of the augmentation: it grows over the first half of the training."""
+        return min(1.0, 0.1 + 1.8 * self.step / self.arguments.steps)
 
     def sample(self) -> tuple[list[int], torch.Tensor, list[str]]:
         """A batch of different concepts, one augmented picture of each, and a language for each."""
@@ -181,7 +191,19 @@ class Trainer:
             self.order = torch.randperm(len(self.data.concepts), generator=self.generator).tolist()
         indices, self.order = self.order[: self.arguments.batch], self.order[self.arguments.batch :]
         pictures = [self.texts.choose(self.pictures_of[index]) for index in indices]
-        return indices, self.augment(self.rgba[pictures]), [self.texts.choose(LANGUAGES) for _ in indices]
+        return (
+            indices,
+            self.augment(self.rgba[pictures], self.strength()),
+            [self.texts.choose(LANGUAGES) for _ in indices],
+        )
+
+    def embed(self, rows: list[list[int]], parts: int = 4) -> torch.Tensor:
+        """Text embeddings, computed with texts of like length together, so that little is padded."""
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+        size = math.ceil(len(rows) / parts)
+        batches = [self.texts.batch([rows[row] for row in order[at : at + size]]) for at in range(0, len(rows), size)]
+        embeds = torch.cat([self.model._pool_text(batch, batch > 0) for batch in batches])
+        return embeds[torch.tensor(order).argsort()]
 
     def anchor_loss(self, embeds: torch.Tensor, concepts: torch.Tensor) -> torch.Tensor:
         anchors = F.normalize(self.anchors, dim=-1)
@@ -205,8 +227,7 @@ class Trainer:
 
         image_states = model._image_states(pixels)
         images = model.clip_projector(image_states)
-        summaries = self.texts.batch([self.texts.ids("summarize:" + phrase) for phrase in phrases])
-        texts = model._pool_text(summaries, summaries > 0)
+        texts = self.embed([self.texts.ids("summarize:" + phrase) for phrase in phrases])
         losses = {
             "itc_c": model._contrastive_loss(images, texts, valid),
             "anchor": self.anchor_loss(images, targets) + self.anchor_loss(texts, targets),
@@ -256,10 +277,14 @@ class Trainer:
     def resume(self, state: dict) -> None:
         mine = self.state()["arguments"]
         if state["arguments"] != mine:
-            raise SystemExit(f"{CHECKPOINT} was begun with {state['arguments']}, not {mine}: use --fresh to start over.")
+            raise SystemExit(
+                f"{CHECKPOINT} was begun with {state['arguments']}, not {mine}: use --fresh to start over."
+            )
         self.model.load_state_dict(state["model"])
         self.anchors.data.copy_(state["anchors"])
-        for part, saved in zip(self.optimizers + self.schedulers, state["optimizers"] + state["schedulers"], strict=True):
+        for part, saved in zip(
+            self.optimizers + self.schedulers, state["optimizers"] + state["schedulers"], strict=True
+        ):
             part.load_state_dict(saved)
         self.generator.set_state(state["generator"])
         self.step, self.order = state["step"], state["order"]
@@ -296,10 +321,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=DEFAULT_CACHE)
     parser.add_argument("--out", type=Path, default=ROOT / "tiny")
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=2800)
     parser.add_argument("--batch", type=int, default=256, help="pictures, each of another concept")
-    parser.add_argument("--joint", type=int, default=96, help="of these so many for matching and captions")
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--joint", type=int, default=64, help="of these so many for matching and captions")
+    parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--fresh", action="store_true", help="do not resume")

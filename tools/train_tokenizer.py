@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import sentencepiece
+
 from emoji_data import DEFAULT_CACHE, LANGUAGES
 
 ROOT = Path(__file__).resolve().parents[1]

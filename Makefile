@@ -1,0 +1,45 @@
+# Each environment is made once and made again when its requirements change.
+PYTHON ?= python3
+PYTEST = -m pytest -q
+# The root modules import each other relatively, so the type checker must see them as a package.
+ROOT_MODULES = $(wildcard *.py)
+ENVIRONMENTS = .venv .venv-oldest .venv-demo
+
+.PHONY: demo test test-slow test-oldest lint tiny clean
+
+demo: .venv-demo/ready
+	.venv-demo/bin/python examples/demo.py
+
+test: lint
+	.venv/bin/python $(PYTEST) tests
+
+test-slow: .venv/ready
+	.venv/bin/python $(PYTEST) -m slow tests
+
+test-oldest: .venv-oldest/ready
+	.venv-oldest/bin/python $(PYTEST) tests
+
+lint: .venv/ready
+	.venv/bin/ruff check --config tests/ruff.toml .
+	.venv/bin/ruff format --check --config tests/ruff.toml .
+	mkdir -p .cache/types && ln -sfn ../.. .cache/types/internvl
+	cd .cache/types && ../../.venv/bin/mypy --config-file ../../tests/mypy.ini $(ROOT_MODULES:%.py=-m internvl.%)
+	.venv/bin/python tools/write_index.py --check
+
+tiny: .venv/ready
+	.venv/bin/python tools/emoji_data.py
+	.venv/bin/python tools/train_tokenizer.py
+	.venv/bin/python tools/train_tiny.py
+	.venv/bin/python tools/evaluate_tiny.py
+
+clean:
+	rm -rf .venv .venv-demo .venv-oldest .cache
+
+.venv-demo/ready: examples/requirements.txt
+.venv/ready: tests/requirements.txt
+.venv-oldest/ready: tests/requirements-oldest.txt
+
+$(ENVIRONMENTS:%=%/ready):
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --requirement $<
+	touch $@

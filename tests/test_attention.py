@@ -1,0 +1,500 @@
+"""Attention goes through transformers' registry, in the form that FlashAttention needs: no mask but the padding."""
+
+import logging
+import re
+import sys
+import types
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.testing import assert_close
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import flash_attention_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from conftest import TOLERANCE, golden, golden_config, golden_model, repo_class
+
+# ---------------------------------------------------------------------------------------------------- the recorder
+
+
+@dataclass
+class Call:
+    """What the registry's function was called with."""
+
+    module: nn.Module
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    dropout: float
+    scaling: float
+    is_causal: bool
+    others: dict
+
+
+CALLS = []
+
+
+def record(module, query, key, value, attention_mask, *, dropout, scaling, is_causal, **others):
+    CALLS.append(Call(module, query, key, value, attention_mask, dropout, scaling, is_causal, others))
+    return flash_attention(query, key, value, attention_mask, scaling, is_causal), None
+
+
+def flash_attention(query, key, value, padding, scaling, is_causal):
+    """
+    What FlashAttention computes: [B, heads, N, D] queries and S keys -> [B, N, heads, D]. Causality is aligned at the
+    bottom right; padding is 2-D [B, S], is not seen and gives 0.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    length, total = query.shape[2], key.shape[2]
+    real = torch.ones(len(query), total, dtype=torch.bool) if padding is None else padding.bool()
+    visible = real[:, None, None, :].expand(-1, -1, length, -1)
+    if is_causal:
+        visible = visible & torch.ones(length, total, dtype=torch.bool).tril(total - length)
+    scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~visible, -torch.inf)
+    states = torch.softmax(scores, dim=-1).nan_to_num() @ value  # NaN: a row at padding sees nothing
+    if length <= total:
+        states = states * real[:, None, total - length :, None]
+    return states.transpose(1, 2)
+
+
+AttentionInterface.register("recorder", record)
+AttentionMaskInterface.register("recorder", flash_attention_mask)
+
+
+@pytest.fixture(autouse=True)
+def no_calls_yet():
+    CALLS.clear()
+
+
+@pytest.fixture
+def nothing_beside_the_registry(monkeypatch):
+    """Neither torch's fused attention nor a softmax of the model's own may run."""
+
+    def forbidden(*_args, **_kwargs):
+        raise AssertionError("attention was computed beside the registry")
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", forbidden)
+    monkeypatch.setattr(F, "softmax", forbidden)
+
+
+KINDS = {
+    r"vision_model\.encoder\.layers\.\d+\.attn": "vision",
+    r"qllama\.model\.layers\.\d+\.self_attn": "self",
+    r"qllama\.model\.layers\.\d+\.cross_attn": "cross",
+    r"clip_projector\.cross_attn": "pool",
+    r"clip_projector2\.cross_attn": "pool2",
+}
+
+
+def kind_of(name):
+    return next((kind for pattern, kind in KINDS.items() if re.fullmatch(pattern, name)), None)
+
+
+def summary(model):
+    """How often each kind of attention was called, by (kind, is_causal, whether there was padding)."""
+    names = {module: name for name, module in model.named_modules()}
+    return Counter((kind_of(names[c.module]), c.is_causal, c.mask is not None) for c in CALLS)
+
+
+# ----------------------------------------------------------------------------------------------------- what is run
+
+CAPTION = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+INPUTS = golden("tiny/inputs")
+PIXELS, IDS, PROMPTS = INPUTS["pixel_values"], INPUTS["input_ids"], INPUTS["prompt_ids"]
+LEFT = torch.stack([row.roll(int((row == 0).sum())) for row in IDS])
+PADDED_PROMPTS = torch.cat([PROMPTS, torch.zeros_like(PROMPTS[:, :2])], dim=1)
+PADDED_PROMPTS[1, 5:] = 77
+assert (LEFT[:, -1] == 2).all()
+
+# Attention modules of golden/tiny: 3 in the vision tower, 4 self- and 2 cross-attentions in QLLaMA, 2 pools.
+# Each call: what to run, and how often that calls (kind, is_causal, with padding).
+VISION = {("vision", False, False): 3}
+QUERIES = {("self", False, False): 4, ("cross", False, False): 2}
+SEES_ALL = {("self", False, True): 4, ("cross", False, False): 2}  # [queries ; text] of the matching
+TEXT = {("self", True, False): 4}
+RUNS = {
+    "encode_image_c": (lambda m: m.encode_image(PIXELS, "InternVL-C"), VISION | {("pool", False, False): 1}),
+    "encode_image_g": (
+        lambda m: m.encode_image(PIXELS, "InternVL-G"),
+        VISION | QUERIES | {("pool", False, False): 1, ("pool2", False, False): 1},
+    ),
+    "encode_text": (lambda m: m.encode_text(IDS), TEXT),
+    "encode_text, left-padded": (lambda m: m.encode_text(LEFT), TEXT),
+    "match": (lambda m: m.match(PIXELS, IDS), VISION | SEES_ALL),
+    "match, left-padded": (lambda m: m.match(PIXELS, LEFT), VISION | SEES_ALL),
+    "match, without padding": (lambda m: m.match(PIXELS, PROMPTS), VISION | QUERIES),
+    "match, all pairs": (
+        lambda m: m.match(PIXELS, IDS, all_pairs=True),
+        VISION | {call: 4 * times for call, times in SEES_ALL.items()},
+    ),
+    # The queries, the prompt, and one pass per further token.
+    "generate": (
+        lambda m: m.generate(PIXELS, PROMPTS, **CAPTION),
+        VISION | {("cross", False, False): 2, ("self", True, False): 4, ("self", False, False): 4 + 4 * 4},
+    ),
+    "generate, padded": (
+        lambda m: m.generate(PIXELS, PADDED_PROMPTS, **CAPTION),
+        VISION | QUERIES | {("self", True, True): 4, ("self", False, True): 4 * 4},
+    ),
+    "generate, beams": (
+        lambda m: m.generate(PIXELS, PROMPTS, num_beams=3, **CAPTION),
+        VISION | {("cross", False, False): 2, ("self", True, False): 4, ("self", False, False): 4 + 4 * 4},
+    ),
+}
+
+
+def training_batch():
+    batch = {"pixel_values": PIXELS, "labels": INPUTS["train.labels"]}
+    for name in ("positive", "negative", "summarize", "caption"):
+        prefix, ids = "" if name == "caption" else f"{name}_", INPUTS[f"train.{name}_input_ids"]
+        batch |= {f"{prefix}input_ids": ids, f"{prefix}attention_mask": (ids > 0).long()}
+    return batch
+
+
+TRAINING = {
+    "stage2": (
+        "InternVLForPreTraining",
+        # Matching; contrast and captioning in one pass over [queries ; caption], whose queries go again; summaries.
+        VISION
+        | {("self", False, True): 4, ("self", True, True): 4, ("self", True, False): 4, ("self", False, False): 4}
+        | {("cross", False, False): 4, ("pool2", False, False): 1},
+    ),
+    "retrieval": (
+        "InternVLForRetrieval",
+        VISION
+        | {("self", False, True): 4, ("self", True, False): 4, ("self", False, False): 4}
+        | {("cross", False, False): 4, ("pool", False, False): 1, ("pool2", False, False): 1},
+    ),
+}
+
+
+def check_calls(model, dtype):
+    """What FlashAttention demands of every call, and what the checkpoint does."""
+    assert CALLS
+    for call in CALLS:
+        batch, heads, length, head_dim = call.query.shape
+        assert call.query.dtype == call.key.dtype == call.value.dtype == dtype
+        assert call.key.shape == call.value.shape
+        assert call.key.shape[0] == batch and call.key.shape[3] == head_dim and heads % call.key.shape[1] == 0
+        assert heads == call.module.num_heads and head_dim == call.module.head_dim
+        assert call.scaling == head_dim**-0.5
+        assert call.dropout == 0.0
+        assert type(call.is_causal) is bool
+        if call.is_causal:
+            assert length > 1
+        assert not call.others.get("output_attentions"), "FlashAttention has no weights to return"
+        if call.mask is not None:
+            assert call.mask.shape == (batch, call.key.shape[2]) and call.mask.dtype == torch.bool
+            assert call.mask.any(dim=1).all() and not call.mask.all()
+
+
+def check_pixels_are_seen_whole(model):
+    """The vision tower, the cross-attentions and the pools see all tokens of the picture."""
+    tokens = 1 + model.config.vision_config.position_grid**2
+    names = {module: name for name, module in model.named_modules()}
+    for call in CALLS:
+        kind = kind_of(names[call.module])
+        if kind in ("vision", "cross", "pool"):
+            assert call.key.shape[2] == tokens
+        if kind == "cross":
+            assert call.query.shape[2] == model.config.num_query_token
+        if kind in ("pool", "pool2"):
+            assert call.query.shape[2] == 1
+
+
+def test_every_attention_module_is_known():
+    model = golden_model(attn_implementation="recorder")
+    base = repo_class("modeling_intern_vit.RegistryAttention")
+    found = Counter(kind_of(name) for name, module in model.named_modules() if hasattr(module, "attend"))
+    assert found == {"vision": 3, "self": 4, "cross": 2, "pool": 1, "pool2": 1}
+    assert all(
+        any(ancestor.__name__ == base.__name__ for ancestor in type(module).__mro__)
+        for name, module in model.named_modules()
+        if kind_of(name)
+    )
+
+
+@pytest.mark.parametrize("run", RUNS)
+@torch.no_grad()
+def test_inference_goes_through_the_registry(run, nothing_beside_the_registry):
+    model = golden_model(attn_implementation="recorder")
+    call, expected_calls = RUNS[run]
+    call(model)
+    check_calls(model, torch.float32)
+    check_pixels_are_seen_whole(model)
+    assert summary(model) == expected_calls
+    called = {call.module for call in CALLS}
+    kinds = {kind for kind, _, _ in expected_calls}
+    assert called == {module for name, module in model.named_modules() if kind_of(name) in kinds}
+
+
+@pytest.mark.parametrize("run", RUNS)
+@torch.no_grad()
+def test_flash_attentions_results_are_sdpas(run):
+    call, _ = RUNS[run]
+    expected = call(golden_model(attn_implementation="sdpa"))
+    assert not CALLS
+    assert_close(call(golden_model(attn_implementation="recorder")), expected, **TOLERANCE)
+    if run.split(",")[0] in golden("tiny/expected"):
+        assert_close(expected, golden("tiny/expected")[run.split(",")[0]], **TOLERANCE)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@torch.no_grad()
+def test_half_precision_reaches_the_registry(run):
+    model = golden_model(attn_implementation="recorder").bfloat16()
+    RUNS[run][0](model)
+    check_calls(model, torch.bfloat16)
+
+
+@pytest.mark.parametrize("objective", TRAINING)
+def test_training_goes_through_the_registry(objective, nothing_beside_the_registry):
+    class_name, expected_calls = TRAINING[objective]
+    model = golden_model(class_name, "recorder").train()
+    extra = {"image_ids": INPUTS["train.image_ids"]} if objective == "retrieval" else {}
+    output = model(**training_batch(), **extra)
+    check_calls(model, torch.float32)
+    check_pixels_are_seen_whole(model)
+    assert summary(model) == expected_calls
+
+    output.loss.backward()  # runs the checkpointed vision tower again
+    assert summary(model) == expected_calls | {("vision", False, False): 6}
+    for name, value in golden("tiny/expected").items():
+        if name.startswith(f"{objective}.grad."):
+            gradient = model.get_parameter(name.removeprefix(f"{objective}.grad.")).grad
+            assert_close(gradient, value, **TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
+        elif name.startswith(f"{objective}."):
+            assert_close(output[name.removeprefix(f"{objective}.")], value, **TOLERANCE)
+
+
+def test_dropout_only_in_training():
+    config = golden_config(attn_implementation="recorder")
+    config.vision_config.attention_dropout, config.qllama_config.attention_dropout = 0.25, 0.125
+    model = repo_class("modeling_internvl.InternVLForPreTraining")(config)
+    names = {module: name for name, module in model.named_modules()}
+    rates = {"vision": 0.25, "self": 0.125}
+    for mode in (True, False):
+        CALLS.clear()
+        model.train(mode)(**training_batch())
+        assert {kind_of(names[call.module]) for call in CALLS} == {"vision", "self", "cross", "pool2"}
+        for call in CALLS:
+            assert call.dropout == (rates.get(kind_of(names[call.module]), 0.0) if mode else 0.0)
+
+
+def test_grouped_heads_are_left_to_the_attention_function():
+    """FlashAttention takes fewer key/value heads as they are: repeating them would waste what they save."""
+    fields = golden_config().to_dict()
+    fields["qllama_config"]["num_key_value_heads"] = 2
+    config = repo_class("configuration_internvl.InternVLConfig")(**fields, attn_implementation="recorder")
+    model = repo_class("modeling_internvl.InternVLModel")(config).eval()
+    with torch.no_grad():
+        actual = model.encode_text(IDS)
+        assert {(call.query.shape[1], call.key.shape[1]) for call in CALLS} == {(4, 2)}
+        for implementation in ("sdpa", "eager"):
+            model.qllama.config._attn_implementation = implementation
+            assert_close(model.encode_text(IDS), actual, **TOLERANCE)
+    assert len(CALLS) == 4, "sdpa and eager did not go to the recorder"
+
+
+# --------------------------------------------------------------------------------------------- which function is taken
+
+
+@pytest.fixture
+def flash_recorder(monkeypatch):
+    """The recorder under a name of FlashAttention's family, set where the model reads it."""
+    AttentionInterface.register("flash_recorder", record)
+    AttentionMaskInterface.register("flash_recorder", flash_attention_mask)
+    model = golden_model()
+    for config in (model.config, model.vision_model.config, model.qllama.config):
+        config._attn_implementation = "flash_recorder"
+    yield model
+    del AttentionInterface._global_mapping["flash_recorder"]
+    del AttentionMaskInterface._global_mapping["flash_recorder"]
+
+
+@torch.no_grad()
+def test_flash_attention_is_not_given_float32(flash_recorder):
+    """Its kernels have no float32; sdpa computes the same."""
+    features = {"encode_image_g": lambda m: m.encode_image(PIXELS, "InternVL-G"), "encode_text": RUNS["encode_text"][0]}
+    for name, call in features.items():
+        assert_close(call(flash_recorder), golden("tiny/expected")[name], **TOLERANCE)
+    assert not CALLS
+    for call in features.values():
+        call(flash_recorder.bfloat16())
+    check_calls(flash_recorder, torch.bfloat16)
+    assert len(CALLS) == 11 + 4
+
+
+@pytest.fixture
+def messages():
+    """Everything that is logged or warned of."""
+    found = []
+    handler = logging.Handler()
+    handler.emit = lambda entry: found.append(entry.getMessage())
+    loggers = [logging.getLogger(), logging.getLogger("transformers")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *_: found.append(str(message))
+        yield found
+    for logger in loggers:
+        logger.removeHandler(handler)
+
+
+def implementations(model):
+    return {module.config._attn_implementation for name, module in model.named_modules() if kind_of(name)}
+
+
+@pytest.mark.parametrize("start, then", [("sdpa", "eager"), ("eager", "sdpa")])
+@torch.no_grad()
+def test_set_attn_implementation_after_loading(tmp_path, monkeypatch, messages, start, then):
+    golden_model().save_pretrained(tmp_path)
+    model = repo_class("modeling_internvl.InternVLModel").from_pretrained(tmp_path, attn_implementation=start).eval()
+    assert implementations(model) == {start}
+    messages.clear()
+
+    model.set_attn_implementation(then)
+
+    assert messages == []
+    assert implementations(model) == {then}
+    counts = count_attention(monkeypatch)
+    for name in ("encode_image_g", "encode_text"):
+        assert_close(RUNS[name][0](model), golden("tiny/expected")[name], **TOLERANCE)
+    assert counts == {then: 15}
+    RUNS["match"][0](model)
+    assert counts == {then: 15 + 9}
+
+
+def count_attention(monkeypatch):
+    """Count the calls of sdpa, which the registry holds, and of eager, which the repository does."""
+    counts = Counter()
+    module = sys.modules[repo_class("modeling_intern_vit.InternVisionModel").__module__]
+    # The joint model may hold a copy of its own of that module.
+    base = next(
+        c for c in repo_class("modeling_internvl.PoolingAttention").__mro__ if c.__name__ == "RegistryAttention"
+    )
+    for place in {module, sys.modules[base.__module__]}:
+        eager = place.eager_attention_forward
+        monkeypatch.setattr(place, "eager_attention_forward", counting("eager", eager, counts))
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", counting("sdpa", ALL_ATTENTION_FUNCTIONS["sdpa"], counts))
+    return counts
+
+
+def counting(name, function, counts):
+    def counted(*args, **kwargs):
+        counts[name] += 1
+        return function(*args, **kwargs)
+
+    return counted
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_flex_attention():
+    """Slow: torch compiles it anew for every shape."""
+    model = golden_model(attn_implementation="flex_attention")
+    expected = golden("tiny/expected")
+    try:
+        image = model.encode_image(PIXELS, "InternVL-G")
+    except Exception as error:  # whatever the compiler finds missing
+        pytest.skip(f"flex_attention does not run here: {error!r:.200}")
+    assert_close(image, expected["encode_image_g"], **TOLERANCE)
+    assert_close(model.encode_text(IDS), expected["encode_text"], **TOLERANCE)
+    assert_close(model.match(PIXELS, IDS), golden_model().match(PIXELS, IDS), **TOLERANCE)
+    tokens = model.generate(PIXELS, PROMPTS, max_new_tokens=3, do_sample=False)
+    assert tokens.tolist() == expected["generate_greedy"][:, 1:4].tolist()
+
+
+# ------------------------------------------------------------------------------------------------- use_flash_attn
+
+
+def vision_config_module():
+    """The module whose `is_flash_attn_2_available` the vision config of the joint config asks."""
+    base = type(golden_config().vision_config)
+    return sys.modules[base.__module__]
+
+
+@torch.no_grad()
+def test_without_flash_attn_sdpa_is_taken_silently(monkeypatch, messages, capfd):
+    monkeypatch.setattr(vision_config_module(), "is_flash_attn_2_available", lambda: False)
+    fields = golden_config().to_dict()
+    fields["vision_config"]["use_flash_attn"] = True
+    model = repo_class("modeling_internvl.InternVLModel")(repo_class("configuration_internvl.InternVLConfig")(**fields))
+    model.load_state_dict(golden("tiny/model"))
+    assert model.config.vision_config.use_flash_attn
+    assert implementations(model) == {"sdpa"}
+    actual = model.eval().encode_image(PIXELS, "InternVL-G")
+    assert_close(actual, golden("tiny/expected")["encode_image_g"], **TOLERANCE)
+    assert messages == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_with_flash_attn_the_vision_tower_asks_for_it(monkeypatch):
+    module = vision_config_module()
+    monkeypatch.setattr(module, "is_flash_attn_2_available", lambda: True)
+    make = module.InternVisionConfig
+    assert make()._attn_implementation == "flash_attention_2", "use_flash_attn is on by default"
+    assert make(use_flash_attn=False)._attn_implementation is None
+    assert make(attn_implementation="eager")._attn_implementation == "eager"
+    composite = repo_class("configuration_internvl.InternVLConfig")
+    assert composite()._attn_implementation is None
+    assert composite().vision_config._attn_implementation == "flash_attention_2"
+    assert composite().qllama_config._attn_implementation is None
+    assert composite(attn_implementation="eager").vision_config._attn_implementation == "eager"
+
+
+# -------------------------------------------------------------------------------------------------------- the norms
+
+
+class FusedRMSNorm(nn.Module):
+    """Stands in for apex's, with its arguments and parameter names."""
+
+    def __init__(self, normalized_shape, eps=1e-5, elementwise_affine=True, memory_efficient=False):
+        super().__init__()
+        assert elementwise_affine
+        self.weight = nn.Parameter(torch.empty(normalized_shape))
+        self.eps = eps
+
+    def forward(self, states):
+        root = states.float().square().mean(dim=-1, keepdim=True).add(self.eps).rsqrt()
+        return (states.float() * root).to(states.dtype) * self.weight
+
+
+NORMS = 3 * 4 + 4 * 2 + 2 * 2 + 1  # vision; QLLaMA's layers, cross-attentions and last norm
+
+
+@pytest.mark.parametrize("with_apex", [True, False])
+@torch.no_grad()
+def test_rms_norm(monkeypatch, with_apex):
+    apex = types.ModuleType("apex")
+    apex.normalization = types.ModuleType("apex.normalization")
+    apex.normalization.FusedRMSNorm = FusedRMSNorm
+    monkeypatch.setitem(sys.modules, "apex", apex if with_apex else None)
+    monkeypatch.setitem(sys.modules, "apex.normalization", apex.normalization if with_apex else None)
+
+    model = golden_model()
+
+    wanted, other = (FusedRMSNorm, nn.RMSNorm) if with_apex else (nn.RMSNorm, FusedRMSNorm)
+    kinds = Counter(type(module) for module in model.modules())
+    assert kinds[wanted] == NORMS and kinds[other] == 0
+    assert all(module.eps == 1e-6 for module in model.modules() if isinstance(module, wanted))
+    for name in ("encode_image_g", "encode_text"):
+        assert_close(RUNS[name][0](model), golden("tiny/expected")[name], **TOLERANCE)
+
+
+def test_fresh_apex_norms_are_one(monkeypatch):
+    apex = types.ModuleType("apex.normalization")
+    apex.FusedRMSNorm = FusedRMSNorm
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.normalization", apex)
+    model = repo_class("modeling_internvl.InternVLModel")(golden_config())
+    weights = [module.weight for module in model.modules() if isinstance(module, FusedRMSNorm)]
+    assert len(weights) == NORMS and all((weight == 1).all() for weight in weights)
