@@ -13,7 +13,7 @@ class QLlamaConfig(PretrainedConfig):
 
     Args:
         vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads (`int`): as in LLaMA.
-        num_key_value_heads (`int`, *optional*): heads of keys and values; as many as `num_attention_heads` if not given.
+        num_key_value_heads (`int`, *optional*): heads of keys and values; `num_attention_heads` if not given.
         hidden_act (`str`): activation of the gated MLP.
         max_position_embeddings (`int`): the context that the checkpoint was trained for.
         initializer_range (`float`): standard deviation of freshly initialised weights.
@@ -127,7 +127,7 @@ class InternVLConfig(PretrainedConfig):
         label_smoothing (`float`): of the contrastive training loss, in [0, 1).
         cross_attention_frequency (`int`): also set on the QLLaMA config.
         use_backbone_lora, use_qllama_lora (`int`): ranks of the LoRA adapters of a fine-tuned checkpoint; 0 is none.
-        force_image_size (`int`, *optional*): side that the position table was resized to; also set on the vision config.
+        force_image_size (`int`, *optional*): side that the position table was resized to; also set on vision_config.
         caption_prompt_ids (`list[int]`, *optional*): prompt that `generate` uses when it is given none; the ids
             depend on the tokenizer, hence their place here. `<s>` alone if not given.
         initializer_range (`float`): standard deviation of freshly initialised weights of the heads.

@@ -15,6 +15,7 @@ Where this file differs from the original implementation, and why:
 """
 
 import math
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,12 +71,17 @@ class InternVLTrainingOutput(ModelOutput):
     loss_itg: torch.Tensor | None = None
 
 
-# ------------------------------------------------------------------------------------------------ token batches
+# ------------------------------------------------------------------------------------------------------- inputs
 
 
 def has_values(tensor: torch.Tensor) -> bool:
     """Whether values may be looked at: not on the meta device, not for fake tensors, not while compiling."""
     return type(tensor) is torch.Tensor and tensor.device.type != "meta" and not torch.compiler.is_compiling()
+
+
+def check_mode(mode: Any) -> None:
+    if mode not in MODES:
+        raise ValueError(f"`mode` must be one of {MODES}, got {mode!r}.")
 
 
 def check_token_ids(name: str, input_ids: Any, attention_mask: Any, vocab_size: int) -> torch.Tensor:
@@ -275,11 +281,13 @@ class InternVLModel(InternVLPreTrainedModel, GenerationMixin):
         pooled = states[torch.arange(len(states), device=states.device), last.to(states.device)]  # [B, C]
         return pooled @ self.text_projection
 
-    def _warn_without_end(self, input_ids: torch.Tensor, mask: torch.Tensor) -> None:
-        if not has_values(input_ids):
-            return
+    def _ends(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Which rows [B] have `</s>` as their last real token."""
         last = mask.long().cumsum(1).argmax(1, keepdim=True)
-        if bool((input_ids.gather(1, last) != self.config.qllama_config.eos_token_id).any()):
+        return input_ids.gather(1, last).flatten() == self.config.qllama_config.eos_token_id
+
+    def _warn_without_end(self, input_ids: torch.Tensor, mask: torch.Tensor) -> None:
+        if has_values(input_ids) and not bool(self._ends(input_ids, mask).all()):
             logger.warning_once(
                 "A text does not end with `</s>`: its embedding is taken where the checkpoint was not trained to put"
                 " it. Set `tokenizer.add_eos_token = True`, or use the processor."
@@ -415,6 +423,11 @@ class InternVLModel(InternVLPreTrainedModel, GenerationMixin):
         mask = check_token_ids("input_ids", input_ids, attention_mask, self.config.qllama_config.vocab_size)
         if len(input_ids) not in (1, batch):
             raise ValueError(f"`input_ids` must have one prompt, or one per picture ({batch}), got {len(input_ids)}.")
+        if has_values(input_ids) and bool(self._ends(input_ids, mask).any()):
+            logger.warning_once(
+                "A prompt ends with `</s>`: nothing sensible follows it. Set `tokenizer.add_eos_token = False`, or call"
+                ' the processor with `task="caption"`.'
+            )
         order = real_tokens_last(mask)
         input_ids, mask = input_ids.gather(1, order), mask.gather(1, order).long()
         return input_ids.expand(batch, -1), mask.expand(batch, -1)
@@ -426,12 +439,17 @@ class InternVLModel(InternVLPreTrainedModel, GenerationMixin):
         One config with all that is asked for, and the arguments that are no part of it, such as a streamer. Lengths go
         by new tokens: transformers' `max_length` would count the queries and the prompt too.
         """
-        config = GenerationConfig.from_dict((generation_config or self.generation_config).to_dict())
-        for old, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-            length = generate_kwargs.pop(old, None)
-            if length is not None and generate_kwargs.get(new) is None:
-                generate_kwargs[new] = max(length - 1, 0)
+        config, plain = deepcopy(generation_config or self.generation_config), GenerationConfig()
+        lengths = (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens"))
+        for old, new in lengths:
+            if generate_kwargs.get(old) is not None:
+                setattr(config, new, None)  # what is asked for now comes before the checkpoint's default
         rest = config.update(**generate_kwargs)
+        for old, new in lengths:
+            length = getattr(config, old)
+            if length != getattr(plain, old) and getattr(config, new) is None:
+                setattr(config, new, max(length - 1, 0))
+            setattr(config, old, getattr(plain, old))
         if config.max_new_tokens is None:
             config.max_new_tokens = DEFAULT_NEW_TOKENS
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -446,8 +464,7 @@ class InternVLModel(InternVLPreTrainedModel, GenerationMixin):
         The original call: [B, 3, H, W] -> [B, clip_embed_dim], not normalised. In mode InternVL-G it is the sum of two
         embeddings of length 1 (SPEC, "Features and logits").
         """
-        if mode not in MODES:
-            raise ValueError(f"`mode` must be one of {MODES}, got {mode!r}.")
+        check_mode(mode)
         image_states = self._image_states(image)
         pooled = self.clip_projector(image_states)
         if mode == "InternVL-C":
@@ -514,8 +531,7 @@ class InternVLModel(InternVLPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None,
         mode: str,
     ) -> InternVLOutput:
-        if mode not in MODES:
-            raise ValueError(f"`mode` must be one of {MODES}, got {mode!r}.")
+        check_mode(mode)
         if input_ids is None and pixel_values is None:
             raise ValueError("At least one of `input_ids` and `pixel_values` must be given.")
         image_embeds = None if pixel_values is None else self.embed_image(pixel_values, mode)
@@ -532,7 +548,7 @@ class InternVL_C(InternVLModel):  # noqa: N801 - the name that CLIP_benchmark im
 
 
 class InternVL_G(InternVLModel):  # noqa: N801
-    """[`InternVLModel`] whose `encode_image` and `forward` work in mode InternVL-G if none is given."""
+    """[`InternVLModel`] whose `encode_image` embeds in mode InternVL-G if none is given."""
 
     def encode_image(self, image: torch.Tensor, mode: str = "InternVL-G") -> torch.Tensor:
         return super().encode_image(image, mode)
@@ -589,7 +605,7 @@ class InternVLTrainingModel(InternVLModel):
         return mean_of_valid(F.cross_entropy(logits, labels, reduction="none"), mask.sum(dim=1) != 2)
 
     def _similarities(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits of the local pictures to all ranks' texts, and of the local texts to all ranks' pictures [B, W * B]."""
+        """Logits of the local pictures to all ranks' texts and of the local texts to all ranks' pictures [B, W * B]."""
         images, texts = F.normalize(image_embeds, dim=-1), F.normalize(text_embeds, dim=-1)
         all_images, all_texts = images, texts
         if is_distributed():
@@ -643,8 +659,10 @@ class InternVLForPreTraining(InternVLTrainingModel):
         positive_ids, positive_mask = self._checked("positive_input_ids", positive_input_ids, positive_attention_mask)
         negative_ids, negative_mask = self._checked("negative_input_ids", negative_input_ids, negative_attention_mask)
         summary_ids, summary_mask = self._checked("summarize_input_ids", summarize_input_ids, summarize_attention_mask)
-        check_token_ids("input_ids", input_ids, attention_mask, self.config.qllama_config.vocab_size)
         self._check_labels(input_ids, labels)
+        mask = check_token_ids("input_ids", input_ids, attention_mask, self.config.qllama_config.vocab_size)
+        order = real_tokens_first(mask)
+        caption_ids, labels = input_ids.gather(1, order), labels.gather(1, order)
         image_states = self._image_states(pixel_values)
 
         num_negative = len(pixel_values) - len(pixel_values) // 2
@@ -654,8 +672,8 @@ class InternVLForPreTraining(InternVLTrainingModel):
             _pad_together((negative_mask[:num_negative], positive_mask[num_negative:])),
             torch.arange(len(image_states), device=image_states.device).ge(num_negative).long(),
         )
-        states = self._joint_states(image_states, input_ids, attention_mask, see_all=False)
-        queries, text = states.split([self.config.num_query_token, input_ids.shape[1]], dim=1)
+        states = self._joint_states(image_states, caption_ids, None, see_all=False)
+        queries, text = states.split([self.config.num_query_token, caption_ids.shape[1]], dim=1)
         loss_itc = self._contrastive_loss(
             self.clip_projector2(queries), self._pool_text(summary_ids, summary_mask), summary_mask.sum(dim=1) != 5
         )

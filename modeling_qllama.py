@@ -29,6 +29,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from .configuration_internvl import QLlamaConfig
 from .modeling_intern_vit import InternPreTrainedModel, RegistryAttention, rms_norm_class, run_layers
 
+# What differs between the supported versions of transformers: `cache_position` is gone since 5.0, and `input_embeds`
+# is called `inputs_embeds` in later ones.
+MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
+CACHE_TAKES_POSITION = "cache_kwargs" in inspect.signature(Cache.update).parameters
+
 
 def attention_mask_for(
     config: QLlamaConfig,
@@ -49,10 +54,8 @@ def attention_mask_for(
         return None
     past = 0 if past_key_values is None else past_key_values.get_seq_length()
     arguments = {"config": config, "attention_mask": padding_mask, "past_key_values": past_key_values}
-    parameters = inspect.signature(create_causal_mask).parameters
-    # transformers < 5.6 says `input_embeds`.
-    arguments["inputs_embeds" if "inputs_embeds" in parameters else "input_embeds"] = hidden_states
-    if "cache_position" in parameters:  # transformers < 5.0
+    arguments["inputs_embeds" if "inputs_embeds" in MASK_PARAMETERS else "input_embeds"] = hidden_states
+    if "cache_position" in MASK_PARAMETERS:
         arguments["cache_position"] = torch.arange(hidden_states.shape[1], device=hidden_states.device) + past
     if see_all:
         arguments["or_mask_function"] = lambda batch, head, query, key: query >= 0
@@ -63,7 +66,7 @@ def update_cache(
     cache: Cache, layer_idx: int, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Append keys and values [B, heads, L, head_dim] to a layer of the cache and return all that it holds."""
-    if "cache_kwargs" not in inspect.signature(cache.update).parameters:  # transformers >= 5.0
+    if not CACHE_TAKES_POSITION:
         return cache.update(key, value, layer_idx)
     # Each layer has its own length here: the layers before this one are already ahead.
     position = torch.arange(key.shape[2], device=key.device) + cache.get_seq_length(layer_idx)

@@ -1,4 +1,4 @@
-"""What several test files need. The classes are taken as a user's `from_pretrained` takes them: by transformers' loader."""
+"""What several test files need. Classes come as a user's `from_pretrained` gets them: by transformers' loader."""
 
 import json
 import os

@@ -163,7 +163,7 @@ TRAINING = {
         "InternVLForPreTraining",
         # Matching; contrast and captioning in one pass over [queries ; caption], whose queries go again; summaries.
         VISION
-        | {("self", False, True): 4, ("self", True, True): 4, ("self", True, False): 4, ("self", False, False): 4}
+        | {("self", False, True): 4, ("self", True, False): 4 + 4, ("self", False, False): 4}
         | {("cross", False, False): 4, ("pool2", False, False): 1},
     ),
     "retrieval": (

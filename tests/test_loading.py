@@ -425,12 +425,18 @@ print(type(model).__module__.split(".")[0], type(model).__name__, model.dtype, m
 # ----------------------------------------------------------------------------------------------------------- configs
 
 
-def test_vision_config_is_read_from_a_composite_file(flat, original):
+def test_parts_are_read_from_a_composite_file(flat, original, tmp_path):
     vision_class = repo_class("configuration_intern_vit.InternVisionConfig")
     for folder, width, heads in ((flat, 128, 4), (original, 100, 25)):
         vision = vision_class.from_pretrained(folder)
         assert (vision.model_type, vision.hidden_size, vision.num_attention_heads) == ("intern_vit_6b", width, heads)
-    qllama = repo_class("configuration_internvl.QLlamaConfig").from_pretrained(flat)
+    # Old files often do not say what their parts are, or call the language tower a "llama".
+    (tmp_path / "bare").mkdir()
+    shutil.copy(GOLDEN / "tiny" / "config.json", tmp_path / "bare")
+    assert vision_class.from_pretrained(tmp_path / "bare").hidden_size == 100
+    qllama_class = repo_class("configuration_internvl.QLlamaConfig")
+    assert qllama_class.from_pretrained(original).vocab_size == 320
+    qllama = qllama_class.from_pretrained(flat)
     assert (qllama.model_type, qllama.vocab_size, qllama.hidden_size) == ("qllama", 4096, 128)
 
 

@@ -1,6 +1,7 @@
 """Measure the tiny checkpoint on Twemoji, the artist it was never shown, and write what was measured.
 
-    python tools/evaluate_tiny.py              # prints the table and writes tiny/results.json
+    python tools/evaluate_tiny.py     # prints the table; writes tiny/results.json and the tables of both READMEs
+    python tools/evaluate_tiny.py --tables     # writes only the tables, from tiny/results.json
 
 Every figure is over all concepts of the dataset, one held-out picture each:
 
@@ -26,7 +27,16 @@ from transformers import AutoModel, AutoProcessor
 from emoji_data import DEFAULT_CACHE, LANGUAGES, EmojiData, load
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "tiny" / "results.json"
+CARDS = (ROOT / "README.md", ROOT / "tiny" / "README.md")
 MODES = ("InternVL-C", "InternVL-G")
+FIGURES = {
+    "image_to_text_r1": "image-to-text R@1",
+    "image_to_text_r5": "image-to-text R@5",
+    "text_to_image_r1": "text-to-image R@1",
+    "zero_shot_20": "20-way zero-shot",
+}
+START, END = "<!-- results:tiny -->", "<!-- /results:tiny -->"
 PROMPTS = {"en": "English caption:", "zh": "中文描述:", "ja": "日本語の説明:"}
 
 
@@ -130,27 +140,31 @@ def evaluate(model, processor, data: EmojiData, batch: int) -> tuple[dict, dict[
 
 
 def table(results: dict) -> str:
-    """The figures as a Markdown table."""
-    rows = ["| held-out pictures (Twemoji) | en | zh | ja |", "|---|---|---|---|"]
+    """The figures as Markdown, and how they were measured."""
+    rows = [f"| {results['pictures']} held-out pictures (Twemoji) | en | zh | ja |", "|---|---|---|---|"]
 
-    def row(title: str, value) -> None:
-        rows.append(f"| {title} | " + " | ".join(f"{value(results[language]):.3f}" for language in LANGUAGES) + " |")
+    def row(title: str, values: list[float]) -> None:
+        rows.append(f"| {title} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
 
-    figures = {
-        "image_to_text_r1": "image-to-text R@1",
-        "image_to_text_r5": "image-to-text R@5",
-        "text_to_image_r1": "text-to-image R@1",
-        "zero_shot_20": "20-way zero-shot",
-    }
+    parts = [results[language] for language in LANGUAGES]
     for mode in MODES:
-        for key, title in figures.items():
-            row(f"{title}, {mode}", lambda part, mode=mode, key=key: part[mode][key])
-    row("image-to-text R@1, InternVL-G re-ranked by matching", lambda part: part["reranked_r1"])
-    row("caption is the exact name", lambda part: part["caption_exact"])
-    row("caption's own embedding, R@1", lambda part: part["caption_r1"])
-    baseline = f"{results['pixel_neighbour_r1']:.3f}"
-    rows.append(f"| baseline: nearest training picture at 16 x 16 pixels, R@1 | {baseline} | {baseline} | {baseline} |")
-    return "\n".join(rows)
+        for key, title in FIGURES.items():
+            row(f"{title}, {mode}", [part[mode][key] for part in parts])
+    row("image-to-text R@1, InternVL-G re-ranked by matching", [part["reranked_r1"] for part in parts])
+    row("caption is the exact name", [part["caption_exact"] for part in parts])
+    row("R@1 of the caption's own text embedding", [part["caption_r1"] for part in parts])
+    row("baseline: nearest training picture at 16 x 16 pixels, R@1", [results["pixel_neighbour_r1"]] * len(parts))
+    how = results["measured_with"]
+    versions = f"torch {how['torch']}, transformers {how['transformers']}"
+    return "\n".join([*rows, "", f"Measured by `{how['command']}` on {how['machine']}, {versions}, {how['dtype']}."])
+
+
+def write_tables(results: dict) -> None:
+    """Put the table between the marks of both model cards."""
+    for path in CARDS:
+        before, _, rest = path.read_text("utf-8").partition(START)
+        _, _, after = rest.partition(END)
+        path.write_text(f"{before}{START}\n{table(results)}\n{END}{after}", "utf-8")
 
 
 @torch.inference_mode()
@@ -160,8 +174,10 @@ def main() -> None:
     parser.add_argument("--subfolder", default="tiny")
     parser.add_argument("--data", type=Path, default=DEFAULT_CACHE)
     parser.add_argument("--batch", type=int, default=100)
-    parser.add_argument("--out", type=Path, default=ROOT / "tiny" / "results.json")
+    parser.add_argument("--tables", action="store_true", help="measure nothing, write the tables again")
     arguments = parser.parse_args()
+    if arguments.tables:
+        return write_tables(json.loads(RESULTS.read_text("utf-8")))
     where = {"subfolder": arguments.subfolder, "trust_remote_code": True}
     model = AutoModel.from_pretrained(arguments.model, dtype=torch.float32, **where).eval()
     processor = AutoProcessor.from_pretrained(arguments.model, **where)
@@ -169,12 +185,13 @@ def main() -> None:
     results, captions = evaluate(model, processor, data, arguments.batch)
     results["measured_with"] = {
         "command": "python tools/evaluate_tiny.py",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, no GPU",
+        "machine": f"{torch.get_num_threads()} CPU cores ({platform.machine()})",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "dtype": "float32, weights stored in bfloat16",
+        "dtype": "float32 from bfloat16 weights",
     }
-    arguments.out.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    RESULTS.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    write_tables(results)
     print(table(results))
     print("\nSome captions, and the names:")
     for index in range(0, len(captions["en"]), max(1, len(captions["en"]) // 12)):

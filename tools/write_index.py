@@ -24,9 +24,8 @@ SHARDS = "model{suffix}.safetensors"
 def empty_model(folder: Path) -> torch.nn.Module:
     """The model of `folder`'s config, without memory for its weights."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    dtype = getattr(config, "dtype", None) or config.torch_dtype  # transformers < 4.56 has only the second name
     with torch.device("meta"):
-        return AutoModel.from_config(config, trust_remote_code=True).to(dtype)
+        return AutoModel.from_config(config, trust_remote_code=True)  # in the dtype that the config names
 
 
 def make_index(folder: Path, max_shard_size: str) -> dict:

@@ -1,0 +1,95 @@
+"""The trained tiny checkpoint: its size, what its cards say of it, and that it means something on held-out pictures."""
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModel, AutoProcessor
+
+from conftest import ROOT
+
+TINY = ROOT / "tiny"
+EXAMPLES = json.loads((ROOT / "examples" / "pictures" / "examples.json").read_text("utf-8"))
+PHRASES = {"en": "a photo of {}", "zh": "一张{}的照片", "ja": "{}の写真"}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """Model and processor as a user loads them."""
+    where = {"subfolder": "tiny", "trust_remote_code": True}
+    model = AutoModel.from_pretrained(ROOT, dtype=torch.float32, **where).eval()
+    return model, AutoProcessor.from_pretrained(ROOT, **where)
+
+
+@pytest.fixture(scope="module")
+def pixels(tiny):
+    return tiny[1](images=[ROOT / "examples" / "pictures" / example["file"] for example in EXAMPLES]).pixel_values
+
+
+@torch.inference_mode()
+def ranks_of_own_name(tiny, pixels, mode: str, language: str) -> torch.Tensor:
+    """For every example picture, how many of the other names are nearer than its own."""
+    model, processor = tiny
+    names = [PHRASES[language].format(example["name"][language]) for example in EXAMPLES]
+    similarity = model.embed_image(pixels, mode) @ model.embed_text(**processor(text=names)).T
+    return (similarity > similarity.diag()[:, None]).sum(1)
+
+
+def test_size_is_within_the_limits(tiny):
+    model, _ = tiny
+    assert sum(parameter.numel() for parameter in model.parameters()) <= 4_000_000
+    assert sum(path.stat().st_size for path in TINY.iterdir()) <= 10_000_000
+
+
+def test_weights_are_two_bfloat16_shards():
+    index = json.loads((TINY / "model.safetensors.index.json").read_text())
+    files = set(index["weight_map"].values())
+    assert len(files) == 2
+    for file in files:
+        with safe_open(TINY / file, "pt") as shard:
+            assert {index["weight_map"][name] for name in shard.keys()} == {file}
+            assert {shard.get_slice(name).get_dtype() for name in shard.keys()} == {"BF16"}
+
+
+@pytest.mark.parametrize("language", ["en", "zh", "ja"])
+@pytest.mark.parametrize("mode", ["InternVL-C", "InternVL-G"])
+def test_names_held_out_pictures(tiny, pixels, mode, language):
+    ranks = ranks_of_own_name(tiny, pixels, mode, language)
+    assert (ranks == 0).float().mean() >= 0.8  # chance is 1 / 36
+
+
+@torch.inference_mode()
+def test_matching_prefers_the_right_name(tiny, pixels):
+    model, processor = tiny
+    names = [example["name"]["en"] for example in EXAMPLES]
+    right = model.match(pixels, **processor(text=names, task="match")).softmax(-1)[:, 1]
+    wrong = model.match(pixels, **processor(text=names[1:] + names[:1], task="match")).softmax(-1)[:, 1]
+    assert (right > wrong).float().mean() >= 0.8
+
+
+@torch.inference_mode()
+def test_captions_are_names_in_the_language_asked_for(tiny, pixels):
+    model, processor = tiny
+    prompts = {"en": "English caption:", "zh": "中文描述:", "ja": "日本語の説明:"}
+    for language, prompt in prompts.items():
+        ids = model.generate(pixels, **processor(text=prompt, task="caption"), num_beams=3, max_new_tokens=16)
+        captions = processor.batch_decode(ids, skip_special_tokens=True)
+        latin = sum(caption.isascii() for caption in captions) / len(captions)
+        assert latin >= 0.9 if language == "en" else latin <= 0.1
+        named = sum(caption.strip() == example["name"][language] for caption, example in zip(captions, EXAMPLES))
+        assert named >= 5, captions  # a name among 1,400 is not hit by chance
+
+
+def test_cards_show_what_was_measured(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    pytest.importorskip("resvg_py")
+    pytest.importorskip("tqdm")
+    import evaluate_tiny
+
+    results = json.loads((TINY / "results.json").read_text("utf-8"))
+    for card in (ROOT / "README.md", TINY / "README.md"):
+        text = card.read_text("utf-8")
+        assert f"{evaluate_tiny.START}\n{evaluate_tiny.table(results)}\n{evaluate_tiny.END}" in text
+    sys.modules.pop("evaluate_tiny")
