@@ -93,8 +93,11 @@ class RegistryAttention(nn.Module):
     def attention_function(self, dtype: torch.dtype, has_mask: bool) -> Callable:
         """Look the configured function up in the registry."""
         name = self.config._attn_implementation
-        if name is not None and name.startswith("flash") and dtype == torch.float32 and not has_mask:
-            name = "sdpa"  # FlashAttention has no float32 kernels
+        if name is not None and name.startswith("flash") and dtype == torch.float32:
+            # FlashAttention has no float32 kernels, and SDPA does not take its masks.
+            if has_mask:
+                raise ValueError(f"`attn_implementation={name!r}` needs a model in float16 or bfloat16, got float32.")
+            name = "sdpa"
         if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):  # transformers >= 5.0
             return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         return eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
@@ -158,6 +161,10 @@ class InternPreTrainedModel(PreTrainedModel):
                 nn.init.normal_(parameter, std=self.config.initializer_range)
 
     @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # transformers would guess from the source text of each module
+
+    @classmethod
     def from_pretrained(cls, *args: Any, strict: bool = True, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """
         As in transformers, but strict: tensors that the checkpoint lacks, has in another shape or has too many are an
@@ -184,7 +191,7 @@ def _abbreviate(names: Any, most: int = 5) -> str:
 
 
 def run_layers(
-    stack: Any, hidden_states: torch.Tensor, output_hidden_states: bool, **kwargs: Any
+    stack: Any, hidden_states: torch.Tensor, output_hidden_states: bool, *arguments: Any
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
     """
     Run `stack.layers` one after the other, recomputing activations in the backward pass if the stack's
@@ -197,7 +204,7 @@ def run_layers(
     all_states = [hidden_states]
     for layer in stack.layers:
         call = partial(stack._gradient_checkpointing_func, layer.__call__) if recompute else layer
-        hidden_states = call(hidden_states, **kwargs)
+        hidden_states = call(hidden_states, *arguments)
         if output_hidden_states:
             all_states.append(hidden_states)
     return hidden_states, tuple(all_states) if output_hidden_states else None

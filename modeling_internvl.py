@@ -26,6 +26,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput, logging
 
+from .configuration_intern_vit import InternVisionConfig  # noqa: F401 - transformers 4.57 copies direct imports only
 from .configuration_internvl import InternVLConfig
 from .modeling_intern_vit import InternPreTrainedModel, InternVisionModel, RegistryAttention
 from .modeling_qllama import QLlamaForCausalLM
@@ -536,11 +537,10 @@ class InternVLModel(InternVLPreTrainedModel, GenerationMixin):
             raise ValueError("At least one of `input_ids` and `pixel_values` must be given.")
         image_embeds = None if pixel_values is None else self.embed_image(pixel_values, mode)
         text_embeds = None if input_ids is None else self.embed_text(input_ids, attention_mask)
-        output = InternVLOutput(image_embeds=image_embeds, text_embeds=text_embeds)
-        if image_embeds is not None and text_embeds is not None:
-            output.logits_per_image = self.logit_scale.exp() * image_embeds @ text_embeds.to(image_embeds.device).T
-            output.logits_per_text = output.logits_per_image.T
-        return output
+        if image_embeds is None or text_embeds is None:
+            return InternVLOutput(image_embeds=image_embeds, text_embeds=text_embeds)
+        logits = self.logit_scale.exp() * image_embeds @ text_embeds.to(image_embeds.device).T
+        return InternVLOutput(logits, logits.T, image_embeds, text_embeds)
 
 
 class InternVL_C(InternVLModel):  # noqa: N801 - the name that CLIP_benchmark imports
@@ -569,7 +569,7 @@ class GatherWithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # not the caller's own
         dist.all_reduce(gradient)
         return gradient.narrow(0, ctx.size * dist.get_rank(), ctx.size)
 

@@ -298,11 +298,11 @@ class QLlamaModel(QLlamaPreTrainedModel):
             self,
             hidden_states,
             output_hidden_states,
-            rotary=rotary_angles(self.config, position_ids, hidden_states.dtype),
-            attention_mask=mask,
-            past_key_values=past_key_values,
-            encoder_hidden_states=encoder_hidden_states,
-            num_bidirectional=num_bidirectional,
+            rotary_angles(self.config, position_ids, hidden_states.dtype),
+            mask,
+            past_key_values,
+            encoder_hidden_states,
+            num_bidirectional,
         )
         output = BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values, hidden_states=all_states

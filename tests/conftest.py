@@ -2,11 +2,15 @@
 
 import json
 import os
+import tempfile
 from functools import cache
 from pathlib import Path
 
-# Nothing here may touch the network.
+# Nothing here may touch the network, and no two runs may share the folder that the loader copies code into.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "HF_MODULES_CACHE" not in os.environ:  # a process that a test starts inherits it
+    _modules_cache = tempfile.TemporaryDirectory(prefix="internvl-tests-")
+    os.environ["HF_MODULES_CACHE"] = _modules_cache.name
 
 import pytest
 import torch
@@ -54,6 +58,18 @@ def golden_model(class_name: str = "InternVLModel", attn_implementation: str | N
 def golden(name: str) -> dict[str, torch.Tensor]:
     """Tensors of the original implementation, such as golden("tiny/expected")."""
     return load_file(GOLDEN / f"{name}.safetensors")
+
+
+def training_batch(objective: str = "stage2", rows: slice = slice(None)) -> dict[str, torch.Tensor]:
+    """The training inputs of golden/tiny, under the names of the models' forward."""
+    inputs = golden("tiny/inputs")
+    batch = {"pixel_values": inputs["pixel_values"], "labels": inputs["train.labels"]}
+    for name in ("positive", "negative", "summarize", "caption"):
+        prefix, ids = "" if name == "caption" else f"{name}_", inputs[f"train.{name}_input_ids"]
+        batch |= {f"{prefix}input_ids": ids, f"{prefix}attention_mask": (ids > 0).long()}
+    if objective == "retrieval":
+        batch["image_ids"] = inputs["train.image_ids"]
+    return {name: tensor[rows] for name, tensor in batch.items()}
 
 
 @pytest.fixture(scope="session")

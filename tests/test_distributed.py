@@ -11,21 +11,10 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
-from conftest import TOLERANCE, golden, golden_model, repo_class
+from conftest import TOLERANCE, golden, golden_model, repo_class, training_batch
 
 WORLD = 2
 CLASSES = {"stage2": "InternVLForPreTraining", "retrieval": "InternVLForRetrieval"}
-
-
-def training_batch(objective, rows=slice(None)):
-    inputs = golden("tiny/inputs")
-    batch = {"pixel_values": inputs["pixel_values"], "labels": inputs["train.labels"]}
-    for name in ("positive", "negative", "summarize", "caption"):
-        prefix, ids = "" if name == "caption" else f"{name}_", inputs[f"train.{name}_input_ids"]
-        batch |= {f"{prefix}input_ids": ids, f"{prefix}attention_mask": (ids > 0).long()}
-    if objective == "retrieval":
-        batch["image_ids"] = inputs["train.image_ids"]
-    return {name: tensor[rows] for name, tensor in batch.items()}
 
 
 def modeling():

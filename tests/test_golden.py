@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 from transformers import DynamicCache
 
-from conftest import GOLDEN, TOLERANCE, golden, golden_config, golden_model, repo_class
+from conftest import GOLDEN, TOLERANCE, golden, golden_config, golden_model, repo_class, training_batch
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 GENERATE = {"max_new_tokens": 12, "min_new_tokens": 8, "do_sample": False}
@@ -80,17 +80,6 @@ def without_padding(states, inputs):
 def expected_forward(name):
     tensor = golden("tiny/expected")[name]
     return without_padding(tensor, golden("tiny/inputs")) if name == "text_features" else tensor
-
-
-def training_batch(objective):
-    inputs = golden("tiny/inputs")
-    batch = {"pixel_values": inputs["pixel_values"], "labels": inputs["train.labels"]}
-    for name in ("positive", "negative", "summarize", "caption"):
-        prefix, ids = "" if name == "caption" else f"{name}_", inputs[f"train.{name}_input_ids"]
-        batch |= {f"{prefix}input_ids": ids, f"{prefix}attention_mask": (ids > 0).long()}
-    if objective == "retrieval":
-        batch["image_ids"] = inputs["train.image_ids"]
-    return batch
 
 
 @pytest.fixture(scope="module", params=IMPLEMENTATIONS)

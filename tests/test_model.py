@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from transformers import AutoConfig
 from transformers.generation.streamers import BaseStreamer
 
-from conftest import GOLDEN, ROOT, TOLERANCE, golden, golden_config, golden_model, repo_class
+from conftest import GOLDEN, ROOT, TOLERANCE, golden, golden_config, golden_model, repo_class, training_batch
 
 INPUTS = golden("tiny/inputs")
 PIXELS, IDS, PROMPTS = INPUTS["pixel_values"], INPUTS["input_ids"], INPUTS["prompt_ids"]
@@ -49,16 +49,6 @@ def left_padded(ids, mask, extra=0):
         moved[row, length - count :] = ids[row][mask[row] > 0]
         moved_mask[row, length - count :] = 1
     return moved, moved_mask
-
-
-def training_batch(objective="stage2", rows=slice(None)):
-    batch = {"pixel_values": PIXELS, "labels": INPUTS["train.labels"]}
-    for name in ("positive", "negative", "summarize", "caption"):
-        prefix, ids = "" if name == "caption" else f"{name}_", INPUTS[f"train.{name}_input_ids"]
-        batch |= {f"{prefix}input_ids": ids, f"{prefix}attention_mask": (ids > 0).long()}
-    if objective == "retrieval":
-        batch["image_ids"] = INPUTS["train.image_ids"]
-    return {name: tensor[rows] for name, tensor in batch.items()}
 
 
 # ------------------------------------------------------------------------------------------------ batches and padding
