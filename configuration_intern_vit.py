@@ -3,6 +3,7 @@
 from typing import Any
 
 from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
 from transformers.utils import is_flash_attn_2_available
 
 
@@ -23,6 +24,15 @@ def require_fractions(**fields: Any) -> None:
     """Check that every field is a number in [0, 1)."""
     for name, value in fields.items():
         require(name, value, isinstance(value, (int, float)) and 0 <= value < 1, "a number in [0, 1)")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def require_activation(value: Any) -> None:
+    """Check that `hidden_act` is one that transformers knows."""
+    require("hidden_act", value, isinstance(value, str) and value in ACT2FN, "a name in transformers' ACT2FN")
 
 
 class InternVisionConfig(PretrainedConfig):
@@ -119,7 +129,12 @@ class InternVisionConfig(PretrainedConfig):
             size = getattr(self, name)
             whole = size is None or (isinstance(size, int) and size > 0 and size % self.patch_size == 0)
             require(name, size, whole, f"a positive multiple of {self.patch_size=}")
-        require("layer_norm_eps", self.layer_norm_eps, self.layer_norm_eps > 0, "above 0")
+        positive = is_number(self.layer_norm_eps) and self.layer_norm_eps > 0
+        require("layer_norm_eps", self.layer_norm_eps, positive, "above 0")
+        spread = is_number(self.initializer_range) and self.initializer_range >= 0
+        require("initializer_range", self.initializer_range, spread, "a number from 0 on")
+        require("initializer_factor", self.initializer_factor, is_number(self.initializer_factor), "a number")
+        require_activation(self.hidden_act)
 
     @property
     def position_grid(self) -> int:

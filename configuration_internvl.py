@@ -1,10 +1,18 @@
 """Configuration of InternVL-14B and of QLLaMA, its language tower (InternVL paper, arXiv:2312.14238, section 3.2)."""
 
+import copy
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from .configuration_intern_vit import InternVisionConfig, require, require_fractions, require_positive_integers
+from .configuration_intern_vit import (
+    InternVisionConfig,
+    is_number,
+    require,
+    require_activation,
+    require_fractions,
+    require_positive_integers,
+)
 
 
 class QLlamaConfig(PretrainedConfig):
@@ -107,8 +115,12 @@ class QLlamaConfig(PretrainedConfig):
         )
         grouped = self.num_attention_heads % self.num_key_value_heads == 0
         require("num_key_value_heads", self.num_key_value_heads, grouped, f"a divisor of {self.num_attention_heads=}")
-        require("rms_norm_eps", self.rms_norm_eps, self.rms_norm_eps > 0, "above 0")
-        require("rope_theta", self.rope_theta, self.rope_theta > 0, "above 0")
+        for name in ("rms_norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            require(name, value, is_number(value) and value > 0, "above 0")
+        spread = is_number(self.initializer_range) and self.initializer_range >= 0
+        require("initializer_range", self.initializer_range, spread, "a number from 0 on")
+        require_activation(self.hidden_act)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             token = getattr(self, name)
             require(name, token, isinstance(token, int) and 0 <= token < self.vocab_size, f"below {self.vocab_size=}")
@@ -187,7 +199,8 @@ class InternVLConfig(PretrainedConfig):
         self.qllama_config.num_query_token = self.num_query_token
         self.qllama_config.cross_attention_frequency = self.cross_attention_frequency
         self.qllama_config.encoder_hidden_size = self.vision_config.hidden_size
-        if self.force_image_size is not None:
+        # A table that was resized after loading is the vision config's own; it must win when the model is saved.
+        if self.force_image_size is not None and self.vision_config.force_image_size is None:
             self.vision_config.force_image_size = self.force_image_size
 
     def _check_fields(self) -> None:
@@ -206,8 +219,12 @@ class InternVLConfig(PretrainedConfig):
             rank = getattr(self, name)
             require(name, rank, isinstance(rank, int) and rank >= 0, "a LoRA rank, 0 for none")
         ids = self.caption_prompt_ids
-        known = ids is None or (len(ids) > 0 and all(0 <= i < self.qllama_config.vocab_size for i in ids))
-        require("caption_prompt_ids", ids, known, f"ids below {self.qllama_config.vocab_size=}")
+        vocab_size = self.qllama_config.vocab_size
+        listed = isinstance(ids, (list, tuple)) and len(ids) > 0
+        known = ids is None or (listed and all(isinstance(i, int) and 0 <= i < vocab_size for i in ids))
+        require("caption_prompt_ids", ids, known, f"a list of ids below {vocab_size=}")
+        spread = is_number(self.initializer_range) and self.initializer_range >= 0
+        require("initializer_range", self.initializer_range, spread, "a number from 0 on")
 
     @property
     def hidden_size(self) -> int:
@@ -226,8 +243,8 @@ def _sub_config(name: str, value: Any, config_class: type[PretrainedConfig]) -> 
     if isinstance(value, dict):
         return config_class(**{key: item for key, item in value.items() if key != "model_type"})
     # Not isinstance(value, config_class): the loader may hold the class twice, from two copies of this file.
-    if isinstance(value, PretrainedConfig):
-        return value
+    if isinstance(value, PretrainedConfig) and value.model_type == config_class.model_type:
+        return copy.deepcopy(value)
     raise TypeError(f"`{name}` must be a dict or a {config_class.__name__}, got {type(value).__name__}.")
 
 

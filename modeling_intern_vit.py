@@ -14,10 +14,12 @@ The base classes at the top serve all three modeling files.
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -176,13 +178,30 @@ class InternPreTrainedModel(PreTrainedModel):
         Raises:
             `ValueError`: names the tensors that are missing, superfluous or of another shape.
         """
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if strict:
+            kwargs["ignore_mismatched_sizes"] = True  # transformers' own error names no tensor; ours below does
+        try:
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise OSError(f"{_damaged_files(args[0], kwargs.get('subfolder', ''))}: {error}") from error
         kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
         problems = {kind: info[kind] for kind in kinds if info.get(kind)}
         if strict and problems:
             listed = "; ".join(f"{kind}: {_abbreviate(names)}" for kind, names in problems.items())
             raise ValueError(f"The checkpoint does not fit {cls.__name__} ({listed}). `strict=False` loads it anyhow.")
         return (model, info) if output_loading_info else model
+
+
+def _damaged_files(checkpoint: Any, subfolder: str) -> str:
+    """The safetensors files of a local checkpoint that cannot be read, or the checkpoint's name."""
+    damaged = []
+    for file in sorted(Path(checkpoint, subfolder).glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError:
+            damaged.append(str(file))
+    return ", ".join(damaged) or str(checkpoint)
 
 
 def _abbreviate(names: Any, most: int = 5) -> str:
@@ -248,7 +267,7 @@ class InternVisionEmbeddings(nn.Module):
             kind = getattr(pixel_values, "dtype", type(pixel_values).__name__)
             raise TypeError(f"`pixel_values` must be a floating-point tensor, normalised by the processor, got {kind}.")
         shape, patch = tuple(pixel_values.shape), self.patch_size
-        if len(shape) != 4 or shape[1] != self.num_channels:
+        if len(shape) != 4 or shape[1] != self.num_channels or shape[0] == 0:
             raise ValueError(f"`pixel_values` must be [batch, {self.num_channels}, height, width], got {list(shape)}.")
         if shape[2] % patch or shape[3] % patch or 0 in shape:
             raise ValueError(f"The sides of `pixel_values` must be multiples of {patch}, got {shape[2]} x {shape[3]}.")
@@ -387,9 +406,9 @@ class InternVisionModel(InternPreTrainedModel):
         table = self.embeddings.position_embedding
         if patch_size != self.config.patch_size:
             raise ValueError(f"`patch_size` must be the model's own, {self.config.patch_size}, got {patch_size}.")
-        if new_size <= 0 or new_size % patch_size:
+        if not isinstance(new_size, int) or new_size <= 0 or new_size % patch_size:
             raise ValueError(f"`new_size` must be a positive multiple of {patch_size}, got {new_size}.")
-        if table.shape[1] != 1 + (old_size // patch_size) ** 2:
+        if old_size < 0 or old_size % patch_size or table.shape[1] != 1 + (old_size // patch_size) ** 2:
             raise ValueError(f"`old_size` {old_size} does not belong to a table of {table.shape[1]} positions.")
         grid = new_size // patch_size
         resized = interpolate_positions(table.detach(), grid, grid)
@@ -425,6 +444,9 @@ class InternVisionModel(InternPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if pixel_embeds is None:
             pixel_embeds = self.embeddings(pixel_values)
+        elif not isinstance(pixel_embeds, torch.Tensor) or not pixel_embeds.is_floating_point():
+            kind = getattr(pixel_embeds, "dtype", type(pixel_embeds).__name__)
+            raise TypeError(f"`pixel_embeds` must be a floating-point tensor, got {kind}.")
         elif pixel_embeds.ndim != 3 or pixel_embeds.shape[-1] != self.config.hidden_size:
             expected = f"[batch, tokens, {self.config.hidden_size}]"
             raise ValueError(f"`pixel_embeds` must be {expected}, got {list(pixel_embeds.shape)}.")

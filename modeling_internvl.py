@@ -80,11 +80,6 @@ def has_values(tensor: torch.Tensor) -> bool:
     return type(tensor) is torch.Tensor and tensor.device.type != "meta" and not torch.compiler.is_compiling()
 
 
-def check_mode(mode: Any) -> None:
-    if mode not in MODES:
-        raise ValueError(f"`mode` must be one of {MODES}, got {mode!r}.")
-
-
 def check_token_ids(name: str, input_ids: Any, attention_mask: Any, vocab_size: int) -> torch.Tensor:
     """
     Refuse what is not a batch of token ids, and return its padding mask.
@@ -206,6 +201,8 @@ class InternVLModel(InternVLPreTrainedModel, GenerationMixin):
         itm_head (`nn.Linear`): C -> 2, no match and match.
     """
 
+    default_mode = "InternVL-C"
+
     def __init__(self, config: InternVLConfig):
         super().__init__(config)
         width = config.qllama_config.hidden_size
@@ -232,6 +229,12 @@ class InternVLModel(InternVLPreTrainedModel, GenerationMixin):
         self.qllama.set_output_embeddings(new_embeddings)
 
     # ---------------------------------------------------------------------------------------- towers to states
+
+    def _checked_mode(self, mode: str | None) -> str:
+        mode = self.default_mode if mode is None else mode
+        if mode not in MODES:
+            raise ValueError(f"`mode` must be one of {MODES}, got {mode!r}.")
+        return mode
 
     def _image_states(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] -> the vision tower's tokens [B, 1 + N, vision width]"""
@@ -296,11 +299,11 @@ class InternVLModel(InternVLPreTrainedModel, GenerationMixin):
 
     # ------------------------------------------------------------------------------------------------ new calls
 
-    def embed_image(self, pixel_values: torch.Tensor, mode: str = "InternVL-C", normalize: bool = True) -> torch.Tensor:
+    def embed_image(self, pixel_values: torch.Tensor, mode: str | None = None, normalize: bool = True) -> torch.Tensor:
         """
         Args:
             pixel_values (`torch.Tensor`): [B, 3, H, W], normalised by the processor.
-            mode (`str`): "InternVL-C" or "InternVL-G".
+            mode (`str`, *optional*): "InternVL-C", which it is if not given, or "InternVL-G".
             normalize (`bool`): bring the embeddings to length 1; `False` gives the values of `encode_image`.
 
         Returns:
@@ -460,12 +463,12 @@ class InternVLModel(InternVLPreTrainedModel, GenerationMixin):
 
     # ------------------------------------------------------------------------------------------ the original calls
 
-    def encode_image(self, image: torch.Tensor, mode: str = "InternVL-C") -> torch.Tensor:
+    def encode_image(self, image: torch.Tensor, mode: str | None = None) -> torch.Tensor:
         """
         The original call: [B, 3, H, W] -> [B, clip_embed_dim], not normalised. In mode InternVL-G it is the sum of two
         embeddings of length 1 (SPEC, "Features and logits").
         """
-        check_mode(mode)
+        mode = self._checked_mode(mode)
         image_states = self._image_states(image)
         pooled = self.clip_projector(image_states)
         if mode == "InternVL-C":
@@ -494,7 +497,7 @@ class InternVLModel(InternVLPreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        mode: str = "InternVL-C",
+        mode: str | None = None,
         return_dict: bool | None = None,
         image: torch.Tensor | None = None,
         text: torch.Tensor | None = None,
@@ -506,7 +509,7 @@ class InternVLModel(InternVLPreTrainedModel, GenerationMixin):
             input_ids (`torch.Tensor`, *optional*): [T, L] ids of `<s> summarize:TEXT </s>`.
             pixel_values (`torch.Tensor`, *optional*): [I, 3, H, W], normalised by the processor.
             attention_mask (`torch.Tensor`, *optional*): [T, L]; without it every id but 0 is real.
-            mode (`str`): "InternVL-C" or "InternVL-G".
+            mode (`str`, *optional*): "InternVL-C", which it is if not given, or "InternVL-G".
             return_dict (`bool`, *optional*): `False` for a plain tuple.
             image, text: the original names of `pixel_values` and `input_ids`; with them a plain tuple
                 `(logits_per_image, logits_per_text)` is returned, as the original did.
@@ -530,9 +533,9 @@ class InternVLModel(InternVLPreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor | None,
         pixel_values: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
-        mode: str,
+        mode: str | None,
     ) -> InternVLOutput:
-        check_mode(mode)
+        mode = self._checked_mode(mode)
         if input_ids is None and pixel_values is None:
             raise ValueError("At least one of `input_ids` and `pixel_values` must be given.")
         image_embeds = None if pixel_values is None else self.embed_image(pixel_values, mode)
@@ -544,14 +547,13 @@ class InternVLModel(InternVLPreTrainedModel, GenerationMixin):
 
 
 class InternVL_C(InternVLModel):  # noqa: N801 - the name that CLIP_benchmark imports
-    """[`InternVLModel`] whose `encode_image` embeds in mode InternVL-C."""
+    """[`InternVLModel`], in mode InternVL-C if none is given."""
 
 
 class InternVL_G(InternVLModel):  # noqa: N801
-    """[`InternVLModel`] whose `encode_image` embeds in mode InternVL-G if none is given."""
+    """[`InternVLModel`], in mode InternVL-G if none is given."""
 
-    def encode_image(self, image: torch.Tensor, mode: str = "InternVL-G") -> torch.Tensor:
-        return super().encode_image(image, mode)
+    default_mode = "InternVL-G"
 
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -592,6 +594,19 @@ def mean_of_valid(losses: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
 
 class InternVLTrainingModel(InternVLModel):
     """The losses that both training objectives are made of."""
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """As in transformers; the saved config names [`InternVLModel`], which is what `AutoModel` is to load."""
+        super().save_pretrained(save_directory, **kwargs)
+        self.config.auto_map["AutoModel"] = "modeling_internvl.InternVLModel"
+        self.config.save_pretrained(save_directory)
+
+    @staticmethod
+    def _check_rows(batch: int, **token_batches: torch.Tensor) -> None:
+        """Refuse token batches that do not have one row per picture."""
+        for name, input_ids in token_batches.items():
+            if len(input_ids) != batch:
+                raise ValueError(f"`{name}` must have one row per picture ({batch}), got {len(input_ids)}.")
 
     def _matching_loss(
         self,
@@ -660,6 +675,13 @@ class InternVLForPreTraining(InternVLTrainingModel):
         negative_ids, negative_mask = self._checked("negative_input_ids", negative_input_ids, negative_attention_mask)
         summary_ids, summary_mask = self._checked("summarize_input_ids", summarize_input_ids, summarize_attention_mask)
         self._check_labels(input_ids, labels)
+        self._check_rows(
+            len(pixel_values),
+            positive_input_ids=positive_ids,
+            negative_input_ids=negative_ids,
+            summarize_input_ids=summary_ids,
+            input_ids=input_ids,
+        )
         mask = check_token_ids("input_ids", input_ids, attention_mask, self.config.qllama_config.vocab_size)
         order = real_tokens_first(mask)
         caption_ids, labels = input_ids.gather(1, order), labels.gather(1, order)
@@ -687,6 +709,11 @@ class InternVLForPreTraining(InternVLTrainingModel):
         if not isinstance(labels, torch.Tensor) or labels.shape != input_ids.shape:
             shape = list(getattr(labels, "shape", [])) or type(labels).__name__
             raise ValueError(f"`labels` must be {list(input_ids.shape)} like `input_ids`, got {shape}.")
+        if labels.dtype != torch.long:
+            raise TypeError(f"`labels` must be integer token ids (torch.int64), got {labels.dtype}.")
+        vocab_size = self.config.qllama_config.vocab_size
+        if has_values(labels) and int(labels.max()) >= vocab_size:
+            raise ValueError(f"`labels` must hold ids below {vocab_size}, or -100, got {int(labels.max())}.")
 
     def _contrastive_loss(
         self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, valid: torch.Tensor
@@ -733,6 +760,12 @@ class InternVLForRetrieval(InternVLTrainingModel):
         positive_ids, positive_mask = self._checked("positive_input_ids", positive_input_ids, positive_attention_mask)
         negative_ids, negative_mask = self._checked("negative_input_ids", negative_input_ids, negative_attention_mask)
         summary_ids, summary_mask = self._checked("summarize_input_ids", summarize_input_ids, summarize_attention_mask)
+        self._check_rows(
+            len(pixel_values),
+            positive_input_ids=positive_ids,
+            negative_input_ids=negative_ids,
+            summarize_input_ids=summary_ids,
+        )
         image_states = self._image_states(pixel_values)
         batch = len(image_states)
         loss_itm = self._matching_loss(
@@ -753,8 +786,9 @@ class InternVLForRetrieval(InternVLTrainingModel):
         if image_ids is None:
             rank = dist.get_rank() if is_distributed() else 0
             image_ids = torch.arange(batch, device=device) + rank * batch
-        elif image_ids.shape != (batch,):
-            raise ValueError(f"`image_ids` must be [{batch}], one per picture, got {list(image_ids.shape)}.")
+        elif not isinstance(image_ids, torch.Tensor) or image_ids.shape != (batch,):
+            shape = list(getattr(image_ids, "shape", [])) or type(image_ids).__name__
+            raise ValueError(f"`image_ids` must be [{batch}], one per picture, got {shape}.")
         all_ids = gather(image_ids) if is_distributed() else image_ids
         same = (image_ids[:, None] == all_ids[None, :]).float()
         return same / same.sum(dim=1, keepdim=True)
@@ -774,6 +808,10 @@ def _pad_together(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """Put batches of different length one under the other, padded with 0 on the right."""
     length = max(part.shape[1] for part in parts)
     return torch.cat([F.pad(part, (0, length - part.shape[1])) for part in parts])
+
+
+# The loader does this only if no model of transformers' own has a config of this name; 4.57 has one.
+InternVLModel.register_for_auto_class("AutoModel")
 
 
 __all__ = ["InternVLForPreTraining", "InternVLForRetrieval", "InternVLModel", "InternVL_C", "InternVL_G"]

@@ -101,8 +101,8 @@ class QLlamaMLP(nn.Module):
     def __init__(self, config: QLlamaConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -154,12 +154,12 @@ class QLlamaCrossAttention(RegistryAttention):
         width, encoder_width = config.hidden_size, config.encoder_hidden_size
         super().__init__(config, config.num_attention_heads, width // config.num_attention_heads)
         norm = partial(rms_norm_class(), eps=config.rms_norm_eps)
-        self.norm1 = norm(width)
-        self.norm2 = norm(encoder_width)
         self.q_proj = nn.Linear(width, width, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
+        self.norm1 = norm(width)
         self.k_proj = nn.Linear(encoder_width, width, bias=False)
         self.v_proj = nn.Linear(encoder_width, width, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
+        self.norm2 = norm(encoder_width)
 
     def forward(self, queries: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
         query = self.split_heads(self.q_proj(self.norm1(queries)))

@@ -177,12 +177,13 @@ def test_default_modes_of_the_classes(expected):
 
 
 @torch.no_grad()
-def test_only_encode_image_of_internvl_g_has_another_default(expected):
-    """As in the original; `forward` compares in mode InternVL-C if none is given, whatever the class."""
+def test_every_call_of_internvl_g_has_another_default(expected):
     model = golden_model("InternVL_G")
-    assert_close(model(IDS, PIXELS).logits_per_image, expected["logits_per_image_c"], **TOLERANCE)
-    assert_close(model(image=PIXELS, text=IDS)[0], expected["logits_per_image_c"], **TOLERANCE)
-    assert_close(model.embed_image(PIXELS), F.normalize(expected["encode_image_c"], dim=-1), **TOLERANCE)
+    assert_close(model(IDS, PIXELS).logits_per_image, expected["logits_per_image_g"], **TOLERANCE)
+    assert_close(model(image=PIXELS, text=IDS)[0], expected["logits_per_image_g"], **TOLERANCE)
+    assert_close(model.embed_image(PIXELS), F.normalize(expected["encode_image_g"], dim=-1), **TOLERANCE)
+    assert_close(model.encode_image(PIXELS), expected["encode_image_g"], **TOLERANCE)
+    assert_close(model.encode_image(PIXELS, "InternVL-C"), expected["encode_image_c"], **TOLERANCE)
 
 
 @pytest.mark.parametrize("mode", MODES)
