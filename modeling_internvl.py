@@ -601,13 +601,6 @@ class InternVLTrainingModel(InternVLModel):
         self.config.auto_map["AutoModel"] = "modeling_internvl.InternVLModel"
         self.config.save_pretrained(save_directory)
 
-    @staticmethod
-    def _check_rows(batch: int, **token_batches: torch.Tensor) -> None:
-        """Refuse token batches that do not have one row per picture."""
-        for name, input_ids in token_batches.items():
-            if len(input_ids) != batch:
-                raise ValueError(f"`{name}` must have one row per picture ({batch}), got {len(input_ids)}.")
-
     def _matching_loss(
         self,
         image_states: torch.Tensor,
@@ -629,12 +622,14 @@ class InternVLTrainingModel(InternVLModel):
         return (scale * images @ all_texts.T).float(), (scale * texts @ all_images.T).float()
 
     def _checked(
-        self, name: str, input_ids: torch.Tensor, mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Check a token batch and bring its real tokens to the left."""
+        self, name: str, input_ids: torch.Tensor, mask: torch.Tensor | None, batch: int, *others: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Check a token batch; bring the real tokens of it, its mask and others of its shape to the left."""
         mask = check_token_ids(name, input_ids, mask, self.config.qllama_config.vocab_size)
+        if len(input_ids) != batch:
+            raise ValueError(f"`{name}` must have one row per picture ({batch}), got {len(input_ids)}.")
         order = real_tokens_first(mask)
-        return input_ids.gather(1, order), mask.gather(1, order)
+        return tuple(tensor.gather(1, order) for tensor in (input_ids, mask, *others))
 
 
 class InternVLForPreTraining(InternVLTrainingModel):
@@ -671,23 +666,15 @@ class InternVLForPreTraining(InternVLTrainingModel):
         Returns:
             [`InternVLTrainingOutput`]: `loss` = `loss_itm` + `loss_itc` + `loss_itg`.
         """
-        positive_ids, positive_mask = self._checked("positive_input_ids", positive_input_ids, positive_attention_mask)
-        negative_ids, negative_mask = self._checked("negative_input_ids", negative_input_ids, negative_attention_mask)
-        summary_ids, summary_mask = self._checked("summarize_input_ids", summarize_input_ids, summarize_attention_mask)
+        batch, checked = len(pixel_values), self._checked
+        positive_ids, positive_mask = checked("positive_input_ids", positive_input_ids, positive_attention_mask, batch)
+        negative_ids, negative_mask = checked("negative_input_ids", negative_input_ids, negative_attention_mask, batch)
+        summary_ids, summary_mask = checked("summarize_input_ids", summarize_input_ids, summarize_attention_mask, batch)
         self._check_labels(input_ids, labels)
-        self._check_rows(
-            len(pixel_values),
-            positive_input_ids=positive_ids,
-            negative_input_ids=negative_ids,
-            summarize_input_ids=summary_ids,
-            input_ids=input_ids,
-        )
-        mask = check_token_ids("input_ids", input_ids, attention_mask, self.config.qllama_config.vocab_size)
-        order = real_tokens_first(mask)
-        caption_ids, labels = input_ids.gather(1, order), labels.gather(1, order)
+        caption_ids, _, labels = checked("input_ids", input_ids, attention_mask, batch, labels)
         image_states = self._image_states(pixel_values)
 
-        num_negative = len(pixel_values) - len(pixel_values) // 2
+        num_negative = batch - batch // 2
         loss_itm = self._matching_loss(
             image_states,
             _pad_together((negative_ids[:num_negative], positive_ids[num_negative:])),
@@ -757,17 +744,11 @@ class InternVLForRetrieval(InternVLTrainingModel):
         Returns:
             [`InternVLTrainingOutput`]: `loss` = `loss_itm` + `loss_itc`.
         """
-        positive_ids, positive_mask = self._checked("positive_input_ids", positive_input_ids, positive_attention_mask)
-        negative_ids, negative_mask = self._checked("negative_input_ids", negative_input_ids, negative_attention_mask)
-        summary_ids, summary_mask = self._checked("summarize_input_ids", summarize_input_ids, summarize_attention_mask)
-        self._check_rows(
-            len(pixel_values),
-            positive_input_ids=positive_ids,
-            negative_input_ids=negative_ids,
-            summarize_input_ids=summary_ids,
-        )
+        batch, checked = len(pixel_values), self._checked
+        positive_ids, positive_mask = checked("positive_input_ids", positive_input_ids, positive_attention_mask, batch)
+        negative_ids, negative_mask = checked("negative_input_ids", negative_input_ids, negative_attention_mask, batch)
+        summary_ids, summary_mask = checked("summarize_input_ids", summarize_input_ids, summarize_attention_mask, batch)
         image_states = self._image_states(pixel_values)
-        batch = len(image_states)
         loss_itm = self._matching_loss(
             torch.cat([image_states, image_states]),
             _pad_together((negative_ids, positive_ids)),
