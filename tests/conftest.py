@@ -72,20 +72,9 @@ def training_batch(objective: str = "stage2", rows: slice = slice(None)) -> dict
     return {name: tensor[rows] for name, tensor in batch.items()}
 
 
-@pytest.fixture(scope="session")
-def tiny_dir() -> Path:
-    """The folder of the trained tiny checkpoint; load it with `from_pretrained(ROOT, subfolder="tiny")`."""
-    return ROOT / "tiny"
-
-
 @pytest.fixture
 def model():
     return golden_model()
-
-
-@pytest.fixture
-def inputs() -> dict[str, torch.Tensor]:
-    return golden("tiny/inputs")
 
 
 @pytest.fixture
