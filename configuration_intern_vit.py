@@ -30,6 +30,17 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def require_positive_numbers(**fields: Any) -> None:
+    """Check that every field is a number above zero."""
+    for name, value in fields.items():
+        require(name, value, is_number(value) and value > 0, "above 0")
+
+
+def require_spread(value: Any) -> None:
+    """Check that `initializer_range` can be a standard deviation."""
+    require("initializer_range", value, is_number(value) and value >= 0, "a number from 0 on")
+
+
 def require_activation(value: Any) -> None:
     """Check that `hidden_act` is one that transformers knows."""
     require("hidden_act", value, isinstance(value, str) and value in ACT2FN, "a name in transformers' ACT2FN")
@@ -129,10 +140,8 @@ class InternVisionConfig(PretrainedConfig):
             size = getattr(self, name)
             whole = size is None or (isinstance(size, int) and size > 0 and size % self.patch_size == 0)
             require(name, size, whole, f"a positive multiple of {self.patch_size=}")
-        positive = is_number(self.layer_norm_eps) and self.layer_norm_eps > 0
-        require("layer_norm_eps", self.layer_norm_eps, positive, "above 0")
-        spread = is_number(self.initializer_range) and self.initializer_range >= 0
-        require("initializer_range", self.initializer_range, spread, "a number from 0 on")
+        require_positive_numbers(layer_norm_eps=self.layer_norm_eps)
+        require_spread(self.initializer_range)
         require("initializer_factor", self.initializer_factor, is_number(self.initializer_factor), "a number")
         require_activation(self.hidden_act)
 

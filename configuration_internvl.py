@@ -7,11 +7,12 @@ from transformers import PretrainedConfig
 
 from .configuration_intern_vit import (
     InternVisionConfig,
-    is_number,
     require,
     require_activation,
     require_fractions,
     require_positive_integers,
+    require_positive_numbers,
+    require_spread,
 )
 
 
@@ -115,11 +116,8 @@ class QLlamaConfig(PretrainedConfig):
         )
         grouped = self.num_attention_heads % self.num_key_value_heads == 0
         require("num_key_value_heads", self.num_key_value_heads, grouped, f"a divisor of {self.num_attention_heads=}")
-        for name in ("rms_norm_eps", "rope_theta"):
-            value = getattr(self, name)
-            require(name, value, is_number(value) and value > 0, "above 0")
-        spread = is_number(self.initializer_range) and self.initializer_range >= 0
-        require("initializer_range", self.initializer_range, spread, "a number from 0 on")
+        require_positive_numbers(rms_norm_eps=self.rms_norm_eps, rope_theta=self.rope_theta)
+        require_spread(self.initializer_range)
         require_activation(self.hidden_act)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             token = getattr(self, name)
@@ -223,8 +221,7 @@ class InternVLConfig(PretrainedConfig):
         listed = isinstance(ids, (list, tuple)) and len(ids) > 0
         known = ids is None or (listed and all(isinstance(i, int) and 0 <= i < vocab_size for i in ids))
         require("caption_prompt_ids", ids, known, f"a list of ids below {vocab_size=}")
-        spread = is_number(self.initializer_range) and self.initializer_range >= 0
-        require("initializer_range", self.initializer_range, spread, "a number from 0 on")
+        require_spread(self.initializer_range)
 
     @property
     def hidden_size(self) -> int:
