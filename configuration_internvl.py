@@ -140,6 +140,8 @@ class InternVLConfig(PretrainedConfig):
         force_image_size (`int`, *optional*): side that the position table was resized to; also set on vision_config.
         caption_prompt_ids (`list[int]`, *optional*): prompt that `generate` uses when it is given none; the ids
             depend on the tokenizer, hence their place here. `<s>` alone if not given.
+        contrastive_only (`bool`): leave out what only InternVL-G, matching and captions need; may be given to
+            `from_pretrained`, to load less of a whole checkpoint.
         initializer_range (`float`): standard deviation of freshly initialised weights of the heads.
 
     Raises:
@@ -164,6 +166,7 @@ class InternVLConfig(PretrainedConfig):
         use_qllama_lora: int = 0,
         force_image_size: int | None = None,
         caption_prompt_ids: list[int] | None = None,
+        contrastive_only: bool = False,
         initializer_range: float = 0.02,
         tie_word_embeddings: bool = False,
         **kwargs: Any,
@@ -187,6 +190,7 @@ class InternVLConfig(PretrainedConfig):
         self.use_qllama_lora = use_qllama_lora
         self.force_image_size = force_image_size
         self.caption_prompt_ids = caption_prompt_ids
+        self.contrastive_only = contrastive_only
         self.initializer_range = initializer_range
         self._share_with_sub_configs()
         self._check_fields()
@@ -221,6 +225,7 @@ class InternVLConfig(PretrainedConfig):
         listed = isinstance(ids, (list, tuple)) and len(ids) > 0
         known = ids is None or (listed and all(isinstance(i, int) and 0 <= i < vocab_size for i in ids))
         require("caption_prompt_ids", ids, known, f"a list of ids below {vocab_size=}")
+        require("contrastive_only", self.contrastive_only, isinstance(self.contrastive_only, bool), "True or False")
         require_spread(self.initializer_range)
 
     @property

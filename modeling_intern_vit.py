@@ -29,6 +29,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_intern_vit import InternVisionConfig
 
+# What a checkpoint of the joint model has beside the vision tower, as patterns of names.
+NOT_INTERN_VIT = [r"^qllama\.", r"^clip_projector2?\.", r"^itm_head\.", r"^(query_tokens|text_projection|logit_scale)$"]
+
 
 def rms_norm_class() -> type[nn.Module]:
     """The RMSNorm to build with: apex's fused one when apex is importable, torch's otherwise (SPEC: float32 inside)."""
@@ -190,6 +193,15 @@ class InternPreTrainedModel(PreTrainedModel):
             listed = "; ".join(f"{kind}: {_abbreviate(names)}" for kind, names in problems.items())
             raise ValueError(f"The checkpoint does not fit {cls.__name__} ({listed}). `strict=False` loads it anyhow.")
         return (model, info) if output_loading_info else model
+
+
+def ignore_in_checkpoint(model: PreTrainedModel, patterns: list[str]) -> None:
+    """
+    Set the names (regular expressions) that a checkpoint of the joint model may have beyond those of `model`. To be
+    called after `post_init`, which in transformers >= 5 collects those of the submodules, a list that is not its own.
+    """
+    is_v5 = isinstance(model._keys_to_ignore_on_load_unexpected, set)
+    model._keys_to_ignore_on_load_unexpected = set(patterns) if is_v5 else list(patterns)
 
 
 def _damaged_files(checkpoint: Any, subfolder: str) -> str:
@@ -378,6 +390,7 @@ class InternVisionModel(InternPreTrainedModel):
         self.embeddings = InternVisionEmbeddings(config)
         self.encoder = InternVisionEncoder(config)
         self.post_init()
+        ignore_in_checkpoint(self, NOT_INTERN_VIT)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

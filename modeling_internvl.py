@@ -15,8 +15,10 @@ Where this file differs from the original implementation, and why:
 """
 
 import math
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -28,12 +30,22 @@ from transformers.utils import ModelOutput, logging
 
 from .configuration_intern_vit import InternVisionConfig  # noqa: F401 - transformers 4.57 copies direct imports only
 from .configuration_internvl import InternVLConfig
-from .modeling_intern_vit import InternPreTrainedModel, InternVisionModel, RegistryAttention
-from .modeling_qllama import QLlamaForCausalLM
+from .modeling_intern_vit import InternPreTrainedModel, InternVisionModel, RegistryAttention, ignore_in_checkpoint
+from .modeling_qllama import QLlamaForCausalLM, QLlamaTextEncoder
 
 logger = logging.get_logger(__name__)
 
 MODES = ("InternVL-C", "InternVL-G")
+# Tensors of the joint checkpoint that its parts have no use for, as patterns of names.
+NOT_FOR_CONTRAST = [
+    r"^query_tokens$",
+    r"^clip_projector2\.",
+    r"^itm_head\.",
+    r"^qllama\.lm_head\.",
+    r"^qllama\..*\.cross_attn\.",
+]
+NOT_FOR_TEXT = [*NOT_FOR_CONTRAST, r"^vision_model\.", r"^clip_projector\.", r"^logit_scale$"]
+NOT_FOR_PICTURES = [*NOT_FOR_CONTRAST, r"^qllama\.", r"^text_projection$", r"^logit_scale$"]
 DEFAULT_NEW_TOKENS = 32
 
 
@@ -53,6 +65,36 @@ class InternVLOutput(ModelOutput):
     logits_per_text: torch.Tensor | None = None
     image_embeds: torch.Tensor | None = None
     text_embeds: torch.Tensor | None = None
+
+
+@dataclass
+class InternVLImageOutput(ModelOutput):
+    """
+    What [`InternVLVisionModelWithProjection`] returns.
+
+    Attributes:
+        image_embeds (`torch.Tensor`): [B, clip_embed_dim] in mode InternVL-C, not normalised.
+        last_hidden_state (`torch.Tensor`): [B, 1 + N, C], the vision tokens, class token first.
+        hidden_states (`tuple(torch.Tensor)`): layers + 1 times [B, 1 + N, C], if asked for.
+    """
+
+    image_embeds: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class InternVLTextOutput(ModelOutput):
+    """
+    What [`InternVLTextModelWithProjection`] returns.
+
+    Attributes:
+        text_embeds (`torch.Tensor`): [B, clip_embed_dim], not normalised.
+        last_hidden_state (`torch.Tensor`): [B, L, C], the states of all tokens; what stands at padding is arbitrary.
+    """
+
+    text_embeds: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
 
 
 @dataclass
@@ -122,6 +164,12 @@ def real_tokens_last(mask: torch.Tensor) -> torch.Tensor:
     return torch.argsort(mask.byte(), dim=1, stable=True)
 
 
+def put_back(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Undo such an order of positions [B, L] in states [B, L, C]."""
+    back = order.argsort(dim=1).unsqueeze(-1).to(states.device)
+    return states.gather(1, back.expand(-1, -1, states.shape[-1]))
+
+
 # -------------------------------------------------------------------------------------------------------- heads
 
 
@@ -178,18 +226,267 @@ class InternVLPreTrainedModel(InternPreTrainedModel):
         if isinstance(module, PoolingAttention):
             for bias in (module.q_bias, module.k_bias, module.v_bias):
                 nn.init.zeros_(bias)
-        elif isinstance(module, InternVLModel):
-            nn.init.zeros_(module.query_tokens)
-            nn.init.normal_(module.text_projection, std=self.config.initializer_range)
-            nn.init.constant_(module.logit_scale, math.log(1 / 0.07))
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == "query_tokens":
+                nn.init.zeros_(parameter)
+            elif name == "text_projection":
+                nn.init.normal_(parameter, std=self.config.initializer_range)
+            elif name == "logit_scale":
+                nn.init.constant_(parameter, math.log(1 / 0.07))
 
 
-class InternVLModel(InternVLPreTrainedModel, GenerationMixin):
+def under_hook(method: Callable) -> Callable:
+    """
+    Run a public method as accelerate runs `forward`, the only one that its hooks know: parameters that sit on the model
+    itself are there although offloaded, and results come back to the device of the inputs. Not to be nested.
+    """
+
+    @wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        hook = getattr(self, "_hf_hook", None)
+        if hook is None:
+            return method(self, *args, **kwargs)
+        args, kwargs = hook.pre_forward(self, *args, **kwargs)
+        return hook.post_forward(self, method(self, *args, **kwargs))
+
+    return call
+
+
+class TextSide:
+    """How texts are read and embedded, for models with `qllama` and `text_projection`."""
+
+    config: Any
+    qllama: Any
+    text_projection: nn.Parameter
+
+    def _checked_text(self, input_ids: Any, attention_mask: Any) -> torch.Tensor:
+        return check_token_ids("input_ids", input_ids, attention_mask, self.config.qllama_config.vocab_size)
+
+    def _text_states(self, input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Read texts. With the real tokens first, causal attention needs no padding mask.
+
+        Returns:
+            The states [B, L, C] of the real tokens, first in every row, and the order [B, L] they were brought into.
+        """
+        order = real_tokens_first(mask)
+        ids = input_ids.gather(1, order)
+        return self.qllama.model(input_ids=ids, use_cache=False).last_hidden_state, order
+
+    def _pool_text(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """[B, L] ids -> the projected state of each row's last real token [B, clip_embed_dim]"""
+        states, _ = self._text_states(input_ids, mask)
+        return self._pool_states(states, mask)
+
+    def _pool_states(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """States [B, L, C] with the real tokens first -> the last real one, projected [B, clip_embed_dim]"""
+        last = mask.sum(dim=1) - 1  # [B]
+        pooled = states[torch.arange(len(states), device=states.device), last.to(states.device)]  # [B, C]
+        return pooled @ self.text_projection.to(pooled.device)
+
+    def _ends(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Which rows [B] have `</s>` as their last real token."""
+        last = mask.long().cumsum(1).argmax(1, keepdim=True)
+        return input_ids.gather(1, last).flatten() == self.config.qllama_config.eos_token_id
+
+    def _warn_without_end(self, input_ids: torch.Tensor, mask: torch.Tensor) -> None:
+        if has_values(input_ids) and not bool(self._ends(input_ids, mask).all()):
+            logger.warning_once(
+                "A text does not end with `</s>`: its embedding is taken where the checkpoint was not trained to put"
+                " it. Set `tokenizer.add_eos_token = True`, or use the processor."
+            )
+
+    def _text_embeds(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Checked ids [B, L] -> [B, clip_embed_dim], not normalised."""
+        mask = self._checked_text(input_ids, attention_mask)
+        self._warn_without_end(input_ids, mask)
+        return self._pool_text(input_ids, mask)
+
+    @under_hook
+    def embed_text(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, normalize: bool = True
+    ) -> torch.Tensor:
+        """
+        Args:
+            input_ids (`torch.Tensor`): [B, L] ids of `<s> summarize:TEXT </s>`, padded on either side.
+            attention_mask (`torch.Tensor`, *optional*): [B, L]; without it every id but 0 is real.
+            normalize (`bool`): bring the embeddings to length 1; `False` gives the values of `encode_text`.
+
+        Returns:
+            `torch.Tensor`: [B, clip_embed_dim]
+
+        Raises:
+            `ValueError`, `TypeError`: ids of a wrong shape, dtype or range, a mask of another shape, an empty row.
+        """
+        embeds = self._text_embeds(input_ids, attention_mask)
+        return F.normalize(embeds, dim=-1) if normalize else embeds
+
+    @under_hook
+    def encode_text(self, text: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The original call: ids [B, L] of `<s> summarize:TEXT </s>` -> [B, clip_embed_dim], not normalised."""
+        return self._text_embeds(text, attention_mask)
+
+    @under_hook
+    def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The original call: the states of all tokens [B, L, C]; what stands at padding is arbitrary."""
+        mask = self._checked_text(input_ids, attention_mask)
+        return put_back(*self._text_states(input_ids, mask))
+
+
+class ImageSide:
+    """How pictures are seen and embedded, for models with `vision_model` and `clip_projector`."""
+
+    config: Any
+    vision_model: Any
+    clip_projector: Any
+    default_mode = "InternVL-C"
+
+    def _checked_mode(self, mode: str | None) -> str:
+        mode = self.default_mode if mode is None else mode
+        if mode not in MODES:
+            raise ValueError(f"`mode` must be one of {MODES}, got {mode!r}.")
+        if mode == "InternVL-G":
+            self._require_queries("`mode='InternVL-G'`")
+        return mode
+
+    def _require_queries(self, what: str) -> None:
+        if not hasattr(self, "query_tokens"):
+            raise ValueError(f"{what} needs the queries, and this {type(self).__name__} was loaded without them.")
+
+    def _image_states(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[B, 3, H, W] -> the vision tower's tokens [B, 1 + N, vision width]"""
+        return self.vision_model(pixel_values).last_hidden_state
+
+    def _image_embeds(self, pixel_values: torch.Tensor, mode: str | None) -> torch.Tensor:
+        """[B, 3, H, W] -> [B, clip_embed_dim], not normalised."""
+        self._checked_mode(mode)
+        return self.clip_projector(self._image_states(pixel_values))
+
+    @under_hook
+    def embed_image(self, pixel_values: torch.Tensor, mode: str | None = None, normalize: bool = True) -> torch.Tensor:
+        """
+        Args:
+            pixel_values (`torch.Tensor`): [B, 3, H, W], normalised by the processor.
+            mode (`str`, *optional*): "InternVL-C", which it is if not given, or "InternVL-G".
+            normalize (`bool`): bring the embeddings to length 1; `False` gives the values of `encode_image`.
+
+        Returns:
+            `torch.Tensor`: [B, clip_embed_dim]
+
+        Raises:
+            `ValueError`, `TypeError`: unknown mode, or pixels of a wrong shape or dtype.
+        """
+        embeds = self._image_embeds(pixel_values, mode)
+        return F.normalize(embeds, dim=-1) if normalize else embeds
+
+    @under_hook
+    def encode_image(self, image: torch.Tensor, mode: str | None = None) -> torch.Tensor:
+        """
+        The original call: [B, 3, H, W] -> [B, clip_embed_dim], not normalised. In mode InternVL-G it is the sum of two
+        embeddings of length 1 (SPEC, "Features and logits").
+        """
+        return self._image_embeds(image, mode)
+
+
+class InternVLTextModelWithProjection(InternVLPreTrainedModel, TextSide):
+    """
+    What embeds texts, of the joint model's checkpoint: QLLaMA without cross-attentions and language head, and
+    `text_projection`. 6.7 of 13.8 billion parameters; their values are the joint model's.
+
+    Args:
+        config ([`InternVLConfig`]): the joint model's.
+    """
+
+    main_input_name = "input_ids"
+
+    def __init__(self, config: InternVLConfig):
+        super().__init__(config)
+        self.qllama = QLlamaTextEncoder(config.qllama_config)
+        self.text_projection = nn.Parameter(torch.zeros(config.qllama_config.hidden_size, config.clip_embed_dim))
+        self.post_init()
+        ignore_in_checkpoint(self, NOT_FOR_TEXT)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.qllama.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.qllama.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> tuple | InternVLTextOutput:
+        """
+        Args:
+            input_ids (`torch.Tensor`): [B, L] ids of `<s> summarize:TEXT </s>`, padded on either side.
+            attention_mask (`torch.Tensor`, *optional*): [B, L]; without it every id but 0 is real.
+            return_dict (`bool`, *optional*): `False` for a plain tuple.
+
+        Returns:
+            [`InternVLTextOutput`]
+
+        Raises:
+            `ValueError`, `TypeError`: ids of a wrong shape, dtype or range, a mask of another shape, an empty row.
+        """
+        mask = self._checked_text(input_ids, attention_mask)
+        self._warn_without_end(input_ids, mask)
+        states, order = self._text_states(input_ids, mask)
+        output = InternVLTextOutput(self._pool_states(states, mask), put_back(states, order))
+        return output.to_tuple() if return_dict is False else output
+
+
+class InternVLVisionModelWithProjection(InternVLPreTrainedModel, ImageSide):
+    """
+    What embeds pictures in mode InternVL-C, of the joint model's checkpoint: InternViT and `clip_projector`. 5.9 of
+    13.8 billion parameters; their values are the joint model's.
+
+    Args:
+        config ([`InternVLConfig`]): the joint model's.
+    """
+
+    def __init__(self, config: InternVLConfig):
+        super().__init__(config)
+        self.vision_model = InternVisionModel(config.vision_config)
+        self.clip_projector = AttentionPool(config, config.vision_config.hidden_size)
+        self.post_init()
+        ignore_in_checkpoint(self, NOT_FOR_PICTURES)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_model.get_input_embeddings()
+
+    def forward(
+        self, pixel_values: torch.Tensor, output_hidden_states: bool | None = None, return_dict: bool | None = None
+    ) -> tuple | InternVLImageOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor`): [B, 3, H, W], normalised by the processor.
+            output_hidden_states (`bool`, *optional*): also return the embeddings and the output of every layer.
+            return_dict (`bool`, *optional*): `False` for a plain tuple.
+
+        Returns:
+            [`InternVLImageOutput`]
+
+        Raises:
+            `ValueError`, `TypeError`: pixels of a wrong shape or dtype.
+        """
+        vision = self.vision_model(pixel_values, output_hidden_states)
+        states = vision.last_hidden_state
+        output = InternVLImageOutput(self.clip_projector(states), states, vision.hidden_states)
+        return output.to_tuple() if return_dict is False else output
+
+
+class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixin):
     """
     The joint model: embeds pictures and texts, compares them, matches them and writes captions.
 
     Args:
-        config ([`InternVLConfig`]): sizes and options.
+        config ([`InternVLConfig`]): sizes and options. With its `contrastive_only` the model has what InternVL-C needs;
+            `query_tokens`, `clip_projector2`, `itm_head` and what QLLaMA needs for pictures and captions are left out.
 
     Attributes:
         vision_model ([`InternVisionModel`]): InternViT.
@@ -201,20 +498,22 @@ class InternVLModel(InternVLPreTrainedModel, GenerationMixin):
         itm_head (`nn.Linear`): C -> 2, no match and match.
     """
 
-    default_mode = "InternVL-C"
-
     def __init__(self, config: InternVLConfig):
         super().__init__(config)
         width = config.qllama_config.hidden_size
+        whole = not config.contrastive_only
         self.vision_model = InternVisionModel(config.vision_config)
-        self.qllama = QLlamaForCausalLM(config.qllama_config)
-        self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_token, width))
+        self.qllama = (QLlamaForCausalLM if whole else QLlamaTextEncoder)(config.qllama_config)
+        if whole:
+            self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_token, width))
         self.text_projection = nn.Parameter(torch.zeros(width, config.clip_embed_dim))
         self.logit_scale = nn.Parameter(torch.zeros(()))
         self.clip_projector = AttentionPool(config, config.vision_config.hidden_size)
-        self.clip_projector2 = AttentionPool(config, width)
-        self.itm_head = nn.Linear(width, 2)
+        if whole:
+            self.clip_projector2 = AttentionPool(config, width)
+            self.itm_head = nn.Linear(width, 2)
         self.post_init()
+        ignore_in_checkpoint(self, [] if whole else NOT_FOR_CONTRAST)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.qllama.get_input_embeddings()
@@ -230,15 +529,14 @@ class InternVLModel(InternVLPreTrainedModel, GenerationMixin):
 
     # ---------------------------------------------------------------------------------------- towers to states
 
-    def _checked_mode(self, mode: str | None) -> str:
-        mode = self.default_mode if mode is None else mode
-        if mode not in MODES:
-            raise ValueError(f"`mode` must be one of {MODES}, got {mode!r}.")
-        return mode
-
-    def _image_states(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[B, 3, H, W] -> the vision tower's tokens [B, 1 + N, vision width]"""
-        return self.vision_model(pixel_values).last_hidden_state
+    def _image_embeds(self, pixel_values: torch.Tensor, mode: str | None) -> torch.Tensor:
+        mode = self._checked_mode(mode)
+        image_states = self._image_states(pixel_values)
+        pooled = self.clip_projector(image_states)
+        if mode == "InternVL-C":
+            return pooled
+        queried = self.clip_projector2(self._query_states(image_states))
+        return F.normalize(pooled, dim=-1) + F.normalize(queried, dim=-1).to(pooled.device)
 
     def _query_states(self, image_states: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """Run the queries over pictures: [B, 1 + N, vision width] -> [B, num_query_token, C]"""
@@ -256,9 +554,9 @@ class InternVLModel(InternVLPreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:
         """Run [queries ; text] over pictures: [B, L] ids -> [B, num_query_token + L, C]"""
         text = self.get_input_embeddings()(input_ids)  # [B, L, C]
-        queries = self.query_tokens.expand(len(text), -1, -1)
+        queries = self.query_tokens.expand(len(text), -1, -1).to(text.device)
         if mask is not None:
-            mask = torch.cat([mask.new_ones(queries.shape[:2]), mask], dim=1)
+            mask = torch.cat([mask.new_ones(queries.shape[:2]), mask], dim=1).to(text.device)
         return self.qllama.model(
             inputs_embeds=torch.cat([queries, text], dim=1),
             attention_mask=mask,
@@ -267,74 +565,9 @@ class InternVLModel(InternVLPreTrainedModel, GenerationMixin):
             use_cache=False,
         ).last_hidden_state
 
-    def _text_states(self, input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Read texts. With the real tokens first, causal attention needs no padding mask.
-
-        Returns:
-            The states [B, L, C] of the real tokens, first in every row, and the order [B, L] they were brought into.
-        """
-        order = real_tokens_first(mask)
-        ids = input_ids.gather(1, order)
-        return self.qllama.model(input_ids=ids, use_cache=False).last_hidden_state, order
-
-    def _pool_text(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """[B, L] ids -> the projected state of each row's last real token [B, clip_embed_dim]"""
-        states, _ = self._text_states(input_ids, mask)
-        last = mask.sum(dim=1) - 1  # [B]
-        pooled = states[torch.arange(len(states), device=states.device), last.to(states.device)]  # [B, C]
-        return pooled @ self.text_projection
-
-    def _ends(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Which rows [B] have `</s>` as their last real token."""
-        last = mask.long().cumsum(1).argmax(1, keepdim=True)
-        return input_ids.gather(1, last).flatten() == self.config.qllama_config.eos_token_id
-
-    def _warn_without_end(self, input_ids: torch.Tensor, mask: torch.Tensor) -> None:
-        if has_values(input_ids) and not bool(self._ends(input_ids, mask).all()):
-            logger.warning_once(
-                "A text does not end with `</s>`: its embedding is taken where the checkpoint was not trained to put"
-                " it. Set `tokenizer.add_eos_token = True`, or use the processor."
-            )
-
     # ------------------------------------------------------------------------------------------------ new calls
 
-    def embed_image(self, pixel_values: torch.Tensor, mode: str | None = None, normalize: bool = True) -> torch.Tensor:
-        """
-        Args:
-            pixel_values (`torch.Tensor`): [B, 3, H, W], normalised by the processor.
-            mode (`str`, *optional*): "InternVL-C", which it is if not given, or "InternVL-G".
-            normalize (`bool`): bring the embeddings to length 1; `False` gives the values of `encode_image`.
-
-        Returns:
-            `torch.Tensor`: [B, clip_embed_dim]
-
-        Raises:
-            `ValueError`, `TypeError`: unknown mode, or pixels of a wrong shape or dtype.
-        """
-        embeds = self.encode_image(pixel_values, mode)
-        return F.normalize(embeds, dim=-1) if normalize else embeds
-
-    def embed_text(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, normalize: bool = True
-    ) -> torch.Tensor:
-        """
-        Args:
-            input_ids (`torch.Tensor`): [B, L] ids of `<s> summarize:TEXT </s>`, padded on either side.
-            attention_mask (`torch.Tensor`, *optional*): [B, L]; without it every id but 0 is real.
-            normalize (`bool`): bring the embeddings to length 1; `False` gives the values of `encode_text`.
-
-        Returns:
-            `torch.Tensor`: [B, clip_embed_dim]
-
-        Raises:
-            `ValueError`, `TypeError`: ids of a wrong shape, dtype or range, a mask of another shape, an empty row.
-        """
-        mask = check_token_ids("input_ids", input_ids, attention_mask, self.config.qllama_config.vocab_size)
-        self._warn_without_end(input_ids, mask)
-        embeds = self._pool_text(input_ids, mask)
-        return F.normalize(embeds, dim=-1) if normalize else embeds
-
+    @under_hook
     def match(
         self,
         pixel_values: torch.Tensor,
@@ -358,7 +591,8 @@ class InternVLModel(InternVLPreTrainedModel, GenerationMixin):
         Raises:
             `ValueError`: pictures and texts differ in number and `all_pairs` is off; or a bad input.
         """
-        mask = check_token_ids("input_ids", input_ids, attention_mask, self.config.qllama_config.vocab_size)
+        self._require_queries("`match`")
+        mask = self._checked_text(input_ids, attention_mask)
         image_states = self._image_states(pixel_values)
         order = real_tokens_first(mask)
         input_ids, mask = input_ids.gather(1, order), mask.gather(1, order)
@@ -374,6 +608,7 @@ class InternVLModel(InternVLPreTrainedModel, GenerationMixin):
         return self.itm_head(states[:, : self.config.num_query_token]).mean(dim=1)  # [B, 2]
 
     @torch.no_grad()
+    @under_hook
     def generate(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -400,6 +635,7 @@ class InternVLModel(InternVLPreTrainedModel, GenerationMixin):
         Raises:
             `ValueError`, `TypeError`: no picture, or a bad picture, prompt or mask.
         """
+        self._require_queries("`generate`")
         if pixel_values is None:
             raise ValueError("`pixel_values` must be given: there is nothing to write about.")
         image_states = self._image_states(pixel_values)
@@ -463,34 +699,12 @@ class InternVLModel(InternVLPreTrainedModel, GenerationMixin):
 
     # ------------------------------------------------------------------------------------------ the original calls
 
-    def encode_image(self, image: torch.Tensor, mode: str | None = None) -> torch.Tensor:
-        """
-        The original call: [B, 3, H, W] -> [B, clip_embed_dim], not normalised. In mode InternVL-G it is the sum of two
-        embeddings of length 1 (SPEC, "Features and logits").
-        """
-        mode = self._checked_mode(mode)
-        image_states = self._image_states(image)
-        pooled = self.clip_projector(image_states)
-        if mode == "InternVL-C":
-            return pooled
-        queried = self.clip_projector2(self._query_states(image_states))
-        return F.normalize(pooled, dim=-1) + F.normalize(queried, dim=-1)
-
-    def encode_text(self, text: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """The original call: ids [B, L] of `<s> summarize:TEXT </s>` -> [B, clip_embed_dim], not normalised."""
-        return self.embed_text(text, attention_mask, normalize=False)
-
+    @under_hook
     def get_image_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The original call: the vision tokens [B, 1 + N, vision width] and the query outputs [B, queries, C]."""
+        self._require_queries("`get_image_features`")
         image_states = self._image_states(pixel_values)
         return image_states, self._query_states(image_states)
-
-    def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """The original call: the states of all tokens [B, L, C]; what stands at padding is arbitrary."""
-        mask = check_token_ids("input_ids", input_ids, attention_mask, self.config.qllama_config.vocab_size)
-        states, order = self._text_states(input_ids, mask)
-        back = order.argsort(dim=1).unsqueeze(-1).to(states.device)
-        return states.gather(1, back.expand(-1, -1, states.shape[-1]))
 
     def forward(
         self,
@@ -538,11 +752,15 @@ class InternVLModel(InternVLPreTrainedModel, GenerationMixin):
         mode = self._checked_mode(mode)
         if input_ids is None and pixel_values is None:
             raise ValueError("At least one of `input_ids` and `pixel_values` must be given.")
-        image_embeds = None if pixel_values is None else self.embed_image(pixel_values, mode)
-        text_embeds = None if input_ids is None else self.embed_text(input_ids, attention_mask)
+        image_embeds = text_embeds = None
+        if pixel_values is not None:
+            image_embeds = F.normalize(self._image_embeds(pixel_values, mode), dim=-1)
+        if input_ids is not None:
+            text_embeds = F.normalize(self._text_embeds(input_ids, attention_mask), dim=-1)
         if image_embeds is None or text_embeds is None:
             return InternVLOutput(image_embeds=image_embeds, text_embeds=text_embeds)
-        logits = self.logit_scale.exp() * image_embeds @ text_embeds.to(image_embeds.device).T
+        scale = self.logit_scale.exp().to(image_embeds.device)
+        logits = scale * image_embeds @ text_embeds.to(image_embeds.device).T
         return InternVLOutput(logits, logits.T, image_embeds, text_embeds)
 
 
@@ -589,6 +807,7 @@ def is_distributed() -> bool:
 
 def mean_of_valid(losses: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """The mean over the valid rows; 0, with a gradient of 0, where there is none."""
+    valid = valid.to(losses.device)
     return (losses * valid).sum() / valid.sum().clamp(min=1)
 
 
@@ -610,7 +829,8 @@ class InternVLTrainingModel(InternVLModel):
     ) -> torch.Tensor:
         """ITM: cross-entropy of match and no match; texts of two tokens, `<s> </s>`, say nothing and are left out."""
         logits = self._match(image_states, input_ids, mask).float()
-        return mean_of_valid(F.cross_entropy(logits, labels, reduction="none"), mask.sum(dim=1) != 2)
+        losses = F.cross_entropy(logits, labels.to(logits.device), reduction="none")
+        return mean_of_valid(losses, mask.sum(dim=1) != 2)
 
     def _similarities(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of the local pictures to all ranks' texts and of the local texts to all ranks' pictures [B, W * B]."""
@@ -795,4 +1015,12 @@ def _pad_together(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
 InternVLModel.register_for_auto_class("AutoModel")
 
 
-__all__ = ["InternVLForPreTraining", "InternVLForRetrieval", "InternVLModel", "InternVL_C", "InternVL_G"]
+__all__ = [
+    "InternVLForPreTraining",
+    "InternVLForRetrieval",
+    "InternVLModel",
+    "InternVLTextModelWithProjection",
+    "InternVLVisionModelWithProjection",
+    "InternVL_C",
+    "InternVL_G",
+]

@@ -171,12 +171,12 @@ class QLlamaCrossAttention(RegistryAttention):
 
 
 class QLlamaDecoderLayer(nn.Module):
-    def __init__(self, config: QLlamaConfig, layer_idx: int):
+    def __init__(self, config: QLlamaConfig, layer_idx: int, sees_pictures: bool = True):
         super().__init__()
         norm = partial(rms_norm_class(), config.hidden_size, eps=config.rms_norm_eps)
         self.num_query_token = config.num_query_token
         self.self_attn = QLlamaAttention(config, layer_idx)
-        has_cross_attention = layer_idx % config.cross_attention_frequency == 0
+        has_cross_attention = sees_pictures and layer_idx % config.cross_attention_frequency == 0
         self.cross_attn = QLlamaCrossAttention(config) if has_cross_attention else None
         self.mlp = QLlamaMLP(config)
         self.input_layernorm = norm()
@@ -217,12 +217,19 @@ class QLlamaPreTrainedModel(InternPreTrainedModel):
 
 
 class QLlamaModel(QLlamaPreTrainedModel):
-    """QLLaMA without its language head."""
+    """
+    QLLaMA without its language head.
 
-    def __init__(self, config: QLlamaConfig):
+    Args:
+        config ([`QLlamaConfig`]): sizes and options.
+        sees_pictures (`bool`): `False` leaves the cross-attentions out, which text alone does not need.
+    """
+
+    def __init__(self, config: QLlamaConfig, sees_pictures: bool = True):
         super().__init__(config)
+        layers = [QLlamaDecoderLayer(config, index, sees_pictures) for index in range(config.num_hidden_layers)]
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList([QLlamaDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList(layers)
         self.norm = rms_norm_class()(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
@@ -308,6 +315,28 @@ class QLlamaModel(QLlamaPreTrainedModel):
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values, hidden_states=all_states
         )
         return output.to_tuple() if return_dict is False else output
+
+
+class QLlamaTextEncoder(QLlamaPreTrainedModel):
+    """What only reads texts needs of QLLaMA, no cross-attentions and no language head, by the checkpoint's names."""
+
+    def __init__(self, config: QLlamaConfig):
+        super().__init__(config)
+        self.model = QLlamaModel(config, sees_pictures=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple | BaseModelOutputWithPast:
+        """As [`QLlamaModel.forward`]."""
+        return self.model(*args, **kwargs)
 
 
 class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
@@ -414,4 +443,4 @@ def copy_cache(source: Cache, target: Cache, batch_size: int) -> None:
         update_cache(target, index, key, value)
 
 
-__all__ = ["QLlamaForCausalLM", "QLlamaModel"]
+__all__ = ["QLlamaForCausalLM", "QLlamaModel", "QLlamaTextEncoder"]
