@@ -22,13 +22,17 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers import __version__ as transformers_version
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_intern_vit import InternVisionConfig
 
+# What from_pretrained does when it is given no dtype: since 5.0 transformers takes the config's.
+DEFAULT_DTYPE = "auto" if int(transformers_version.split(".")[0]) >= 5 else None
+PLAN_OPTIONS = ("device_map", "max_memory", "strict", "ignore_mismatched_sizes", "output_loading_info")
 # What a checkpoint of the joint model has beside the vision tower, as patterns of names.
 NOT_INTERN_VIT = [r"^qllama\.", r"^clip_projector2?\.", r"^itm_head\.", r"^(query_tokens|text_projection|logit_scale)$"]
 
@@ -179,10 +183,12 @@ class InternPreTrainedModel(PreTrainedModel):
             strict (`bool`): pass `False` to accept such a checkpoint, as when new heads are added for fine-tuning.
 
         Raises:
-            `ValueError`: names the tensors that are missing, superfluous or of another shape.
+            `ValueError`: names the tensors that are missing, superfluous or of another shape, or what is wrong with
+                `device_map` or `max_memory`, before anything is loaded.
         """
         if strict:
             kwargs["ignore_mismatched_sizes"] = True  # transformers' own error names no tensor; ours below does
+        cls._check_plan(args[0], kwargs)
         try:
             model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
@@ -193,6 +199,88 @@ class InternPreTrainedModel(PreTrainedModel):
             listed = "; ".join(f"{kind}: {_abbreviate(names)}" for kind, names in problems.items())
             raise ValueError(f"The checkpoint does not fit {cls.__name__} ({listed}). `strict=False` loads it anyhow.")
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _check_plan(cls, checkpoint: Any, kwargs: dict[str, Any]) -> None:
+        """Refuse a `device_map` or a `max_memory` that cannot work; write out what a map says of "all the rest"."""
+        device_map, max_memory = kwargs.get("device_map"), kwargs.get("max_memory")
+        by_hand = isinstance(device_map, dict) and set(device_map) != {""}
+        if not by_hand and not (isinstance(device_map, str) and max_memory):
+            return
+        config = kwargs.get("config")
+        if not isinstance(config, PretrainedConfig):
+            others = {name: value for name, value in kwargs.items() if name not in ("config", *PLAN_OPTIONS)}
+            config, _ = cls.config_class.from_pretrained(checkpoint, return_unused_kwargs=True, **others)
+        with torch.device("meta"):
+            model = cls(config)
+        if by_hand:
+            kwargs["device_map"] = complete_device_map(model, device_map)
+        elif kwargs.get("quantization_config") is None:
+            dtype = kwargs.get("dtype", kwargs.get("torch_dtype", DEFAULT_DTYPE))
+            dtype = config.dtype if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+            check_budgets(model, max_memory, dtype or torch.float32)
+
+
+def blocks_of(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The modules that must stay on one device, by name."""
+    return {name: module for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules}
+
+
+def complete_device_map(model: PreTrainedModel, device_map: dict[str, Any]) -> dict[str, Any]:
+    """
+    Write out what the key "" of a map, "all the rest", stands for, which accelerate cannot mix with other keys. What
+    sits on the model itself stays in memory if it is to go to the disk: accelerate offloads modules only.
+
+    Raises:
+        `ValueError`: a key that is no part of the model, a part without a device, or a block on several devices.
+    """
+    own = [name for name, _ in model.named_parameters(recurse=False)]
+    modules = {name for name, _ in model.named_modules()}
+    if unknown := sorted(set(device_map) - modules - {name for name, _ in model.named_parameters()}):
+        raise ValueError(f"`device_map` names what {type(model).__name__} does not have: {_abbreviate(unknown)}.")
+    devices, missing = {}, []
+    for name, _ in model.named_parameters():
+        keys = [key for key in device_map if key in ("", name) or name.startswith(f"{key}.")]
+        if keys:
+            devices[name] = device_map[max(keys, key=len)]
+        else:
+            missing.append(name)
+    if missing:
+        raise ValueError(f'`device_map` gives no device, nor one for "" (all the rest), to {_abbreviate(missing)}.')
+    for block in blocks_of(model):
+        found = {str(device) for name, device in devices.items() if name.startswith(f"{block}.")}
+        if len(found) > 1:
+            raise ValueError(f"`device_map` splits {block}, which must stay whole, over {', '.join(sorted(found))}.")
+
+    completed = {key: device for key, device in device_map.items() if key}
+    for name, device in devices.items():
+        if name in own:
+            completed[name] = "cpu" if device == "disk" else device
+        elif not any(name == key or name.startswith(f"{key}.") for key in completed):
+            # The largest part around this parameter that no other key speaks of.
+            steps = name.split(".")
+            parts = [".".join(steps[: depth + 1]) for depth in range(len(steps))]
+            completed[next(part for part in parts if not any(key.startswith(f"{part}.") for key in completed))] = device
+    return completed
+
+
+def check_budgets(model: PreTrainedModel, max_memory: dict[Any, Any], dtype: torch.dtype) -> None:
+    """
+    Raises:
+        `ValueError`: the budget of an accelerator is not 0, which leaves it out, and too small for the largest block.
+    """
+    from accelerate.utils import convert_file_size_to_int
+
+    sizes = {name: sum(tensor.numel() for tensor in block.parameters()) for name, block in blocks_of(model).items()}
+    largest = max(sizes, key=lambda name: sizes[name])
+    needed = sizes[largest] * dtype.itemsize
+    for device, budget in max_memory.items():
+        given = convert_file_size_to_int(budget)
+        if device not in ("cpu", "disk") and 0 < given < needed:
+            raise ValueError(
+                f"`max_memory` gives {given:,} bytes to device {device}, and the largest block, {largest}, needs"
+                f" {needed:,} in {dtype}. Give it more, or 0 to leave it out."
+            )
 
 
 def ignore_in_checkpoint(model: PreTrainedModel, patterns: list[str]) -> None:

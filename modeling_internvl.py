@@ -645,6 +645,7 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
         prompt = self.get_input_embeddings()(input_ids)  # [B, L, C]
         queries = self.query_tokens.expand(len(prompt), -1, -1).to(prompt.device)
         return self.qllama.generate(
+            input_ids[:, :0],  # nothing is written yet; transformers 4.57 would look for it on the meta device
             inputs_embeds=torch.cat([queries, prompt], dim=1),
             attention_mask=torch.cat([mask.new_ones(queries.shape[:2]), mask], dim=1),
             image_prefix=prefix,

@@ -466,6 +466,7 @@ def unusual_config():
         },
         clip_embed_dim=12, attn_pool_num_heads=3, num_query_token=5, label_smoothing=0.1, cross_attention_frequency=3,
         use_backbone_lora=2, use_qllama_lora=4, force_image_size=56, caption_prompt_ids=[4, 9], initializer_range=0.04,
+        contrastive_only=True,
     )  # fmt: skip
 
 
