@@ -204,21 +204,27 @@ class InternPreTrainedModel(PreTrainedModel):
     def _check_plan(cls, checkpoint: Any, kwargs: dict[str, Any]) -> None:
         """Refuse a `device_map` or a `max_memory` that cannot work; write out what a map says of "all the rest"."""
         device_map, max_memory = kwargs.get("device_map"), kwargs.get("max_memory")
-        by_hand = isinstance(device_map, dict) and set(device_map) != {""}
-        if not by_hand and not (isinstance(device_map, str) and max_memory):
-            return
+        if isinstance(device_map, dict) and set(device_map) != {""}:
+            model, _ = cls._empty_model(checkpoint, kwargs)
+            kwargs["device_map"] = complete_device_map(model, device_map)
+        elif isinstance(device_map, str) and max_memory and kwargs.get("quantization_config") is None:
+            model, dtype = cls._empty_model(checkpoint, kwargs)
+            check_budgets(model, max_memory, dtype)
+
+    @classmethod
+    def _empty_model(cls, checkpoint: Any, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, torch.dtype]:
+        """The model that `from_pretrained` will fill, without memory for its weights, and their dtype."""
         config = kwargs.get("config")
         if not isinstance(config, PretrainedConfig):
             others = {name: value for name, value in kwargs.items() if name not in ("config", *PLAN_OPTIONS)}
             config, _ = cls.config_class.from_pretrained(checkpoint, return_unused_kwargs=True, **others)
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype", DEFAULT_DTYPE))
+        if dtype == "auto":
+            dtype = config.dtype
+        elif isinstance(dtype, str):
+            dtype = getattr(torch, dtype)
         with torch.device("meta"):
-            model = cls(config)
-        if by_hand:
-            kwargs["device_map"] = complete_device_map(model, device_map)
-        elif kwargs.get("quantization_config") is None:
-            dtype = kwargs.get("dtype", kwargs.get("torch_dtype", DEFAULT_DTYPE))
-            dtype = config.dtype if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
-            check_budgets(model, max_memory, dtype or torch.float32)
+            return cls(config), dtype or torch.float32
 
 
 def blocks_of(model: PreTrainedModel) -> dict[str, nn.Module]:

@@ -220,6 +220,13 @@ class InternVLPreTrainedModel(InternPreTrainedModel):
     base_model_prefix = "internvl"
     _no_split_modules = ["InternVisionEmbeddings", "InternVisionEncoderLayer", "QLlamaDecoderLayer", "AttentionPool"]
     _skip_keys_device_placement = ["past_key_values"]
+    saved_as: str | None = None
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """As in transformers; `AutoModel` then loads the class named by `saved_as`, or the one that was saved."""
+        super().save_pretrained(save_directory, **kwargs)
+        self.config.auto_map["AutoModel"] = f"modeling_internvl.{self.saved_as or type(self).__name__}"
+        self.config.save_pretrained(save_directory)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -815,11 +822,7 @@ def mean_of_valid(losses: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
 class InternVLTrainingModel(InternVLModel):
     """The losses that both training objectives are made of."""
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """As in transformers; the saved config names [`InternVLModel`], which is what `AutoModel` is to load."""
-        super().save_pretrained(save_directory, **kwargs)
-        self.config.auto_map["AutoModel"] = "modeling_internvl.InternVLModel"
-        self.config.save_pretrained(save_directory)
+    saved_as = "InternVLModel"
 
     def _matching_loss(
         self,
@@ -1013,7 +1016,8 @@ def _pad_together(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
 
 
 # The loader does this only if no model of transformers' own has a config of this name; 4.57 has one.
-InternVLModel.register_for_auto_class("AutoModel")
+for model_class in (InternVLModel, InternVLTextModelWithProjection, InternVLVisionModelWithProjection):
+    model_class.register_for_auto_class("AutoModel")
 
 
 __all__ = [

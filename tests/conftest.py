@@ -2,6 +2,9 @@
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -14,10 +17,16 @@ if "HF_MODULES_CACHE" not in os.environ:  # a process that a test starts inherit
 
 import pytest
 import torch
+import transformers
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
+from transformers import AutoModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 ROOT = Path(__file__).resolve().parents[1]
+IS_V5 = int(transformers.__version__.split(".")[0]) >= 5
+INDEX = "model.safetensors.index.json"
+CODE = sorted(path.name for path in ROOT.glob("*.py"))
 GOLDEN = Path(__file__).resolve().parent / "golden"
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}  # SPEC, "Reading the goldens"
 
@@ -80,3 +89,67 @@ def model():
 @pytest.fixture
 def expected() -> dict[str, torch.Tensor]:
     return golden("tiny/expected")
+
+
+def make_repository(folder: Path, flat: bool = False, weights: str = "random") -> Path:
+    """
+    A copy of the repository's code and configs with a tiny checkpoint in two shards.
+
+    Args:
+        flat: put the tiny checkpoint at the root, as a published checkpoint lies; otherwise into `tiny/`.
+        weights: "random" for seeded ones, "trained" for those of the repository's `tiny/`.
+    """
+    tiny = folder if flat else folder / "tiny"
+    tiny.mkdir(parents=True)
+    for name in CODE:
+        shutil.copy(ROOT / name, folder / name)
+    if not flat:
+        for path in ROOT.glob("*.json"):
+            if path.name != INDEX:
+                shutil.copy(path, folder / path.name)
+    wanted = [path for path in (ROOT / "tiny").iterdir() if weights == "trained" or "safetensors" not in path.name]
+    for path in wanted:
+        shutil.copy(path, tiny / path.name)
+    if weights == "random":
+        state = random_state(tiny)
+        size = sum(tensor.nbytes for tensor in state.values())
+        save_torch_state_dict(state, tiny, max_shard_size=int(0.6 * size))
+    return folder
+
+
+def random_state(folder: Path) -> dict[str, torch.Tensor]:
+    """Seeded bfloat16 weights for the config in `folder`, in which no parameter is left at 0 or 1."""
+    config = repo_class("configuration_internvl.InternVLConfig").from_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = repo_class("modeling_internvl.InternVLModel")(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape) * 0.02)
+    return {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+
+
+def run_python(code: str, folder: Path, *arguments: object) -> subprocess.CompletedProcess:
+    """Run `code` in a new interpreter that has no terminal, no network and an empty cache of remote code."""
+    environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 240, "cwd": folder}
+    done = subprocess.run(command, env=environment, **options)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def load(path, auto_class=AutoModel, **options):
+    return auto_class.from_pretrained(path, trust_remote_code=True, **options)
+
+
+def assert_same_tensors(one: dict, other: dict) -> None:
+    assert list(one) == list(other)
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]), name
+
+
+@pytest.fixture(scope="session")
+def flat(tmp_path_factory):
+    """Code and a tiny checkpoint with random weights side by side. Not to be changed."""
+    return make_repository(tmp_path_factory.mktemp("loading") / "flat", flat=True)

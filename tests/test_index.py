@@ -7,10 +7,9 @@ import sys
 
 import pytest
 import torch
-from test_loading import IS_V5, make_repository
 from transformers import AutoModel
 
-from conftest import GOLDEN, ROOT
+from conftest import GOLDEN, IS_V5, ROOT, make_repository
 
 sys.path.insert(0, str(ROOT / "tools"))
 

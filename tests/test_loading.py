@@ -6,19 +6,15 @@ import inspect
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
-    AutoModel,
     AutoModelForImageTextToText,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
@@ -26,73 +22,26 @@ from transformers import (
 )
 from transformers.utils import is_accelerate_available
 
-from conftest import GOLDEN, ROOT, TOLERANCE, golden, golden_config, repo_class
+from conftest import (
+    CODE,
+    GOLDEN,
+    INDEX,
+    IS_V5,
+    ROOT,
+    TOLERANCE,
+    assert_same_tensors,
+    golden,
+    golden_config,
+    load,
+    make_repository,
+    repo_class,
+    run_python,
+)
 
-IS_V5 = int(transformers.__version__.split(".")[0]) >= 5
-INDEX = "model.safetensors.index.json"
-CODE = sorted(path.name for path in ROOT.glob("*.py"))
 MODULES = {name: ast.parse((ROOT / name).read_text()) for name in CODE}
 CULPRIT = "itm_head.bias"
 PIXELS = torch.linspace(-2, 2, 2 * 3 * 48 * 48).sin().view(2, 3, 48, 48)
 IDS = torch.tensor([[1, 405, 353, 2326, 2, 0], [1, 405, 353, 77, 900, 2]])
-
-
-def make_repository(folder: Path, flat: bool = False, weights: str = "random") -> Path:
-    """
-    A copy of the repository's code and configs with a tiny checkpoint in two shards.
-
-    Args:
-        flat: put the tiny checkpoint at the root, as a published checkpoint lies; otherwise into `tiny/`.
-        weights: "random" for seeded ones, "trained" for those of the repository's `tiny/`.
-    """
-    tiny = folder if flat else folder / "tiny"
-    tiny.mkdir(parents=True)
-    for name in CODE:
-        shutil.copy(ROOT / name, folder / name)
-    if not flat:
-        for path in ROOT.glob("*.json"):
-            if path.name != INDEX:
-                shutil.copy(path, folder / path.name)
-    wanted = [path for path in (ROOT / "tiny").iterdir() if weights == "trained" or "safetensors" not in path.name]
-    for path in wanted:
-        shutil.copy(path, tiny / path.name)
-    if weights == "random":
-        state = random_state(tiny)
-        size = sum(tensor.nbytes for tensor in state.values())
-        save_torch_state_dict(state, tiny, max_shard_size=int(0.6 * size))
-    return folder
-
-
-def random_state(folder: Path) -> dict[str, torch.Tensor]:
-    """Seeded bfloat16 weights for the config in `folder`, in which no parameter is left at 0 or 1."""
-    config = repo_class("configuration_internvl.InternVLConfig").from_pretrained(folder)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = repo_class("modeling_internvl.InternVLModel")(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn(parameter.shape) * 0.02)
-    return {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
-
-
-def run_python(code: str, folder: Path, *arguments: object) -> subprocess.CompletedProcess:
-    """Run `code` in a new interpreter that has no terminal, no network and an empty cache of remote code."""
-    environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 240, "cwd": folder}
-    done = subprocess.run(command, env=environment, **options)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done
-
-
-def load(path, auto_class=AutoModel, **options):
-    return auto_class.from_pretrained(path, trust_remote_code=True, **options)
-
-
-def assert_same_tensors(one: dict, other: dict) -> None:
-    assert list(one) == list(other)
-    for name, tensor in one.items():
-        assert tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]), name
 
 
 WEIGHTS = ["random", "trained"]
@@ -109,12 +58,6 @@ def weights(request):
 def repository(tmp_path_factory, weights):
     """Code and the 14B config at the root, the tiny checkpoint in `tiny/`."""
     return make_repository(tmp_path_factory.mktemp("loading") / "repository", weights=weights)
-
-
-@pytest.fixture(scope="session")
-def flat(tmp_path_factory):
-    """Code and a tiny checkpoint with random weights side by side. Not to be changed."""
-    return make_repository(tmp_path_factory.mktemp("loading") / "flat", flat=True)
 
 
 @pytest.fixture

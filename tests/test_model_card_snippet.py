@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
-from test_loading import INDEX, load, make_repository, run_python
 from transformers import AutoProcessor, AutoTokenizer
 
-from conftest import ROOT, repo_class
+from conftest import INDEX, ROOT, load, make_repository, repo_class, run_python
 
 # As published, but for the path, `.cuda()`, and the pictures' names.
 MODEL_CARD = """
