@@ -12,7 +12,9 @@ Where this file differs from the original implementation, and why:
 The base classes at the top serve all three modeling files.
 """
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,18 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, __version__, modeling_utils
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_intern_vit import InternVisionConfig
+
+# How `_tp_plan` is spelt. Up to transformers 5.0 a split layer whose output is gathered is called "colwise_rep". 4.57
+# reads each digit of a name as "*", so that `fc1` and `fc2` have to share one style there.
+VERSION = tuple(int(part) for part in __version__.split(".")[:2])
+GATHERED = "colwise_rep" if VERSION < (5, 1) else "colwise_gather_output"
+VISION_MLP = {"fc*": GATHERED} if VERSION < (5, 0) else {"fc1": "colwise", "fc2": "rowwise"}
 
 
 def rms_norm_class() -> type[nn.Module]:
@@ -147,6 +155,7 @@ class InternPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _tp_plan: dict[str, str] = {}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -162,6 +171,15 @@ class InternPreTrainedModel(PreTrainedModel):
             else:
                 nn.init.normal_(parameter, std=self.config.initializer_range)
 
+    def post_init(self) -> None:
+        """As in transformers; the plan for tensor parallelism is what the classes say and nothing else."""
+        super().post_init()
+        # transformers 4.57 drops a class's own plan, and 5.23 adds one for the embeddings.
+        self._tp_plan = dict(type(self)._tp_plan)
+        for name, part in self.named_children():
+            plan = getattr(part, "_tp_plan", {})
+            self._tp_plan |= {f"{name}.{layer}": style for layer, style in plan.items()}
+
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True  # transformers would guess from the source text of each module
@@ -176,12 +194,18 @@ class InternPreTrainedModel(PreTrainedModel):
             strict (`bool`): pass `False` to accept such a checkpoint, as when new heads are added for fine-tuning.
 
         Raises:
-            `ValueError`: names the tensors that are missing, superfluous or of another shape.
+            `ValueError`: names the tensors that are missing, superfluous or of another shape; or the size that
+                tensor parallelism cannot split among so many processes.
         """
         if strict:
             kwargs["ignore_mismatched_sizes"] = True  # transformers' own error names no tensor; ours below does
+        ranks = tensor_parallel_ranks(**kwargs)
+        if ranks > 1:
+            config = kwargs.get("config") or cls.config_class.from_pretrained(*args[:1], **kwargs)
+            check_ranks(config, ranks)
         try:
-            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+            with parameters_of_the_model_itself():
+                model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
             raise OSError(f"{_damaged_files(args[0], kwargs.get('subfolder', ''))}: {error}") from error
         kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -189,7 +213,53 @@ class InternPreTrainedModel(PreTrainedModel):
         if strict and problems:
             listed = "; ".join(f"{kind}: {_abbreviate(names)}" for kind, names in problems.items())
             raise ValueError(f"The checkpoint does not fit {cls.__name__} ({listed}). `strict=False` loads it anyhow.")
+        for part in model.children():  # `generate` runs on a part, and asks it how many of the heads a rank has
+            if ranks > 1 and isinstance(part, PreTrainedModel):
+                part._tp_size = ranks
         return (model, info) if output_loading_info else model
+
+
+def tensor_parallel_ranks(
+    tp_plan: Any = None, tp_size: int | None = None, distributed_config: Any = None, **others: Any
+) -> int:
+    """Among how many processes these arguments of `from_pretrained` split each layer; 1 for no tensor parallelism."""
+    asked = distributed_config if isinstance(distributed_config, dict) else getattr(distributed_config, "__dict__", {})
+    tp_plan, tp_size = asked.get("tp_plan", tp_plan), asked.get("tp_size", tp_size)
+    return tp_size or (1 if tp_plan is None else int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def check_ranks(config: Any, ranks: int) -> None:
+    """Refuse a number of processes that cannot share the split layers (`_tp_plan`) evenly, before anything is read."""
+    for part in [getattr(config, name) for name in config.sub_configs] or [config]:
+        for name in ("num_key_value_heads", "hidden_size", "intermediate_size"):
+            size = getattr(part, name, 0)
+            if size % ranks:
+                problem = f"{name}={size} of {part.model_type} does not divide by {ranks}"
+                raise ValueError(f"{ranks} processes cannot share the model by tensor parallelism: {problem}.")
+
+
+@contextmanager
+def parameters_of_the_model_itself() -> Iterator[None]:
+    """
+    Let transformers 4.57 load parameters that belong to the model itself, such as `logit_scale`, in tensor parallel: it
+    splits every name into those of a module and of its parameter, and fails where there is no dot.
+    """
+    if VERSION >= (5, 0):
+        yield
+        return
+    shard = modeling_utils.shard_and_distribute_module
+
+    def load(model: Any, slices: Any, empty: Any, name: str, dtype: torch.dtype, *others: Any) -> None:
+        if "." in name:
+            shard(model, slices, empty, name, dtype, *others)
+        else:
+            setattr(model, name, nn.Parameter(slices[...].to(dtype)))
+
+    modeling_utils.shard_and_distribute_module = load
+    try:
+        yield
+    finally:
+        modeling_utils.shard_and_distribute_module = shard
 
 
 def _damaged_files(checkpoint: Any, subfolder: str) -> str:
@@ -371,6 +441,13 @@ class InternVisionModel(InternPreTrainedModel):
 
     config_class = InternVisionConfig
     base_model_prefix = "vision_model"
+    # Weights are split, heads are not: 25 divide by neither 2 nor 4, and `q_norm` and `k_norm` span them all. So every
+    # rank gathers all channels and attends with all heads, which is little work beside the projections.
+    _tp_plan = {
+        "encoder.layers.*.attn.qkv": GATHERED,
+        "encoder.layers.*.attn.proj": GATHERED,
+        **{f"encoder.layers.*.mlp.{layer}": style for layer, style in VISION_MLP.items()},
+    }
     _no_split_modules = ["InternVisionEmbeddings", "InternVisionEncoderLayer"]
 
     def __init__(self, config: InternVisionConfig):

@@ -219,6 +219,15 @@ class QLlamaPreTrainedModel(InternPreTrainedModel):
 class QLlamaModel(QLlamaPreTrainedModel):
     """QLLaMA without its language head."""
 
+    # By heads and by MLP channels. The embeddings stay whole, as `lm_head` does: 49,954 rows do not divide by 4.
+    _tp_plan = {
+        **{f"layers.*.{part}.{name}_proj": "colwise" for part in ("self_attn", "cross_attn") for name in "qkv"},
+        **{f"layers.*.{part}.o_proj": "rowwise" for part in ("self_attn", "cross_attn")},
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+
     def __init__(self, config: QLlamaConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
