@@ -12,7 +12,9 @@ Where this file differs from the original implementation, and why:
 The base classes at the top serve all three modeling files.
 """
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,17 +24,22 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers import __version__ as transformers_version
+from transformers import PretrainedConfig, PreTrainedModel, __version__
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_intern_vit import InternVisionConfig
 
-# What from_pretrained does when it is given no dtype: since 5.0 transformers takes the config's.
-DEFAULT_DTYPE = "auto" if int(transformers_version.split(".")[0]) >= 5 else None
-PLAN_OPTIONS = ("device_map", "max_memory", "strict", "ignore_mismatched_sizes", "output_loading_info")
+# What differs between the supported versions of transformers.
+VERSION = tuple(int(part) for part in __version__.split(".")[:2])
+# The dtype of a model that is loaded without one being asked for: since 5.0 the config's, before that float32.
+DEFAULT_DTYPE = "auto" if VERSION >= (5, 0) else torch.float32
+# How `_tp_plan` is spelt. Up to 5.0 a split layer whose output is gathered is called "colwise_rep". 4.57 reads each
+# digit of a name as "*", so that `fc1` and `fc2` have to share one style there.
+GATHERED = "colwise_rep" if VERSION < (5, 1) else "colwise_gather_output"
+VISION_MLP = {"fc*": GATHERED} if VERSION < (5, 0) else {"fc1": "colwise", "fc2": "rowwise"}
+
 # What a checkpoint of the joint model has beside the vision tower, as patterns of names.
 NOT_INTERN_VIT = [r"^qllama\.", r"^clip_projector2?\.", r"^itm_head\.", r"^(query_tokens|text_projection|logit_scale)$"]
 
@@ -154,6 +161,7 @@ class InternPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _tp_plan: dict[str, str] = {}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -169,6 +177,15 @@ class InternPreTrainedModel(PreTrainedModel):
             else:
                 nn.init.normal_(parameter, std=self.config.initializer_range)
 
+    def post_init(self) -> None:
+        """As in transformers; the plan for tensor parallelism is what the classes say and nothing else."""
+        super().post_init()
+        # transformers 4.57 drops a class's own plan, and 5.23 adds one for the embeddings.
+        self._tp_plan = dict(type(self)._tp_plan)
+        for name, part in self.named_children():
+            plan = getattr(part, "_tp_plan", {})
+            self._tp_plan |= {f"{name}.{layer}": style for layer, style in plan.items()}
+
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True  # transformers would guess from the source text of each module
@@ -183,14 +200,16 @@ class InternPreTrainedModel(PreTrainedModel):
             strict (`bool`): pass `False` to accept such a checkpoint, as when new heads are added for fine-tuning.
 
         Raises:
-            `ValueError`: names the tensors that are missing, superfluous or of another shape, or what is wrong with
-                `device_map` or `max_memory`, before anything is loaded.
+            `ValueError`: names the tensors that are missing, superfluous or of another shape. Before anything is read:
+                what is wrong with `device_map` or `max_memory`, or the size that so many processes cannot share.
         """
         if strict:
             kwargs["ignore_mismatched_sizes"] = True  # transformers' own error names no tensor; ours below does
-        cls._check_plan(args[0], kwargs)
+        ranks = tensor_parallel_ranks(**kwargs)
+        cls._check_plan(args[0], kwargs, ranks)
         try:
-            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+            with parameters_of_the_model_itself():
+                model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
             raise OSError(f"{_damaged_files(args[0], kwargs.get('subfolder', ''))}: {error}") from error
         kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -198,95 +217,39 @@ class InternPreTrainedModel(PreTrainedModel):
         if strict and problems:
             listed = "; ".join(f"{kind}: {_abbreviate(names)}" for kind, names in problems.items())
             raise ValueError(f"The checkpoint does not fit {cls.__name__} ({listed}). `strict=False` loads it anyhow.")
+        for part in model.children():  # `generate` runs on a part, and asks it how many of the heads a rank has
+            if ranks > 1 and isinstance(part, PreTrainedModel):
+                part._tp_size = ranks
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def _check_plan(cls, checkpoint: Any, kwargs: dict[str, Any]) -> None:
-        """Refuse a `device_map` or a `max_memory` that cannot work; write out what a map says of "all the rest"."""
+    def _check_plan(cls, checkpoint: Any, kwargs: dict[str, Any], ranks: int) -> None:
+        """Refuse a plan that cannot work; write out what a `device_map` says of "all the rest"."""
         device_map, max_memory = kwargs.get("device_map"), kwargs.get("max_memory")
+        if ranks > 1:
+            check_ranks(cls._config_for(checkpoint, kwargs), ranks)
         if isinstance(device_map, dict) and set(device_map) != {""}:
-            model, _ = cls._empty_model(checkpoint, kwargs)
-            kwargs["device_map"] = complete_device_map(model, device_map)
+            kwargs["device_map"] = complete_device_map(cls._empty_model(checkpoint, kwargs), device_map)
         elif isinstance(device_map, str) and max_memory and kwargs.get("quantization_config") is None:
-            model, dtype = cls._empty_model(checkpoint, kwargs)
-            check_budgets(model, max_memory, dtype)
+            dtype = kwargs.get("dtype", kwargs.get("torch_dtype", DEFAULT_DTYPE))
+            if isinstance(dtype, str):
+                dtype = cls._config_for(checkpoint, kwargs).dtype if dtype == "auto" else getattr(torch, dtype)
+            check_budgets(cls._empty_model(checkpoint, kwargs), max_memory, dtype or torch.float32)
 
     @classmethod
-    def _empty_model(cls, checkpoint: Any, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, torch.dtype]:
-        """The model that `from_pretrained` will fill, without memory for its weights, and their dtype."""
+    def _config_for(cls, checkpoint: Any, kwargs: dict[str, Any]) -> Any:
+        """The config that `from_pretrained` will use."""
         config = kwargs.get("config")
-        if not isinstance(config, PretrainedConfig):
-            others = {name: value for name, value in kwargs.items() if name not in ("config", *PLAN_OPTIONS)}
-            config, _ = cls.config_class.from_pretrained(checkpoint, return_unused_kwargs=True, **others)
-        dtype = kwargs.get("dtype", kwargs.get("torch_dtype", DEFAULT_DTYPE))
-        if dtype == "auto":
-            dtype = config.dtype
-        elif isinstance(dtype, str):
-            dtype = getattr(torch, dtype)
+        if isinstance(config, PretrainedConfig):
+            return config
+        others = {name: value for name, value in kwargs.items() if name not in ("config", "device_map", "max_memory")}
+        return cls.config_class.from_pretrained(checkpoint, return_unused_kwargs=True, **others)[0]
+
+    @classmethod
+    def _empty_model(cls, checkpoint: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
+        """The model that `from_pretrained` will fill, without memory for its weights."""
         with torch.device("meta"):
-            return cls(config), dtype or torch.float32
-
-
-def blocks_of(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The modules that must stay on one device, by name."""
-    return {name: module for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules}
-
-
-def complete_device_map(model: PreTrainedModel, device_map: dict[str, Any]) -> dict[str, Any]:
-    """
-    Write out what the key "" of a map, "all the rest", stands for, which accelerate cannot mix with other keys. What
-    sits on the model itself stays in memory if it is to go to the disk: accelerate offloads modules only.
-
-    Raises:
-        `ValueError`: a key that is no part of the model, a part without a device, or a block on several devices.
-    """
-    own = [name for name, _ in model.named_parameters(recurse=False)]
-    modules = {name for name, _ in model.named_modules()}
-    if unknown := sorted(set(device_map) - modules - {name for name, _ in model.named_parameters()}):
-        raise ValueError(f"`device_map` names what {type(model).__name__} does not have: {_abbreviate(unknown)}.")
-    devices, missing = {}, []
-    for name, _ in model.named_parameters():
-        keys = [key for key in device_map if key in ("", name) or name.startswith(f"{key}.")]
-        if keys:
-            devices[name] = device_map[max(keys, key=len)]
-        else:
-            missing.append(name)
-    if missing:
-        raise ValueError(f'`device_map` gives no device, nor one for "" (all the rest), to {_abbreviate(missing)}.')
-    for block in blocks_of(model):
-        found = {str(device) for name, device in devices.items() if name.startswith(f"{block}.")}
-        if len(found) > 1:
-            raise ValueError(f"`device_map` splits {block}, which must stay whole, over {', '.join(sorted(found))}.")
-
-    completed = {key: device for key, device in device_map.items() if key}
-    for name, device in devices.items():
-        if name in own:
-            completed[name] = "cpu" if device == "disk" else device
-        elif not any(name == key or name.startswith(f"{key}.") for key in completed):
-            # The largest part around this parameter that no other key speaks of.
-            steps = name.split(".")
-            parts = [".".join(steps[: depth + 1]) for depth in range(len(steps))]
-            completed[next(part for part in parts if not any(key.startswith(f"{part}.") for key in completed))] = device
-    return completed
-
-
-def check_budgets(model: PreTrainedModel, max_memory: dict[Any, Any], dtype: torch.dtype) -> None:
-    """
-    Raises:
-        `ValueError`: the budget of an accelerator is not 0, which leaves it out, and too small for the largest block.
-    """
-    from accelerate.utils import convert_file_size_to_int
-
-    sizes = {name: sum(tensor.numel() for tensor in block.parameters()) for name, block in blocks_of(model).items()}
-    largest = max(sizes, key=lambda name: sizes[name])
-    needed = sizes[largest] * dtype.itemsize
-    for device, budget in max_memory.items():
-        given = convert_file_size_to_int(budget)
-        if device not in ("cpu", "disk") and 0 < given < needed:
-            raise ValueError(
-                f"`max_memory` gives {given:,} bytes to device {device}, and the largest block, {largest}, needs"
-                f" {needed:,} in {dtype}. Give it more, or 0 to leave it out."
-            )
+            return cls(cls._config_for(checkpoint, kwargs))
 
 
 def ignore_in_checkpoint(model: PreTrainedModel, patterns: list[str]) -> None:
@@ -296,23 +259,6 @@ def ignore_in_checkpoint(model: PreTrainedModel, patterns: list[str]) -> None:
     """
     is_v5 = isinstance(model._keys_to_ignore_on_load_unexpected, set)
     model._keys_to_ignore_on_load_unexpected = set(patterns) if is_v5 else list(patterns)
-
-
-def _damaged_files(checkpoint: Any, subfolder: str) -> str:
-    """The safetensors files of a local checkpoint that cannot be read, or the checkpoint's name."""
-    damaged = []
-    for file in sorted(Path(checkpoint, subfolder).glob("*.safetensors")):
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except SafetensorError:
-            damaged.append(str(file))
-    return ", ".join(damaged) or str(checkpoint)
-
-
-def _abbreviate(names: Any, most: int = 5) -> str:
-    names = sorted(str(name) for name in names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def run_layers(
@@ -477,6 +423,13 @@ class InternVisionModel(InternPreTrainedModel):
 
     config_class = InternVisionConfig
     base_model_prefix = "vision_model"
+    # Weights are split, heads are not: 25 divide by neither 2 nor 4, and `q_norm` and `k_norm` span them all. So every
+    # rank gathers all channels and attends with all heads, which is little work beside the projections.
+    _tp_plan = {
+        "encoder.layers.*.attn.qkv": GATHERED,
+        "encoder.layers.*.attn.proj": GATHERED,
+        **{f"encoder.layers.*.mlp.{layer}": style for layer, style in VISION_MLP.items()},
+    }
     _no_split_modules = ["InternVisionEmbeddings", "InternVisionEncoderLayer"]
 
     def __init__(self, config: InternVisionConfig):
@@ -562,6 +515,133 @@ class InternVisionModel(InternPreTrainedModel):
             last_hidden_state=last_hidden_state, pooler_output=last_hidden_state[:, 0], hidden_states=hidden_states
         )
         return output.to_tuple() if return_dict is False else output
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def blocks_of(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The modules that must stay on one device, by name."""
+    return {name: module for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules}
+
+
+def complete_device_map(model: PreTrainedModel, device_map: dict[str, Any]) -> dict[str, Any]:
+    """
+    Write out what the key "" of a map, "all the rest", stands for, which accelerate cannot mix with other keys. What
+    sits on the model itself stays in memory if it is to go to the disk: accelerate offloads modules only.
+
+    Raises:
+        `ValueError`: a key that is no part of the model, a part without a device, or a block on several devices.
+    """
+    own = [name for name, _ in model.named_parameters(recurse=False)]
+    modules = {name for name, _ in model.named_modules()}
+    if unknown := sorted(set(device_map) - modules - {name for name, _ in model.named_parameters()}):
+        raise ValueError(f"`device_map` names what {type(model).__name__} does not have: {_abbreviate(unknown)}.")
+    devices, missing = {}, []
+    for name, _ in model.named_parameters():
+        keys = [key for key in device_map if key in ("", name) or name.startswith(f"{key}.")]
+        if keys:
+            devices[name] = device_map[max(keys, key=len)]
+        else:
+            missing.append(name)
+    if missing:
+        raise ValueError(f'`device_map` gives no device, nor one for "" (all the rest), to {_abbreviate(missing)}.')
+    for block in blocks_of(model):
+        found = {str(device) for name, device in devices.items() if name.startswith(f"{block}.")}
+        if len(found) > 1:
+            raise ValueError(f"`device_map` splits {block}, which must stay whole, over {', '.join(sorted(found))}.")
+
+    completed = {key: device for key, device in device_map.items() if key}
+    for name, device in devices.items():
+        if name in own:
+            completed[name] = "cpu" if device == "disk" else device
+        elif not any(name == key or name.startswith(f"{key}.") for key in completed):
+            # The largest part around this parameter that no other key speaks of.
+            steps = name.split(".")
+            parts = [".".join(steps[: depth + 1]) for depth in range(len(steps))]
+            completed[next(part for part in parts if not any(key.startswith(f"{part}.") for key in completed))] = device
+    return completed
+
+
+def check_budgets(model: PreTrainedModel, max_memory: dict[Any, Any], dtype: torch.dtype) -> None:
+    """
+    Raises:
+        `ValueError`: the budget of an accelerator is not 0, which leaves it out, and too small for the largest block.
+    """
+    from accelerate.utils import convert_file_size_to_int
+
+    sizes = {name: sum(tensor.numel() for tensor in block.parameters()) for name, block in blocks_of(model).items()}
+    largest = max(sizes, key=lambda name: sizes[name])
+    needed = sizes[largest] * dtype.itemsize
+    for device, budget in max_memory.items():
+        given = convert_file_size_to_int(budget)
+        if device not in ("cpu", "disk") and 0 < given < needed:
+            raise ValueError(
+                f"`max_memory` gives {given:,} bytes to device {device}, and the largest block, {largest}, needs"
+                f" {needed:,} in {dtype}. Give it more, or 0 to leave it out."
+            )
+
+
+def tensor_parallel_ranks(
+    tp_plan: Any = None, tp_size: int | None = None, distributed_config: Any = None, **others: Any
+) -> int:
+    """Among how many processes these arguments of `from_pretrained` split each layer; 1 for no tensor parallelism."""
+    asked = distributed_config if isinstance(distributed_config, dict) else getattr(distributed_config, "__dict__", {})
+    tp_plan, tp_size = asked.get("tp_plan", tp_plan), asked.get("tp_size", tp_size)
+    return tp_size or (1 if tp_plan is None else int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def check_ranks(config: Any, ranks: int) -> None:
+    """Refuse a number of processes that cannot share the split layers (`_tp_plan`) evenly, before anything is read."""
+    for part in [getattr(config, name) for name in config.sub_configs] or [config]:
+        for name in ("num_key_value_heads", "hidden_size", "intermediate_size"):
+            size = getattr(part, name, 0)
+            if size % ranks:
+                problem = f"{name}={size} of {part.model_type} does not divide by {ranks}"
+                raise ValueError(f"{ranks} processes cannot share the model by tensor parallelism: {problem}.")
+
+
+@contextmanager
+def parameters_of_the_model_itself() -> Iterator[None]:
+    """
+    Let transformers 4.57 load parameters that belong to the model itself, such as `logit_scale`, in tensor parallel: it
+    splits every name into those of a module and of its parameter, and fails where there is no dot.
+    """
+    if VERSION >= (5, 0):
+        yield
+        return
+    from transformers import modeling_utils
+
+    shard = modeling_utils.shard_and_distribute_module
+
+    def load(model: Any, slices: Any, empty: Any, name: str, dtype: torch.dtype, *others: Any) -> None:
+        if "." in name:
+            shard(model, slices, empty, name, dtype, *others)
+        else:
+            setattr(model, name, nn.Parameter(slices[...].to(dtype)))
+
+    modeling_utils.shard_and_distribute_module = load
+    try:
+        yield
+    finally:
+        modeling_utils.shard_and_distribute_module = shard
+
+
+def _damaged_files(checkpoint: Any, subfolder: str) -> str:
+    """The safetensors files of a local checkpoint that cannot be read, or the checkpoint's name."""
+    damaged = []
+    for file in sorted(Path(checkpoint, subfolder).glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError:
+            damaged.append(str(file))
+    return ", ".join(damaged) or str(checkpoint)
+
+
+def _abbreviate(names: Any, most: int = 5) -> str:
+    names = sorted(str(name) for name in names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 __all__ = ["InternVisionModel"]

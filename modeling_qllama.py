@@ -225,6 +225,15 @@ class QLlamaModel(QLlamaPreTrainedModel):
         sees_pictures (`bool`): `False` leaves the cross-attentions out, which text alone does not need.
     """
 
+    # By heads and by MLP channels. The embeddings stay whole, as `lm_head` does: 49,954 rows do not divide by 4.
+    _tp_plan = {
+        **{f"layers.*.{part}.{name}_proj": "colwise" for part in ("self_attn", "cross_attn") for name in "qkv"},
+        **{f"layers.*.{part}.o_proj": "rowwise" for part in ("self_attn", "cross_attn")},
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+
     def __init__(self, config: QLlamaConfig, sees_pictures: bool = True):
         super().__init__(config)
         layers = [QLlamaDecoderLayer(config, index, sees_pictures) for index in range(config.num_hidden_layers)]

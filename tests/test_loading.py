@@ -659,6 +659,7 @@ ALLOWED_TOP = {
     "transformers": {
         "BatchFeature", "Cache", "CLIPImageProcessor", "CLIPImageProcessorPil", "DynamicCache", "GenerationConfig",
         "GenerationMixin", "PretrainedConfig", "PreTrainedModel", "PreTrainedTokenizer", "ProcessorMixin",
+        "__version__",
     },
     "transformers.activations": {"ACT2FN"},
     "transformers.masking_utils": {"create_causal_mask"},
@@ -668,7 +669,12 @@ ALLOWED_TOP = {
     "transformers.modeling_utils": {"ALL_ATTENTION_FUNCTIONS"},
     "transformers.utils": {"ModelOutput", "is_flash_attn_2_available", "logging"},
 }  # fmt: skip
-ALLOWED_INSIDE = {"apex.normalization": {"FusedRMSNorm"}, "PIL": {"ImageCms"}}
+ALLOWED_INSIDE = {
+    "accelerate.utils": {"convert_file_size_to_int"},
+    "apex.normalization": {"FusedRMSNorm"},
+    "PIL": {"ImageCms"},
+    "transformers": {"modeling_utils"},
+}
 
 
 def imports_of(tree: ast.Module) -> list[tuple[str, str | None, bool]]:
