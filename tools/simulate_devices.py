@@ -1,0 +1,417 @@
+"""Place the model on machines that are not here, run every public method there, and print the plans.
+
+    python tools/simulate_devices.py                              # the published sizes on every setup of the README
+    python tools/simulate_devices.py 2x16 24+8+8:sequential 10    # other cards, in GB; a single one offloads to the CPU
+    python tools/simulate_devices.py --config tiny 0.004+0.004
+
+Weights and activations are torch's fake tensors: they have a shape, a dtype and a device such as `cuda:3`, and no
+memory, so this needs neither a GPU nor 28 GB. The plan is transformers' own (`device_map="auto"`), the hooks are
+accelerate's own, and an operation on two devices raises the error that it would raise on real ones. The bytes of all
+fake storages that are alive are counted, per device. What is not counted: the CUDA context (some 0.5 GB per card),
+workspaces of kernels, and fragmentation.
+"""
+
+import argparse
+import os
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from accelerate import dispatch_model
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import AutoConfig, AutoModel
+
+ROOT = Path(__file__).resolve().parents[1]
+GB = 10**9
+HOST_MEMORY = 64 * GB
+SETUPS = ("2x24", "4x12", "8x8", "24+8+8", "24+8+8:sequential", "24", "16", "12", "8")
+TOWERS = {"vision tower": "vision_model.encoder.layers", "language tower": "qllama.model.layers"}
+
+
+# -------------------------------------------------------------------------------------------------- the plan
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A machine: the bytes of its cards, and how the model is asked to be spread over them."""
+
+    name: str
+    cards: tuple[int, ...]
+    strategy: str = "auto"
+
+    @classmethod
+    def parse(cls, name: str) -> "Setup":
+        """From "2x24", "24+8+8" or "24+8+8:sequential"; sizes are in GB."""
+        sizes, _, strategy = name.partition(":")
+        number, times, size = sizes.partition("x")
+        cards = [float(size)] * int(number) if times else [float(size) for size in sizes.split("+")]
+        return cls(name, tuple(int(card * GB) for card in cards), strategy or "auto")
+
+    @property
+    def max_memory(self) -> dict[int | str, int]:
+        """
+        What the planner may fill with weights. Balanced plans leave room by themselves. transformers takes nine
+        tenths of a single card; a card that is filled to its brim before the next one is used needs more room.
+        """
+        percent = 80 if self.strategy == "sequential" else 90 if len(self.cards) == 1 else 100
+        return {**{i: card * percent // 100 for i, card in enumerate(self.cards)}, "cpu": HOST_MEMORY}
+
+
+def empty_model(folder: Path) -> torch.nn.Module:
+    """The model of `folder`'s config in bfloat16, without memory; the code is always the root's."""
+    subfolder = os.path.relpath(folder, ROOT)
+    options = {} if subfolder == "." else {"subfolder": subfolder}
+    config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True, **options)
+    with torch.device("meta"):
+        return AutoModel.from_config(config, trust_remote_code=True, dtype=torch.bfloat16).eval()
+
+
+def plan(model: torch.nn.Module, setup: Setup) -> dict[str, int | str]:
+    """The device of every module, by the very function that `from_pretrained(device_map="auto")` calls."""
+    if hasattr(model, "_get_no_split_modules"):  # transformers 4.57
+        from transformers.modeling_utils import _get_device_map
+
+        return _get_device_map(model, setup.strategy, setup.max_memory, None, torch.bfloat16, None)
+    from transformers.integrations.accelerate import _get_device_map
+
+    return _get_device_map(model, setup.strategy, setup.max_memory, None)
+
+
+def device_of(device_map: dict[str, int | str], name: str) -> int | str:
+    """The device that a plan gives a module or tensor: that of its longest prefix."""
+    while name not in device_map:
+        name = name.rpartition(".")[0]
+    return device_map[name]
+
+
+def split_blocks(model: torch.nn.Module, device_map: dict[str, int | str]) -> list[str]:
+    """The blocks that must not be spread over devices, and are."""
+    blocks = [name for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules]
+    devices = {block: set() for block in blocks}
+    for name, _ in model.named_parameters():
+        for block in (block for block in blocks if name.startswith(f"{block}.")):
+            devices[block].add(device_of(device_map, name))
+    return [block for block, places in devices.items() if len(places) > 1]
+
+
+def scattered_towers(model: torch.nn.Module, device_map: dict[str, int | str]) -> list[str]:
+    """The towers whose data would travel back to a device that it has already left."""
+    rank = {"cpu": sys.maxsize - 1, "disk": sys.maxsize}
+    scattered = []
+    for tower, prefix in TOWERS.items():
+        layers = range(len(model.get_submodule(prefix)))
+        places = [device_of(device_map, f"{prefix}.{index}") for index in layers]
+        if places != sorted(places, key=lambda place: rank.get(place, place)):
+            scattered.append(tower)
+    return scattered
+
+
+# ------------------------------------------------------------------------------------------ a machine that is not
+
+
+def fake_getitem(tensor: torch.Tensor, index: Any) -> torch.Tensor:
+    """`tensor[index]` by operations that a fake tensor has; it takes what the model and `generate` use."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if any(part is Ellipsis for part in parts):
+        place = next(i for i, part in enumerate(parts) if part is Ellipsis)
+        taken = sum(part is not None for part in parts) - 1
+        parts = (*parts[:place], *[slice(None)] * (tensor.ndim - taken), *parts[place + 1 :])
+    dim, tensors = 0, {}
+    for part in parts:
+        if part is None:
+            tensor, dim = tensor.unsqueeze(dim), dim + 1
+        elif isinstance(part, slice):
+            if part != slice(None):
+                tensor = torch.ops.aten.slice.Tensor(tensor, dim, part.start, part.stop, part.step or 1)
+            dim += 1
+        elif isinstance(part, int):
+            tensor = tensor.select(dim, part)
+        else:
+            tensors[dim], dim = torch.as_tensor(part), dim + 1
+    if not tensors:
+        return tensor.view_as(tensor) if parts else tensor
+    return torch.ops.aten.index.Tensor(tensor, [tensors.get(dim) for dim in range(max(tensors) + 1)])
+
+
+def fake_setitem(tensor: torch.Tensor, index: Any, value: Any) -> None:
+    if isinstance(index, torch.Tensor):
+        torch.ops.aten.index_put_(tensor, [index], torch.as_tensor(value, dtype=tensor.dtype, device=tensor.device))
+    elif isinstance(value, torch.Tensor):
+        torch.ops.aten.copy_.default(fake_getitem(tensor, index), value)
+    else:
+        fake_getitem(tensor, index).fill_(value)
+
+
+def fake_contiguous(tensor: torch.Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> torch.Tensor:
+    return tensor if tensor.is_contiguous(memory_format=memory_format) else tensor.clone(memory_format=memory_format)
+
+
+class CudaInPython(TorchFunctionMode):
+    """
+    The few calls that reach for the CUDA driver before torch's dispatcher, and with it the fake tensors, is asked.
+    """
+
+    REPLACED = {
+        # The binding of indexing switches to the tensor's card before it slices.
+        torch.Tensor.__getitem__: fake_getitem,
+        torch.Tensor.__setitem__: fake_setitem,
+        # So do the bindings of these two.
+        torch.Tensor.contiguous: fake_contiguous,
+        torch.Tensor.copy_: torch.ops.aten.copy_.default,
+        # Fake tensors have no values. `generate` asks whether special tokens collide or are negative, which they do
+        # not, and whether all sequences are finished, which `counted_steps` answers.
+        torch.Tensor.__bool__: lambda tensor: False,
+        # accelerate recognises tied weights by it; there are none here.
+        torch.Tensor.data_ptr: lambda tensor: id(tensor.untyped_storage()),
+    }
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in self.REPLACED and isinstance(args[0], FakeTensor):
+            func = self.REPLACED[func]
+        return func(*args, **(kwargs or {}))
+
+
+class DeviceMeter(TorchDispatchMode):
+    """Counts the bytes of the storages that are alive, per device, and their peak; refuses what fake tensors let by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+        self._known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self._check_devices(func, args)
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor)
+        return result
+
+    @staticmethod
+    def _check_devices(func: Callable, args: tuple) -> None:
+        """Fake tensors do not compare the devices of an index or a convolution; real ones do."""
+        packet = getattr(func, "overloadpacket", None)
+        if packet not in (torch.ops.aten.index, torch.ops.aten.convolution):
+            return
+        may_be_on_cpu = packet is torch.ops.aten.index
+        for other in tree_leaves(args[1:]):
+            if isinstance(other, torch.Tensor) and other.device != args[0].device:
+                if not (may_be_on_cpu and other.device.type == "cpu"):
+                    raise RuntimeError(f"{func} got tensors on different devices, {args[0].device} and {other.device}")
+
+    def count(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._known:
+            return
+        device, size = str(tensor.device), storage.nbytes()
+        self._known[storage] = size
+        self.alive[device] += size
+        self.peak[device] = max(self.peak[device], self.alive[device])
+        weakref.finalize(storage, self._released, device, size)
+
+    def _released(self, device: str, size: int) -> None:
+        self.alive[device] -= size
+
+    def restart(self) -> None:
+        self.peak = Counter(self.alive)
+
+
+def set_fake_parameter(
+    module: torch.nn.Module, name: str, device: str, value: torch.Tensor | None = None, **unused: Any
+) -> None:
+    """accelerate's function makes a parameter anew by calling its class, which cannot be done with fake tensors."""
+    path, _, name = name.rpartition(".")
+    owner = module.get_submodule(path)
+    moved = (getattr(owner, name) if value is None else value).to(device)
+    setattr(owner, name, torch.nn.Parameter(moved, requires_grad=False))
+
+
+@contextmanager
+def simulated_machine() -> Iterator[DeviceMeter]:
+    """Inside, tensors can live on any card of a machine without one."""
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=False))
+        meter = stack.enter_context(DeviceMeter())
+        stack.enter_context(CudaInPython())
+        stack.enter_context(torch.inference_mode())
+        stack.enter_context(patch("accelerate.hooks.set_module_tensor_to_device", set_fake_parameter))
+        yield meter
+
+
+def place(model: torch.nn.Module, device_map: dict[str, int | str], cards: int) -> None:
+    """Give a model on the meta device fake weights, and accelerate's hooks as `from_pretrained` would attach them."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            fake = torch.empty(parameter.shape, dtype=parameter.dtype)
+            setattr(module, name, torch.nn.Parameter(fake, requires_grad=False))
+    # Integers stand for cards, but torch takes them only where there is one.
+    devices = {name: f"cuda:{place}" if isinstance(place, int) else place for name, place in device_map.items()}
+    options = {"skip_keys": model._skip_keys_device_placement, "main_device": "cuda:0"}
+    # With a single device accelerate attaches no hooks.
+    dispatch_model(model, devices, **options)
+
+
+@contextmanager
+def counted_steps(model: torch.nn.Module, steps: int) -> Iterator[None]:
+    """Let `generate` end after so many tokens: whether all sequences are finished depends on values."""
+    left = iter(range(steps))
+    model._has_unfinished_sequences = lambda *unused, **also_unused: next(left, None) is not None
+    yield
+    del model._has_unfinished_sequences
+
+
+# ------------------------------------------------------------------------------------------- every public method
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sizes of the inputs."""
+
+    pictures: int = 1
+    texts: int = 8
+    length: int = 80
+    beams: int = 5
+    new_tokens: int = 32
+
+    def __str__(self) -> str:
+        return (
+            f"{self.pictures} picture(s) and {self.texts} texts of {self.length} tokens;"
+            f" captions of {self.new_tokens} tokens with {self.beams} beams"
+        )
+
+
+@dataclass
+class Call:
+    name: str
+    run: Callable[[], Any]
+    shapes: list[tuple[int, ...]]
+
+
+def public_calls(model: torch.nn.Module, batch: Batch, device: str) -> list[Call]:
+    """Every public method, its inputs on `device`, and the shapes that it must return."""
+    config, images, texts = model.config, batch.pictures, batch.texts
+    vision, width, dim = config.vision_config, config.qllama_config.hidden_size, config.clip_embed_dim
+    pixels = torch.empty(images, 3, vision.image_size, vision.image_size, device=device)
+    ids = torch.zeros(texts, batch.length, dtype=torch.long, device=device)
+    mask = torch.ones_like(ids)
+    pairs, pair_mask = ids.narrow(0, 0, images), mask.narrow(0, 0, images)
+    prompt = {"input_ids": pairs.narrow(1, 0, 5), "attention_mask": pair_mask.narrow(1, 0, 5)}
+    tokens = 1 + (vision.image_size // vision.patch_size) ** 2
+    logits, embeds = [(images, texts), (texts, images)], [(images, dim), (texts, dim)]
+    features = [(images, tokens, vision.hidden_size), (images, config.num_query_token, width)]
+
+    def generate(**options: Any) -> torch.Tensor:
+        with counted_steps(model.qllama, batch.new_tokens):
+            return model.generate(pixels, max_new_tokens=batch.new_tokens, **options)
+
+    calls = []
+    for mode in ("InternVL-C", "InternVL-G"):
+        of_mode = {"mode": mode}
+        calls += [
+            Call(f"forward, {mode}", lambda m=of_mode: model(ids, pixels, mask, **m), logits + embeds),
+            Call(f"forward(image, text), {mode}", lambda m=of_mode: model(image=pixels, text=ids, **m), logits),
+            Call(f"encode_image, {mode}", lambda m=of_mode: model.encode_image(pixels, **m), embeds[:1]),
+            Call(f"embed_image, {mode}", lambda m=of_mode: model.embed_image(pixels, **m), embeds[:1]),
+        ]
+    return [
+        *calls,
+        Call("encode_text", lambda: model.encode_text(ids), embeds[1:]),
+        Call("embed_text", lambda: model.embed_text(ids, mask), embeds[1:]),
+        Call("match", lambda: model.match(pixels, pairs, pair_mask), [(images, 2)]),
+        Call("match, all pairs", lambda: model.match(pixels, ids, mask, all_pairs=True), [(images, texts, 2)]),
+        Call("get_image_features", lambda: model.get_image_features(pixels), features),
+        Call("get_text_features", lambda: model.get_text_features(ids, mask), [(texts, batch.length, width)]),
+        Call("generate", lambda: generate(), [(images, batch.new_tokens)]),
+        Call("generate, prompt", lambda: generate(**prompt), [(images, batch.new_tokens)]),
+        Call("generate, beams", lambda: generate(num_beams=batch.beams, **prompt), [(images, batch.new_tokens)]),
+    ]
+
+
+def complaint(result: Any, shapes: list[tuple[int, ...]], device: str) -> str | None:
+    """What is wrong with the shapes or devices of a result, or None."""
+    found = list(result.values()) if isinstance(result, dict) else tree_leaves(result)
+    if [tuple(tensor.shape) for tensor in found] != shapes:
+        return f"shapes {[tuple(tensor.shape) for tensor in found]}, expected {shapes}"
+    places = {str(tensor.device) for tensor in found}
+    return None if places == {device} else f"result on {sorted(places)}, inputs on {device}"
+
+
+# ------------------------------------------------------------------------------------------------------- a report
+
+
+@dataclass
+class Report:
+    """What became of one setup."""
+
+    setup: Setup
+    device_map: dict[str, int | str]
+    weights: Counter = field(default_factory=Counter)
+    peak: Counter = field(default_factory=Counter)
+    peak_call: dict[str, str] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    def budget(self, device: int | str) -> int:
+        return self.setup.cards[device] if isinstance(device, int) else HOST_MEMORY
+
+
+def simulate(folder: Path, setup: Setup, batch: Batch, inputs: tuple[str, ...] = ("cuda:0", "cpu")) -> Report:
+    """Plan a setup, run every public method on it, and check it all."""
+    model = empty_model(folder)
+    report = Report(setup, plan(model, setup))
+    for name, parameter in model.named_parameters():
+        report.weights[device_of(report.device_map, name)] += parameter.nbytes
+    report.failures += [f"block {block} is split" for block in split_blocks(model, report.device_map)]
+    report.failures += [f"the {tower} is scattered" for tower in scattered_towers(model, report.device_map)]
+    with simulated_machine() as meter:
+        place(model, report.device_map, len(setup.cards))
+        for device in inputs:
+            for call in public_calls(model, batch, device):
+                run(call, device, meter, report)
+    for index, card in enumerate(setup.cards):
+        if report.peak[f"cuda:{index}"] > card:
+            report.failures.append(f"cuda:{index} needs {report.peak[f'cuda:{index}'] / GB:.2f} GB")
+    return report
+
+
+def run(call: Call, device: str, meter: DeviceMeter, report: Report) -> None:
+    meter.restart()
+    try:
+        wrong = complaint(call.run(), call.shapes, device)
+    except RuntimeError as error:
+        wrong = str(error).splitlines()[0]
+    if wrong:
+        report.failures.append(f"{call.name}, inputs on {device}: {wrong}")
+    for place, size in meter.peak.items():
+        if size > report.peak[place]:
+            report.peak[place], report.peak_call[place] = size, call.name
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("setups", nargs="*", default=SETUPS, help="cards in GB: 2x24, 24+8+8, 24+8+8:sequential, 12")
+    parser.add_argument("--config", type=Path, default=ROOT, help="folder of the config.json")
+    arguments = parser.parse_args()
+    for name in arguments.setups:
+        import time
+
+        t = time.time()
+        report = simulate(arguments.config, Setup.parse(name), Batch())
+        print(name, report.weights, report.peak, report.peak_call, *report.failures, time.time() - t, sep="\n   ")
+    print(version("torch"))
+
+
+if __name__ == "__main__":
+    main()
