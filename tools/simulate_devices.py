@@ -26,7 +26,7 @@ from unittest.mock import patch
 
 import torch
 from accelerate import dispatch_model
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -133,8 +133,10 @@ def fake_getitem(tensor: torch.Tensor, index: Any) -> torch.Tensor:
         if part is None:
             tensor, dim = tensor.unsqueeze(dim), dim + 1
         elif isinstance(part, slice):
-            if part != slice(None):
-                tensor = torch.ops.aten.slice.Tensor(tensor, dim, part.start, part.stop, part.step or 1)
+            # Beam search cuts its sequences at the longest one, a value; all are taken to be as long as they may be.
+            stop = None if isinstance(part.stop, torch.Tensor) else part.stop
+            if (part.start, stop, part.step) != (None, None, None):
+                tensor = torch.ops.aten.slice.Tensor(tensor, dim, part.start, stop, part.step or 1)
             dim += 1
         elif isinstance(part, int):
             tensor = tensor.select(dim, part)
@@ -158,6 +160,11 @@ def fake_contiguous(tensor: torch.Tensor, memory_format: torch.memory_format = t
     return tensor if tensor.is_contiguous(memory_format=memory_format) else tensor.clone(memory_format=memory_format)
 
 
+def fake_full(size: Any, fill_value: Any, **options: Any) -> torch.Tensor:
+    """Beam search fills its sequences with a token id that is a tensor; fake ones have no value to fill with."""
+    return torch.full(size, 0 if isinstance(fill_value, torch.Tensor) else fill_value, **options)
+
+
 class CudaInPython(TorchFunctionMode):
     """
     The few calls that reach for the CUDA driver before torch's dispatcher, and with it the fake tensors, is asked.
@@ -167,20 +174,20 @@ class CudaInPython(TorchFunctionMode):
         # The binding of indexing switches to the tensor's card before it slices.
         torch.Tensor.__getitem__: fake_getitem,
         torch.Tensor.__setitem__: fake_setitem,
-        # So do the bindings of these two.
+        # So do the bindings of these three.
         torch.Tensor.contiguous: fake_contiguous,
+        torch.Tensor.__invert__: torch.bitwise_not,
         torch.Tensor.copy_: torch.ops.aten.copy_.default,
         # Fake tensors have no values. `generate` asks whether special tokens collide or are negative, which they do
         # not, and whether all sequences are finished, which `counted_steps` answers.
         torch.Tensor.__bool__: lambda tensor: False,
+        torch.full: fake_full,
         # accelerate recognises tied weights by it; there are none here.
         torch.Tensor.data_ptr: lambda tensor: id(tensor.untyped_storage()),
     }
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func in self.REPLACED and isinstance(args[0], FakeTensor):
-            func = self.REPLACED[func]
-        return func(*args, **(kwargs or {}))
+        return self.REPLACED.get(func, func)(*args, **(kwargs or {}))
 
 
 class DeviceMeter(TorchDispatchMode):
@@ -195,7 +202,7 @@ class DeviceMeter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         self._check_devices(func, args)
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
+        for tensor in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self.count(tensor)
         return result
@@ -246,7 +253,7 @@ def simulated_machine() -> Iterator[DeviceMeter]:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=False))
         meter = stack.enter_context(DeviceMeter())
         stack.enter_context(CudaInPython())
-        stack.enter_context(torch.inference_mode())
+        stack.enter_context(torch.no_grad())
         stack.enter_context(patch("accelerate.hooks.set_module_tensor_to_device", set_fake_parameter))
         yield meter
 
@@ -278,18 +285,19 @@ def counted_steps(model: torch.nn.Module, steps: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Sizes of the inputs."""
+    """Sizes of the inputs. Of a caption only the last steps are run, after a prompt that fills the cache up to there."""
 
     pictures: int = 1
     texts: int = 8
     length: int = 80
     beams: int = 5
-    new_tokens: int = 32
+    caption: int = 37
+    steps: int = 3
 
     def __str__(self) -> str:
         return (
-            f"{self.pictures} picture(s) and {self.texts} texts of {self.length} tokens;"
-            f" captions of {self.new_tokens} tokens with {self.beams} beams"
+            f"{self.pictures} picture(s), {self.texts} texts of {self.length} tokens, captions of {self.caption} tokens"
+            f" (prompt and text) with {self.beams} beams"
         )
 
 
@@ -308,14 +316,16 @@ def public_calls(model: torch.nn.Module, batch: Batch, device: str) -> list[Call
     ids = torch.zeros(texts, batch.length, dtype=torch.long, device=device)
     mask = torch.ones_like(ids)
     pairs, pair_mask = ids.narrow(0, 0, images), mask.narrow(0, 0, images)
-    prompt = {"input_ids": pairs.narrow(1, 0, 5), "attention_mask": pair_mask.narrow(1, 0, 5)}
+    start = batch.caption - batch.steps
+    prompt = {"input_ids": pairs.narrow(1, 0, start), "attention_mask": pair_mask.narrow(1, 0, start)}
+    written = [(images, batch.steps)]
     tokens = 1 + (vision.image_size // vision.patch_size) ** 2
     logits, embeds = [(images, texts), (texts, images)], [(images, dim), (texts, dim)]
     features = [(images, tokens, vision.hidden_size), (images, config.num_query_token, width)]
 
     def generate(**options: Any) -> torch.Tensor:
-        with counted_steps(model.qllama, batch.new_tokens):
-            return model.generate(pixels, max_new_tokens=batch.new_tokens, **options)
+        with counted_steps(model.qllama, batch.steps):
+            return model.generate(pixels, max_new_tokens=batch.steps, **options)
 
     calls = []
     for mode in ("InternVL-C", "InternVL-G"):
@@ -334,9 +344,9 @@ def public_calls(model: torch.nn.Module, batch: Batch, device: str) -> list[Call
         Call("match, all pairs", lambda: model.match(pixels, ids, mask, all_pairs=True), [(images, texts, 2)]),
         Call("get_image_features", lambda: model.get_image_features(pixels), features),
         Call("get_text_features", lambda: model.get_text_features(ids, mask), [(texts, batch.length, width)]),
-        Call("generate", lambda: generate(), [(images, batch.new_tokens)]),
-        Call("generate, prompt", lambda: generate(**prompt), [(images, batch.new_tokens)]),
-        Call("generate, beams", lambda: generate(num_beams=batch.beams, **prompt), [(images, batch.new_tokens)]),
+        Call("generate", lambda: generate(), written),
+        Call("generate, prompt", lambda: generate(**prompt), written),
+        Call("generate, beams", lambda: generate(num_beams=batch.beams, **prompt), written),
     ]
 
 
