@@ -12,8 +12,10 @@ workspaces of kernels, and fragmentation.
 """
 
 import argparse
+import logging
 import os
 import sys
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -60,6 +62,12 @@ class Setup:
         return cls(name, tuple(int(card * GB) for card in cards), strategy or "auto")
 
     @property
+    def call(self) -> str:
+        """How a user asks for it."""
+        given = [f"{card}: {size / GB:g}e9" for card, size in self.max_memory.items() if isinstance(card, int)]
+        return f'device_map="{self.strategy}", max_memory={{{", ".join(given)}, "cpu": {HOST_MEMORY / GB:g}e9}}'
+
+    @property
     def max_memory(self) -> dict[int | str, int]:
         """
         What the planner may fill with weights. Balanced plans leave room by themselves. transformers takes nine
@@ -89,6 +97,16 @@ def plan(model: torch.nn.Module, setup: Setup) -> dict[str, int | str]:
     return _get_device_map(model, setup.strategy, setup.max_memory, None)
 
 
+def in_order(model: torch.nn.Module, device_map: dict[str, int | str]) -> dict[str, int | str]:
+    """The entries of a plan in the model's own order."""
+    names = [name for name, _ in model.named_parameters()]
+    return dict(sorted(device_map.items(), key=lambda entry: min(map(names.index, parameters_of(model, entry[0])))))
+
+
+def parameters_of(model: torch.nn.Module, part: str) -> list[str]:
+    return [name for name, _ in model.named_parameters() if f"{name}.".startswith(f"{part}.")]
+
+
 def device_of(device_map: dict[str, int | str], name: str) -> int | str:
     """The device that a plan gives a module or tensor: that of its longest prefix."""
     while name not in device_map:
@@ -99,11 +117,7 @@ def device_of(device_map: dict[str, int | str], name: str) -> int | str:
 def split_blocks(model: torch.nn.Module, device_map: dict[str, int | str]) -> list[str]:
     """The blocks that must not be spread over devices, and are."""
     blocks = [name for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules]
-    devices = {block: set() for block in blocks}
-    for name, _ in model.named_parameters():
-        for block in (block for block in blocks if name.startswith(f"{block}.")):
-            devices[block].add(device_of(device_map, name))
-    return [block for block, places in devices.items() if len(places) > 1]
+    return [block for block in blocks if len({device_of(device_map, name) for name in parameters_of(model, block)}) > 1]
 
 
 def scattered_towers(model: torch.nn.Module, device_map: dict[str, int | str]) -> list[str]:
@@ -200,8 +214,12 @@ class DeviceMeter(TorchDispatchMode):
         self._known = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.ops.prim.device.default:  # half of all calls
+            return args[0].fake_device
         self._check_devices(func, args)
         result = func(*args, **(kwargs or {}))
+        if getattr(func, "is_view", False):
+            return result
         for tensor in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self.count(tensor)
@@ -223,7 +241,7 @@ class DeviceMeter(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage in self._known:
             return
-        device, size = str(tensor.device), storage.nbytes()
+        device, size = str(tensor.device), storage.nbytes() if tensor.device.type != "meta" else 0
         self._known[storage] = size
         self.alive[device] += size
         self.peak[device] = max(self.peak[device], self.alive[device])
@@ -258,17 +276,17 @@ def simulated_machine() -> Iterator[DeviceMeter]:
         yield meter
 
 
-def place(model: torch.nn.Module, device_map: dict[str, int | str], cards: int) -> None:
+def place(model: torch.nn.Module, device_map: dict[str, int | str]) -> None:
     """Give a model on the meta device fake weights, and accelerate's hooks as `from_pretrained` would attach them."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             fake = torch.empty(parameter.shape, dtype=parameter.dtype)
             setattr(module, name, torch.nn.Parameter(fake, requires_grad=False))
-    # Integers stand for cards, but torch takes them only where there is one.
-    devices = {name: f"cuda:{place}" if isinstance(place, int) else place for name, place in device_map.items()}
-    options = {"skip_keys": model._skip_keys_device_placement, "main_device": "cuda:0"}
-    # With a single device accelerate attaches no hooks.
-    dispatch_model(model, devices, **options)
+    # Integers stand for cards, but torch takes them only where there is one. The main device, which gets what sits on
+    # the model itself, is named because a set of names has no order; accelerate takes the first card.
+    devices = {name: f"cuda:{card}" if isinstance(card, int) else card for name, card in device_map.items()}
+    first = min(card for card in device_map.values() if isinstance(card, int))
+    dispatch_model(model, devices, main_device=f"cuda:{first}", skip_keys=model._skip_keys_device_placement)
 
 
 @contextmanager
@@ -285,20 +303,23 @@ def counted_steps(model: torch.nn.Module, steps: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Sizes of the inputs. Of a caption only the last steps are run, after a prompt that fills the cache up to there."""
+    """Sizes of the inputs. Only the last steps of a caption are run, after a prompt that fills the cache up to there."""
 
     pictures: int = 1
     texts: int = 8
     length: int = 80
     beams: int = 5
     caption: int = 37
-    steps: int = 3
+    steps: int = 2
 
     def __str__(self) -> str:
         return (
             f"{self.pictures} picture(s), {self.texts} texts of {self.length} tokens, captions of {self.caption} tokens"
             f" (prompt and text) with {self.beams} beams"
         )
+
+
+BATCH = Batch()
 
 
 @dataclass
@@ -344,8 +365,7 @@ def public_calls(model: torch.nn.Module, batch: Batch, device: str) -> list[Call
         Call("match, all pairs", lambda: model.match(pixels, ids, mask, all_pairs=True), [(images, texts, 2)]),
         Call("get_image_features", lambda: model.get_image_features(pixels), features),
         Call("get_text_features", lambda: model.get_text_features(ids, mask), [(texts, batch.length, width)]),
-        Call("generate", lambda: generate(), written),
-        Call("generate, prompt", lambda: generate(**prompt), written),
+        Call("generate, greedy", generate, written),
         Call("generate, beams", lambda: generate(num_beams=batch.beams, **prompt), written),
     ]
 
@@ -368,59 +388,101 @@ class Report:
 
     setup: Setup
     device_map: dict[str, int | str]
-    weights: Counter = field(default_factory=Counter)
-    peak: Counter = field(default_factory=Counter)
+    weights: Counter[int | str] = field(default_factory=Counter)
+    peak: Counter[str] = field(default_factory=Counter)
     peak_call: dict[str, str] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
-    def budget(self, device: int | str) -> int:
-        return self.setup.cards[device] if isinstance(device, int) else HOST_MEMORY
+    def update(self, call: str, peak: Counter[str]) -> None:
+        for device, size in peak.items():
+            if size > self.peak[device]:
+                self.peak[device], self.peak_call[device] = size, call
+
+    def check_budgets(self) -> None:
+        for index, card in enumerate(self.setup.cards):
+            needed = self.peak[f"cuda:{index}"]
+            if needed > card:
+                self.failures.append(f"cuda:{index} needs {needed / GB:.2f} GB of {card / GB:g} in {self.peak_call}")
+
+    def table(self) -> str:
+        """Markdown; what is on no card stands in the memory of the host, and is fetched block by block."""
+        lines = [
+            f"**{self.setup.name}** (GB), `{self.setup.call}`",
+            "",
+            "| device | parts | weights, GB | peak, GB | in |",
+            "|---|---|---|---|---|",
+        ]
+        for place in (*range(len(self.setup.cards)), *(place for place in ("cpu", "disk") if self.weights[place])):
+            device = f"cuda:{place}" if isinstance(place, int) else "cpu"
+            budget = f" of {self.setup.cards[place] / GB:g}" if isinstance(place, int) else ""
+            parts = abbreviated([name for name, where in self.device_map.items() if where == place])
+            peak = f"{self.peak[device] / GB:.2f}{budget} | {self.peak_call.get(device, '')}"
+            lines.append(f"| {place} | {', '.join(parts)} | {self.weights[place] / GB:.2f} | {peak} |")
+        return "\n".join([*lines, *(f"\nFAILED: {failure}" for failure in self.failures)])
 
 
-def simulate(folder: Path, setup: Setup, batch: Batch, inputs: tuple[str, ...] = ("cuda:0", "cpu")) -> Report:
-    """Plan a setup, run every public method on it, and check it all."""
+def abbreviated(names: list[str]) -> list[str]:
+    """Names of modules as code; numbered ones that follow each other become a range."""
+    runs: list[list[str]] = []
+    for name in names:
+        prefix, _, number = name.rpartition(".")
+        if number.isdigit() and runs and runs[-1][0] == prefix and int(runs[-1][-1]) + 1 == int(number):
+            runs[-1].append(number)
+        else:
+            runs.append([prefix, number])
+    spans = [(prefix, first if not rest else f"{first}-{rest[-1]}") for prefix, first, *rest in runs]
+    return [f"`{prefix}.{span}`" if prefix else f"`{span}`" for prefix, span in spans]
+
+
+def simulate(
+    folder: Path,
+    setup: Setup,
+    batch: Batch = BATCH,
+    inputs: str = "cuda:0",
+    device_map: dict[str, int | str] | None = None,
+) -> Report:
+    """Plan a setup, or take the plan given; run every public method on it, and check it all."""
     model = empty_model(folder)
-    report = Report(setup, plan(model, setup))
+    report = Report(setup, in_order(model, plan(model, setup) if device_map is None else device_map))
     for name, parameter in model.named_parameters():
         report.weights[device_of(report.device_map, name)] += parameter.nbytes
     report.failures += [f"block {block} is split" for block in split_blocks(model, report.device_map)]
     report.failures += [f"the {tower} is scattered" for tower in scattered_towers(model, report.device_map)]
     with simulated_machine() as meter:
-        place(model, report.device_map, len(setup.cards))
-        for device in inputs:
-            for call in public_calls(model, batch, device):
-                run(call, device, meter, report)
-    for index, card in enumerate(setup.cards):
-        if report.peak[f"cuda:{index}"] > card:
-            report.failures.append(f"cuda:{index} needs {report.peak[f'cuda:{index}'] / GB:.2f} GB")
+        place(model, report.device_map)
+        for call in public_calls(model, batch, inputs):
+            meter.restart()
+            wrong = failure(call, inputs)
+            report.failures += [f"{call.name}: {wrong}"] if wrong else []
+            report.update(call.name, meter.peak)
+    report.check_budgets()
     return report
 
 
-def run(call: Call, device: str, meter: DeviceMeter, report: Report) -> None:
-    meter.restart()
+def failure(call: Call, inputs: str) -> str | None:
+    """Run a method; what is wrong with it, or None. Devices that do not fit raise errors of many types."""
     try:
-        wrong = complaint(call.run(), call.shapes, device)
-    except RuntimeError as error:
-        wrong = str(error).splitlines()[0]
-    if wrong:
-        report.failures.append(f"{call.name}, inputs on {device}: {wrong}")
-    for place, size in meter.peak.items():
-        if size > report.peak[place]:
-            report.peak[place], report.peak_call[place] = size, call.name
+        return complaint(call.run(), call.shapes, inputs)
+    except (RuntimeError, NotImplementedError) as error:
+        return str(error).splitlines()[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("setups", nargs="*", default=SETUPS, help="cards in GB: 2x24, 24+8+8, 24+8+8:sequential, 12")
     parser.add_argument("--config", type=Path, default=ROOT, help="folder of the config.json")
+    parser.add_argument("--inputs", default="cuda:0", help="device of pixels and ids, and so of the results")
     arguments = parser.parse_args()
+    logging.disable(logging.WARNING)  # of accelerate, about cards that are not here
+    warnings.simplefilter("ignore")
+    failed = False
     for name in arguments.setups:
-        import time
-
-        t = time.time()
-        report = simulate(arguments.config, Setup.parse(name), Batch())
-        print(name, report.weights, report.peak, report.peak_call, *report.failures, time.time() - t, sep="\n   ")
-    print(version("torch"))
+        report = simulate(arguments.config, Setup.parse(name), inputs=arguments.inputs)
+        print(report.table(), end="\n\n", flush=True)
+        failed = failed or bool(report.failures)
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate"))
+    print(f"By `python tools/simulate_devices.py`: bfloat16, {BATCH}; {packages}.")
+    sys.exit(failed)
 
 
 if __name__ == "__main__":
