@@ -114,10 +114,18 @@ def device_of(device_map: dict[str, int | str], name: str) -> int | str:
     return device_map[name]
 
 
+def blocks_of(model: torch.nn.Module) -> list[str]:
+    """The modules that must not be spread over devices."""
+    return [name for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules]
+
+
 def split_blocks(model: torch.nn.Module, device_map: dict[str, int | str]) -> list[str]:
     """The blocks that must not be spread over devices, and are."""
-    blocks = [name for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules]
-    return [block for block in blocks if len({device_of(device_map, name) for name in parameters_of(model, block)}) > 1]
+    return [
+        block
+        for block in blocks_of(model)
+        if len({device_of(device_map, name) for name in parameters_of(model, block)}) > 1
+    ]
 
 
 def scattered_towers(model: torch.nn.Module, device_map: dict[str, int | str]) -> list[str]:
@@ -303,7 +311,7 @@ def counted_steps(model: torch.nn.Module, steps: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Sizes of the inputs. Only the last steps of a caption are run, after a prompt that fills the cache up to there."""
+    """Sizes of the inputs. Only the last steps of a caption are run, after a prompt that fills the cache."""
 
     pictures: int = 1
     texts: int = 8
@@ -353,12 +361,12 @@ def public_calls(model: torch.nn.Module, batch: Batch, device: str) -> list[Call
         of_mode = {"mode": mode}
         calls += [
             Call(f"forward, {mode}", lambda m=of_mode: model(ids, pixels, mask, **m), logits + embeds),
-            Call(f"forward(image, text), {mode}", lambda m=of_mode: model(image=pixels, text=ids, **m), logits),
             Call(f"encode_image, {mode}", lambda m=of_mode: model.encode_image(pixels, **m), embeds[:1]),
-            Call(f"embed_image, {mode}", lambda m=of_mode: model.embed_image(pixels, **m), embeds[:1]),
         ]
     return [
         *calls,
+        Call("forward(image, text)", lambda: model(image=pixels, text=ids), logits),
+        Call("embed_image", lambda: model.embed_image(pixels, "InternVL-G"), embeds[:1]),
         Call("encode_text", lambda: model.encode_text(ids), embeds[1:]),
         Call("embed_text", lambda: model.embed_text(ids, mask), embeds[1:]),
         Call("match", lambda: model.match(pixels, pairs, pair_mask), [(images, 2)]),
