@@ -1,0 +1,497 @@
+"""Place the model on machines that are not here, run every public method there, and print the plans.
+
+    python tools/simulate_devices.py                              # the published sizes on every setup of the README
+    python tools/simulate_devices.py 2x16 24+8+8:sequential 10    # other cards, in GB; a single one offloads to the CPU
+    python tools/simulate_devices.py --config tiny 0.004+0.004
+
+Weights and activations are torch's fake tensors: they have a shape, a dtype and a device such as `cuda:3`, and no
+memory, so this needs neither a GPU nor 28 GB. The plan is transformers' own (`device_map="auto"`), the hooks are
+accelerate's own, and an operation on two devices raises the error that it would raise on real ones. The bytes of all
+fake storages that are alive are counted, per device. What is not counted: the CUDA context (some 0.5 GB per card),
+workspaces of kernels, and fragmentation.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from accelerate import dispatch_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import AutoConfig, AutoModel
+
+ROOT = Path(__file__).resolve().parents[1]
+GB = 10**9
+HOST_MEMORY = 64 * GB
+SETUPS = ("2x24", "4x12", "8x8", "24+8+8", "24+8+8:sequential", "24", "16", "12", "8")
+TOWERS = {"vision tower": "vision_model.encoder.layers", "language tower": "qllama.model.layers"}
+
+
+# -------------------------------------------------------------------------------------------------- the plan
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A machine: the bytes of its cards, and how the model is asked to be spread over them."""
+
+    name: str
+    cards: tuple[int, ...]
+    strategy: str = "auto"
+
+    @classmethod
+    def parse(cls, name: str) -> "Setup":
+        """From "2x24", "24+8+8" or "24+8+8:sequential"; sizes are in GB."""
+        sizes, _, strategy = name.partition(":")
+        number, times, size = sizes.partition("x")
+        cards = [float(size)] * int(number) if times else [float(size) for size in sizes.split("+")]
+        return cls(name, tuple(int(card * GB) for card in cards), strategy or "auto")
+
+    @property
+    def call(self) -> str:
+        """How a user asks for it."""
+        given = [f"{card}: {size / GB:g}e9" for card, size in self.max_memory.items() if isinstance(card, int)]
+        return f'device_map="{self.strategy}", max_memory={{{", ".join(given)}, "cpu": {HOST_MEMORY / GB:g}e9}}'
+
+    @property
+    def max_memory(self) -> dict[int | str, int]:
+        """
+        What the planner may fill with weights. Balanced plans leave room by themselves. transformers takes nine
+        tenths of a single card; a card that is filled to its brim before the next one is used needs more room.
+        """
+        percent = 80 if self.strategy == "sequential" else 90 if len(self.cards) == 1 else 100
+        return {**{i: card * percent // 100 for i, card in enumerate(self.cards)}, "cpu": HOST_MEMORY}
+
+
+def empty_model(folder: Path) -> torch.nn.Module:
+    """The model of `folder`'s config in bfloat16, without memory; the code is always the root's."""
+    subfolder = os.path.relpath(folder, ROOT)
+    options = {} if subfolder == "." else {"subfolder": subfolder}
+    config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True, **options)
+    with torch.device("meta"):
+        return AutoModel.from_config(config, trust_remote_code=True, dtype=torch.bfloat16).eval()
+
+
+def plan(model: torch.nn.Module, setup: Setup) -> dict[str, int | str]:
+    """The device of every module, by the very function that `from_pretrained(device_map="auto")` calls."""
+    if hasattr(model, "_get_no_split_modules"):  # transformers 4.57
+        from transformers.modeling_utils import _get_device_map
+
+        return _get_device_map(model, setup.strategy, setup.max_memory, None, torch.bfloat16, None)
+    from transformers.integrations.accelerate import _get_device_map
+
+    return _get_device_map(model, setup.strategy, setup.max_memory, None)
+
+
+def in_order(model: torch.nn.Module, device_map: dict[str, int | str]) -> dict[str, int | str]:
+    """The entries of a plan in the model's own order."""
+    names = [name for name, _ in model.named_parameters()]
+    return dict(sorted(device_map.items(), key=lambda entry: min(map(names.index, parameters_of(model, entry[0])))))
+
+
+def parameters_of(model: torch.nn.Module, part: str) -> list[str]:
+    return [name for name, _ in model.named_parameters() if f"{name}.".startswith(f"{part}.")]
+
+
+def device_of(device_map: dict[str, int | str], name: str) -> int | str:
+    """The device that a plan gives a module or tensor: that of its longest prefix."""
+    while name not in device_map:
+        name = name.rpartition(".")[0]
+    return device_map[name]
+
+
+def blocks_of(model: torch.nn.Module) -> list[str]:
+    """The modules that must not be spread over devices."""
+    return [name for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules]
+
+
+def split_blocks(model: torch.nn.Module, device_map: dict[str, int | str]) -> list[str]:
+    """The blocks that must not be spread over devices, and are."""
+    return [
+        block
+        for block in blocks_of(model)
+        if len({device_of(device_map, name) for name in parameters_of(model, block)}) > 1
+    ]
+
+
+def scattered_towers(model: torch.nn.Module, device_map: dict[str, int | str]) -> list[str]:
+    """The towers whose data would travel back to a device that it has already left."""
+    rank = {"cpu": sys.maxsize - 1, "disk": sys.maxsize}
+    scattered = []
+    for tower, prefix in TOWERS.items():
+        layers = range(len(model.get_submodule(prefix)))
+        places = [device_of(device_map, f"{prefix}.{index}") for index in layers]
+        if places != sorted(places, key=lambda place: rank.get(place, place)):
+            scattered.append(tower)
+    return scattered
+
+
+# ------------------------------------------------------------------------------------------ a machine that is not
+
+
+def fake_getitem(tensor: torch.Tensor, index: Any) -> torch.Tensor:
+    """`tensor[index]` by operations that a fake tensor has; it takes what the model and `generate` use."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if any(part is Ellipsis for part in parts):
+        place = next(i for i, part in enumerate(parts) if part is Ellipsis)
+        taken = sum(part is not None for part in parts) - 1
+        parts = (*parts[:place], *[slice(None)] * (tensor.ndim - taken), *parts[place + 1 :])
+    dim, tensors = 0, {}
+    for part in parts:
+        if part is None:
+            tensor, dim = tensor.unsqueeze(dim), dim + 1
+        elif isinstance(part, slice):
+            # Beam search cuts its sequences at the longest one, a value; all are taken to be as long as they may be.
+            stop = None if isinstance(part.stop, torch.Tensor) else part.stop
+            if (part.start, stop, part.step) != (None, None, None):
+                tensor = torch.ops.aten.slice.Tensor(tensor, dim, part.start, stop, part.step or 1)
+            dim += 1
+        elif isinstance(part, int):
+            tensor = tensor.select(dim, part)
+        else:
+            tensors[dim], dim = torch.as_tensor(part), dim + 1
+    if not tensors:
+        return tensor.view_as(tensor) if parts else tensor
+    return torch.ops.aten.index.Tensor(tensor, [tensors.get(dim) for dim in range(max(tensors) + 1)])
+
+
+def fake_setitem(tensor: torch.Tensor, index: Any, value: Any) -> None:
+    if isinstance(index, torch.Tensor):
+        torch.ops.aten.index_put_(tensor, [index], torch.as_tensor(value, dtype=tensor.dtype, device=tensor.device))
+    elif isinstance(value, torch.Tensor):
+        torch.ops.aten.copy_.default(fake_getitem(tensor, index), value)
+    else:
+        fake_getitem(tensor, index).fill_(value)
+
+
+def fake_contiguous(tensor: torch.Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> torch.Tensor:
+    return tensor if tensor.is_contiguous(memory_format=memory_format) else tensor.clone(memory_format=memory_format)
+
+
+def fake_full(size: Any, fill_value: Any, **options: Any) -> torch.Tensor:
+    """Beam search fills its sequences with a token id that is a tensor; fake ones have no value to fill with."""
+    return torch.full(size, 0 if isinstance(fill_value, torch.Tensor) else fill_value, **options)
+
+
+class CudaInPython(TorchFunctionMode):
+    """
+    The few calls that reach for the CUDA driver before torch's dispatcher, and with it the fake tensors, is asked.
+    """
+
+    REPLACED = {
+        # The binding of indexing switches to the tensor's card before it slices.
+        torch.Tensor.__getitem__: fake_getitem,
+        torch.Tensor.__setitem__: fake_setitem,
+        # So do the bindings of these three.
+        torch.Tensor.contiguous: fake_contiguous,
+        torch.Tensor.__invert__: torch.bitwise_not,
+        torch.Tensor.copy_: torch.ops.aten.copy_.default,
+        # Fake tensors have no values. `generate` asks whether special tokens collide or are negative, which they do
+        # not, and whether all sequences are finished, which `counted_steps` answers.
+        torch.Tensor.__bool__: lambda tensor: False,
+        torch.full: fake_full,
+        # accelerate recognises tied weights by it; there are none here.
+        torch.Tensor.data_ptr: lambda tensor: id(tensor.untyped_storage()),
+    }
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return self.REPLACED.get(func, func)(*args, **(kwargs or {}))
+
+
+class DeviceMeter(TorchDispatchMode):
+    """Counts the bytes of the storages that are alive, per device, and their peak; refuses what fake tensors let by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+        self._known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.ops.prim.device.default:  # half of all calls
+            return args[0].fake_device
+        self._check_devices(func, args)
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "is_view", False):
+            return result
+        for tensor in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor)
+        return result
+
+    @staticmethod
+    def _check_devices(func: Callable, args: tuple) -> None:
+        """Fake tensors do not compare the devices of an index or a convolution; real ones do."""
+        packet = getattr(func, "overloadpacket", None)
+        if packet not in (torch.ops.aten.index, torch.ops.aten.convolution):
+            return
+        may_be_on_cpu = packet is torch.ops.aten.index
+        for other in tree_leaves(args[1:]):
+            if isinstance(other, torch.Tensor) and other.device != args[0].device:
+                if not (may_be_on_cpu and other.device.type == "cpu"):
+                    raise RuntimeError(f"{func} got tensors on different devices, {args[0].device} and {other.device}")
+
+    def count(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._known:
+            return
+        device, size = str(tensor.device), storage.nbytes() if tensor.device.type != "meta" else 0
+        self._known[storage] = size
+        self.alive[device] += size
+        self.peak[device] = max(self.peak[device], self.alive[device])
+        weakref.finalize(storage, self._released, device, size)
+
+    def _released(self, device: str, size: int) -> None:
+        self.alive[device] -= size
+
+    def restart(self) -> None:
+        self.peak = Counter(self.alive)
+
+
+def set_fake_parameter(
+    module: torch.nn.Module, name: str, device: str, value: torch.Tensor | None = None, **unused: Any
+) -> None:
+    """accelerate's function makes a parameter anew by calling its class, which cannot be done with fake tensors."""
+    path, _, name = name.rpartition(".")
+    owner = module.get_submodule(path)
+    moved = (getattr(owner, name) if value is None else value).to(device)
+    setattr(owner, name, torch.nn.Parameter(moved, requires_grad=False))
+
+
+@contextmanager
+def simulated_machine() -> Iterator[DeviceMeter]:
+    """Inside, tensors can live on any card of a machine without one."""
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=False))
+        meter = stack.enter_context(DeviceMeter())
+        stack.enter_context(CudaInPython())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(patch("accelerate.hooks.set_module_tensor_to_device", set_fake_parameter))
+        yield meter
+
+
+def place(model: torch.nn.Module, device_map: dict[str, int | str]) -> None:
+    """Give a model on the meta device fake weights, and accelerate's hooks as `from_pretrained` would attach them."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            fake = torch.empty(parameter.shape, dtype=parameter.dtype)
+            setattr(module, name, torch.nn.Parameter(fake, requires_grad=False))
+    # Integers stand for cards, but torch takes them only where there is one. The main device, which gets what sits on
+    # the model itself, is named because a set of names has no order; accelerate takes the first card.
+    devices = {name: f"cuda:{card}" if isinstance(card, int) else card for name, card in device_map.items()}
+    first = min(card for card in device_map.values() if isinstance(card, int))
+    dispatch_model(model, devices, main_device=f"cuda:{first}", skip_keys=model._skip_keys_device_placement)
+
+
+@contextmanager
+def counted_steps(model: torch.nn.Module, steps: int) -> Iterator[None]:
+    """Let `generate` end after so many tokens: whether all sequences are finished depends on values."""
+    left = iter(range(steps))
+    model._has_unfinished_sequences = lambda *unused, **also_unused: next(left, None) is not None
+    yield
+    del model._has_unfinished_sequences
+
+
+# ------------------------------------------------------------------------------------------- every public method
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sizes of the inputs. Only the last steps of a caption are run, after a prompt that fills the cache."""
+
+    pictures: int = 1
+    texts: int = 8
+    length: int = 80
+    beams: int = 5
+    caption: int = 37
+    steps: int = 2
+
+    def __str__(self) -> str:
+        return (
+            f"{self.pictures} picture(s), {self.texts} texts of {self.length} tokens, captions of {self.caption} tokens"
+            f" (prompt and text) with {self.beams} beams"
+        )
+
+
+BATCH = Batch()
+
+
+@dataclass
+class Call:
+    name: str
+    run: Callable[[], Any]
+    shapes: list[tuple[int, ...]]
+
+
+def public_calls(model: torch.nn.Module, batch: Batch, device: str) -> list[Call]:
+    """Every public method, its inputs on `device`, and the shapes that it must return."""
+    config, images, texts = model.config, batch.pictures, batch.texts
+    vision, width, dim = config.vision_config, config.qllama_config.hidden_size, config.clip_embed_dim
+    pixels = torch.empty(images, 3, vision.image_size, vision.image_size, device=device)
+    ids = torch.zeros(texts, batch.length, dtype=torch.long, device=device)
+    mask = torch.ones_like(ids)
+    pairs, pair_mask = ids.narrow(0, 0, images), mask.narrow(0, 0, images)
+    start = batch.caption - batch.steps
+    prompt = {"input_ids": pairs.narrow(1, 0, start), "attention_mask": pair_mask.narrow(1, 0, start)}
+    written = [(images, batch.steps)]
+    tokens = 1 + (vision.image_size // vision.patch_size) ** 2
+    logits, embeds = [(images, texts), (texts, images)], [(images, dim), (texts, dim)]
+    features = [(images, tokens, vision.hidden_size), (images, config.num_query_token, width)]
+
+    def generate(**options: Any) -> torch.Tensor:
+        with counted_steps(model.qllama, batch.steps):
+            return model.generate(pixels, max_new_tokens=batch.steps, **options)
+
+    calls = []
+    for mode in ("InternVL-C", "InternVL-G"):
+        of_mode = {"mode": mode}
+        calls += [
+            Call(f"forward, {mode}", lambda m=of_mode: model(ids, pixels, mask, **m), logits + embeds),
+            Call(f"encode_image, {mode}", lambda m=of_mode: model.encode_image(pixels, **m), embeds[:1]),
+        ]
+    return [
+        *calls,
+        Call("forward(image, text)", lambda: model(image=pixels, text=ids), logits),
+        Call("embed_image", lambda: model.embed_image(pixels, "InternVL-G"), embeds[:1]),
+        Call("encode_text", lambda: model.encode_text(ids), embeds[1:]),
+        Call("embed_text", lambda: model.embed_text(ids, mask), embeds[1:]),
+        Call("match", lambda: model.match(pixels, pairs, pair_mask), [(images, 2)]),
+        Call("match, all pairs", lambda: model.match(pixels, ids, mask, all_pairs=True), [(images, texts, 2)]),
+        Call("get_image_features", lambda: model.get_image_features(pixels), features),
+        Call("get_text_features", lambda: model.get_text_features(ids, mask), [(texts, batch.length, width)]),
+        Call("generate, greedy", generate, written),
+        Call("generate, beams", lambda: generate(num_beams=batch.beams, **prompt), written),
+    ]
+
+
+def complaint(result: Any, shapes: list[tuple[int, ...]], device: str) -> str | None:
+    """What is wrong with the shapes or devices of a result, or None."""
+    found = list(result.values()) if isinstance(result, dict) else tree_leaves(result)
+    if [tuple(tensor.shape) for tensor in found] != shapes:
+        return f"shapes {[tuple(tensor.shape) for tensor in found]}, expected {shapes}"
+    places = {str(tensor.device) for tensor in found}
+    return None if places == {device} else f"result on {sorted(places)}, inputs on {device}"
+
+
+# ------------------------------------------------------------------------------------------------------- a report
+
+
+@dataclass
+class Report:
+    """What became of one setup."""
+
+    setup: Setup
+    device_map: dict[str, int | str]
+    weights: Counter[int | str] = field(default_factory=Counter)
+    peak: Counter[str] = field(default_factory=Counter)
+    peak_call: dict[str, str] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    def update(self, call: str, peak: Counter[str]) -> None:
+        for device, size in peak.items():
+            if size > self.peak[device]:
+                self.peak[device], self.peak_call[device] = size, call
+
+    def check_budgets(self) -> None:
+        for index, card in enumerate(self.setup.cards):
+            needed = self.peak[f"cuda:{index}"]
+            if needed > card:
+                self.failures.append(f"cuda:{index} needs {needed / GB:.2f} GB of {card / GB:g} in {self.peak_call}")
+
+    def table(self) -> str:
+        """Markdown; what is on no card stands in the memory of the host, and is fetched block by block."""
+        lines = [
+            f"**{self.setup.name}** (GB), `{self.setup.call}`",
+            "",
+            "| device | parts | weights, GB | peak, GB | in |",
+            "|---|---|---|---|---|",
+        ]
+        for place in (*range(len(self.setup.cards)), *(place for place in ("cpu", "disk") if self.weights[place])):
+            device = f"cuda:{place}" if isinstance(place, int) else "cpu"
+            budget = f" of {self.setup.cards[place] / GB:g}" if isinstance(place, int) else ""
+            parts = abbreviated([name for name, where in self.device_map.items() if where == place])
+            peak = f"{self.peak[device] / GB:.2f}{budget} | {self.peak_call.get(device, '')}"
+            lines.append(f"| {place} | {', '.join(parts)} | {self.weights[place] / GB:.2f} | {peak} |")
+        return "\n".join([*lines, *(f"\nFAILED: {failure}" for failure in self.failures)])
+
+
+def abbreviated(names: list[str]) -> list[str]:
+    """Names of modules as code; numbered ones that follow each other become a range."""
+    runs: list[list[str]] = []
+    for name in names:
+        prefix, _, number = name.rpartition(".")
+        if number.isdigit() and runs and runs[-1][0] == prefix and int(runs[-1][-1]) + 1 == int(number):
+            runs[-1].append(number)
+        else:
+            runs.append([prefix, number])
+    spans = [(prefix, first if not rest else f"{first}-{rest[-1]}") for prefix, first, *rest in runs]
+    return [f"`{prefix}.{span}`" if prefix else f"`{span}`" for prefix, span in spans]
+
+
+def simulate(
+    folder: Path,
+    setup: Setup,
+    batch: Batch = BATCH,
+    inputs: str = "cuda:0",
+    device_map: dict[str, int | str] | None = None,
+) -> Report:
+    """Plan a setup, or take the plan given; run every public method on it, and check it all."""
+    model = empty_model(folder)
+    report = Report(setup, in_order(model, plan(model, setup) if device_map is None else device_map))
+    for name, parameter in model.named_parameters():
+        report.weights[device_of(report.device_map, name)] += parameter.nbytes
+    report.failures += [f"block {block} is split" for block in split_blocks(model, report.device_map)]
+    report.failures += [f"the {tower} is scattered" for tower in scattered_towers(model, report.device_map)]
+    with simulated_machine() as meter:
+        place(model, report.device_map)
+        for call in public_calls(model, batch, inputs):
+            meter.restart()
+            wrong = failure(call, inputs)
+            report.failures += [f"{call.name}: {wrong}"] if wrong else []
+            report.update(call.name, meter.peak)
+    report.check_budgets()
+    return report
+
+
+def failure(call: Call, inputs: str) -> str | None:
+    """Run a method; what is wrong with it, or None. Devices that do not fit raise errors of many types."""
+    try:
+        return complaint(call.run(), call.shapes, inputs)
+    except (RuntimeError, NotImplementedError) as error:
+        return str(error).splitlines()[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("setups", nargs="*", default=SETUPS, help="cards in GB: 2x24, 24+8+8, 24+8+8:sequential, 12")
+    parser.add_argument("--config", type=Path, default=ROOT, help="folder of the config.json")
+    parser.add_argument("--inputs", default="cuda:0", help="device of pixels and ids, and so of the results")
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)  # of accelerate, about cards that are not here
+    warnings.simplefilter("ignore")
+    failed = False
+    for name in arguments.setups:
+        report = simulate(arguments.config, Setup.parse(name), inputs=arguments.inputs)
+        print(report.table(), end="\n\n", flush=True)
+        failed = failed or bool(report.failures)
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate"))
+    print(f"By `python tools/simulate_devices.py`: bfloat16, {BATCH}; {packages}.")
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
