@@ -23,7 +23,17 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 PICTURE = Path(__file__).resolve().parents[1] / "examples" / "pictures" / "panda.png"
 TEXTS = ("a photo of a panda", "一张熊猫的照片", "パンダの写真")
 NEW_TOKENS = 4
+STAGES = {
+    "image C": "a picture, InternVL-C",
+    "image G": "a picture, InternVL-G",
+    "texts": f"{len(TEXTS)} texts",
+    "match": "match",
+    "caption": f"a caption of {NEW_TOKENS} tokens",
+}
 SAMPLING_SECONDS = 0.02
+# Layers that cut models keep: of vision, and of QLLaMA with cross-attention. One, and one more of either.
+CUTS = ((1, 1), (2, 1), (1, 2))
+CUT_ROUNDS = 3
 MEMORY = {"VmRSS": "rss", "RssAnon": "anonymous", "RssFile": "file_backed"}
 
 
@@ -55,6 +65,11 @@ def bytes_read() -> int:
     return int(fields["read_bytes"])
 
 
+def seconds_queued() -> float:
+    """How long the main thread was ready to run so far and got no core, because other processes had them."""
+    return int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
+
+
 class Peaks(threading.Thread):
     """Watches the memory of this process while something runs."""
 
@@ -78,11 +93,13 @@ def measured(action: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
     """The result of `action`, and what it cost."""
     peaks = Peaks()
     peaks.start()
-    read, usage, start = bytes_read(), resource.getrusage(resource.RUSAGE_SELF), perf_counter()
+    read, queued, usage = bytes_read(), seconds_queued(), resource.getrusage(resource.RUSAGE_SELF)
+    start = perf_counter()
     result = action()
     seconds, after = perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
     cost = {
         "seconds": seconds,
+        "queued_seconds": seconds_queued() - queued,
         "user_seconds": after.ru_utime - usage.ru_utime,
         "system_seconds": after.ru_stime - usage.ru_stime,
         "bytes_read": bytes_read() - read,
@@ -92,41 +109,43 @@ def measured(action: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
     return result, cost
 
 
-def cut_config(folder: Path, depth: int) -> Any:
-    """The checkpoint's config with `depth` layers of vision and of each kind of QLLaMA's layers."""
+def cut_config(folder: Path, vision: int, language: int) -> Any:
+    """The checkpoint's config with so many layers of vision, and of QLLaMA's layers with cross-attention."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    config.vision_config.num_hidden_layers = depth
-    config.qllama_config.num_hidden_layers = depth * config.cross_attention_frequency
+    config.vision_config.num_hidden_layers = vision
+    config.qllama_config.num_hidden_layers = language * config.cross_attention_frequency
     return config
 
 
-def load(folder: Path, plan: str, depth: int | None) -> torch.nn.Module:
-    """The model of a plan, or with `depth` one of so few layers that it stays in RAM."""
+def load(folder: Path, plan: str, depths: tuple[int, int] | None) -> torch.nn.Module:
+    """The model of a plan, or with `depths` one of so few layers that it stays in RAM."""
     options = PLANS[plan]()
-    if depth is not None:
-        options |= {"config": cut_config(folder, depth), "strict": False}
+    if depths is not None:
+        options |= {"config": cut_config(folder, *depths), "strict": False}
     return AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="auto", **options).eval()
 
 
 def stages_of(model: torch.nn.Module, folder: Path) -> dict[str, Callable[[], torch.Tensor]]:
-    """What a model is asked, by name."""
+    """What a model is asked, by the names in `STAGES`."""
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     pixels = processor(images=[PICTURE]).pixel_values
     texts, pair = processor(text=list(TEXTS)), processor(text=[TEXTS[0]], task="match")
     lengths = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
     return {
-        "picture, InternVL-C": partial(model.embed_image, pixels, mode="InternVL-C"),
-        "picture, InternVL-G": partial(model.embed_image, pixels, mode="InternVL-G"),
-        f"{len(TEXTS)} texts": partial(model.embed_text, **texts),
+        "image C": partial(model.embed_image, pixels, mode="InternVL-C"),
+        "image G": partial(model.embed_image, pixels, mode="InternVL-G"),
+        "texts": partial(model.embed_text, **texts),
         "match": partial(model.match, pixels, **pair),
-        f"caption, {NEW_TOKENS} tokens": partial(model.generate, pixels, do_sample=False, **lengths),
+        "caption": partial(model.generate, pixels, do_sample=False, **lengths),
     }
 
 
-def run(folder: Path, plan: str, depth: int | None = None, rounds: int = 1) -> tuple[dict[str, Any], dict[str, Any]]:
+def run(
+    folder: Path, plan: str, depths: tuple[int, int] | None = None, rounds: int = 1
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a plan cost and what it gave. Of several rounds the fastest one of each stage counts."""
     before = memory()
-    model, loading = measured(partial(load, folder, plan, depth))
+    model, loading = measured(partial(load, folder, plan, depths))
     costs, outputs = {}, {}
     with torch.inference_mode():
         for name, stage in stages_of(model, folder).items():
@@ -142,11 +161,14 @@ def main() -> None:
     parser.add_argument("--plan", choices=PLANS, required=True)
     parser.add_argument("--folder", type=Path, required=True, help="of the checkpoint, with its code")
     parser.add_argument("--out", type=Path, required=True, help="path of the results, without a suffix")
-    parser.add_argument("--depth", type=int, help="layers of vision to keep; by default all")
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--cut", action="store_true", help="measure models of few layers instead, warm")
     arguments = parser.parse_args()
-    report, outputs = run(arguments.folder, arguments.plan, arguments.depth, arguments.rounds)
-    save_file({name: tensor.contiguous() for name, tensor in outputs.items()}, f"{arguments.out}.safetensors")
+    folder, plan = arguments.folder, arguments.plan
+    if arguments.cut:
+        report = {"cuts": [run(folder, plan, depths, CUT_ROUNDS)[0] for depths in CUTS]}
+    else:
+        report, outputs = run(folder, plan)
+        save_file({name: tensor.contiguous() for name, tensor in outputs.items()}, f"{arguments.out}.safetensors")
     Path(f"{arguments.out}.json").write_text(json.dumps(report))
     os._exit(0)  # without taking apart what is offloaded, which takes seconds and tells nothing
 

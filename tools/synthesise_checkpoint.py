@@ -124,11 +124,15 @@ def synthesise(folder: Path, config: Path = ROOT, seed: int = 0, max_shard_size:
         max_shard_size: as in `save_pretrained`.
 
     Returns:
-        Bytes of all tensors.
+        Bytes of all tensors that were written: 0 if the folder has just these shards already.
     """
     copy_repository(config, folder)
     state = empty_model(folder).state_dict()
     index = index_of(state, max_shard_size)
+    index["metadata"]["seed"] = seed
+    if (folder / INDEX).is_file() and json.loads((folder / INDEX).read_text()) == index:
+        return 0
+    (folder / INDEX).unlink(missing_ok=True)
     check_room(folder, index["metadata"]["total_size"])
     shards: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for name, file in index["weight_map"].items():
@@ -137,7 +141,8 @@ def synthesise(folder: Path, config: Path = ROOT, seed: int = 0, max_shard_size:
     with ThreadPoolExecutor(threads, initializer=one_thread_each) as pool:
         for file, tensors in shards.items():
             write_shard(folder / file, tensors, seed, pool)
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")  # last: an index says that the shards are complete
+    # Last: an index says that the shards are complete.
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return index["metadata"]["total_size"]
 
 
@@ -151,7 +156,7 @@ def main() -> None:
     arguments = parser.parse_args()
     start = perf_counter()
     size = synthesise(**vars(arguments))
-    print(f"{size / 1e9:.2f} GB in {perf_counter() - start:.1f} s: {arguments.folder}")
+    print(f"{size / 1e9:.2f} GB written in {perf_counter() - start:.1f} s: {arguments.folder}")
 
 
 if __name__ == "__main__":
