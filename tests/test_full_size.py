@@ -63,7 +63,7 @@ def test_what_is_complete_is_not_written_again(synthetic):
 
 
 def test_checkpoint_tells_pictures_and_texts_apart(synthetic):
-    model = AutoModel.from_pretrained(synthetic, trust_remote_code=True).eval()
+    model = AutoModel.from_pretrained(synthetic, trust_remote_code=True, dtype="auto").eval()
     processor = AutoProcessor.from_pretrained(synthetic, trust_remote_code=True)
     assert model.dtype == torch.bfloat16
     inputs = processor(
