@@ -28,12 +28,16 @@ def empty_model(folder: Path) -> torch.nn.Module:
         return AutoModel.from_config(config, trust_remote_code=True)  # in the dtype that the config names
 
 
-def make_index(folder: Path, max_shard_size: str) -> dict:
-    """The index of `folder`'s checkpoint: its size in bytes, and the shard of every tensor."""
-    state = empty_model(folder).state_dict()
+def index_of(state: dict[str, torch.Tensor], max_shard_size: str) -> dict:
+    """The index of a checkpoint of these tensors: its size in bytes, and the shard of every tensor."""
     split = split_torch_state_dict_into_shards(state, filename_pattern=SHARDS, max_shard_size=max_shard_size)
     weight_map = {name: split.tensor_to_filename[name] for name in state}
     return {"metadata": {"total_size": split.metadata["total_size"]}, "weight_map": weight_map}
+
+
+def make_index(folder: Path, max_shard_size: str) -> dict:
+    """The index of a checkpoint for `folder`'s config."""
+    return index_of(empty_model(folder).state_dict(), max_shard_size)
 
 
 def first_difference(found: dict, wanted: dict) -> str | None:

@@ -1,0 +1,388 @@
+"""A full-size run for real: synthesise a checkpoint, load it in several ways, use it, and report what that cost.
+
+    python benchmarks/full_size.py                # the 14B: 29 GB of disk for the time of the run; writes full_size.md
+    python benchmarks/full_size.py --keep DIR     # keeps the checkpoint in DIR, or uses the one that is there
+    python benchmarks/full_size.py --config tiny --plans mapped disk --out /tmp/report.md    # seconds
+
+Every plan runs in a process of its own (one_plan.py), one after the other, with nothing of the shards in the page cache
+at its start. Beside the plans stand two bounds that are measured in the same run:
+
+* reading: all shards from beginning to end in large pieces, from which the disk's rate follows;
+* arithmetic: the same stages in models of the same weights that are cut to few layers, so that they stay in RAM; what
+  one layer more of each tower costs is multiplied with the layers of the whole model.
+
+Whatever the run wrote is removed afterwards, also when it fails or is interrupted. Linux only.
+"""
+
+import argparse
+import json
+import mmap
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from one_plan import NEW_TOKENS, PLANS, STAGES
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+from synthesise_checkpoint import synthesise  # noqa: E402
+from write_index import INDEX  # noqa: E402
+
+PIECE = 16 << 20  # bytes of one read
+GIB = 1 << 30
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "torchao")
+BF16_PLANS = ("mapped", "disk", "ram+disk")  # what must agree to the last bit
+# The first pattern that a tensor's name has in it says which part of the model it is of.
+PARTS = {
+    "vision_model.": "vision",
+    "clip_projector2.": "query head",
+    "clip_projector.": "vision head",
+    ".cross_attn.": "cross",
+    "qllama.model.layers.": "language",
+    ".embed_tokens.": "embeddings",
+    ".lm_head.": "language head",
+}
+# How often a stage runs through each part. A caption's tokens are written one after the other.
+PASSES = {
+    "image C": {"vision": 1, "vision head": 1},
+    "image G": {"vision": 1, "vision head": 1, "language": 1, "cross": 1, "query head": 1},
+    "texts": {"embeddings": 1, "language": 1},
+    "match": {"vision": 1, "embeddings": 1, "language": 1, "cross": 1},
+    "caption": {
+        "vision": 1,
+        "cross": 1,
+        "embeddings": NEW_TOKENS,
+        "language": 1 + NEW_TOKENS,
+        "language head": NEW_TOKENS,
+    },
+}
+
+
+# ------------------------------------------------------------------------------------------------------ the disk
+
+
+def shards_of(folder: Path) -> list[Path]:
+    return [folder / name for name in sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))]
+
+
+def bytes_of_parts(folder: Path) -> Counter:
+    """Bytes of each part of the model, by the shards' own headers."""
+    sizes: Counter = Counter()
+    for path in shards_of(folder):
+        with open(path, "rb") as file:
+            fields = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for name, field in fields.items():
+            if name != "__metadata__":
+                start, end = field["data_offsets"]
+                sizes[next((part for pattern, part in PARTS.items() if pattern in name), "rest")] += end - start
+    return sizes
+
+
+def forget(folder: Path) -> None:
+    """Have the kernel drop what it holds of the shards; needs no rights and leaves other files alone."""
+    os.sync()
+    for path in shards_of(folder):
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def seconds_to_read(folder: Path, flags: int = 0) -> float | None:
+    """How long reading all shards from the disk takes; None where the file system does not know a flag."""
+    forget(folder)
+    start = perf_counter()
+    with mmap.mmap(-1, PIECE) as buffer:  # aligned to pages, which O_DIRECT asks for
+        for path in shards_of(folder):
+            try:
+                file = os.open(path, os.O_RDONLY | flags)
+            except OSError:
+                return None
+            while os.readv(file, [buffer]):
+                pass
+            os.close(file)
+    return perf_counter() - start
+
+
+@contextmanager
+def checkpoint(keep: Path | None, config: Path, scratch: Path):
+    """The folder of a full-size checkpoint, and what writing it cost; removed at the end unless it is to be kept."""
+    with tempfile.TemporaryDirectory(prefix="internvl-full-size-", dir=scratch) as temporary:
+        folder, start = keep or Path(temporary), perf_counter()
+        written = synthesise(folder, config, threads=os.cpu_count() or 1)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        yield folder, {"seconds": perf_counter() - start, "peak_rss": peak} if written else None
+
+
+# ------------------------------------------------------------------------------------------------------ the plans
+
+
+def run_plan(plan: str, folder: Path, out: Path, *options: object) -> dict:
+    """What one_plan.py measured in a process of its own, or what it died of."""
+    command = [
+        sys.executable,
+        Path(__file__).with_name("one_plan.py"),
+        "--plan",
+        plan,
+        "--folder",
+        folder,
+        "--out",
+        out,
+    ]
+    environment = os.environ | {"HF_MODULES_CACHE": str(out.parent / "modules"), "HF_HUB_OFFLINE": "1"}
+    errors = out.with_suffix(".log")
+    with open(errors, "w") as log:
+        done = subprocess.run([*map(str, (*command, *options))], env=environment, stderr=log)
+    if done.returncode:
+        lines = errors.read_text().splitlines()
+        return {"error": lines[-1] if lines else f"exit status {done.returncode}"}
+    return json.loads(out.with_suffix(".json").read_text())
+
+
+def arithmetic(folder: Path, scratch: Path) -> dict[str, float]:
+    """Seconds of each stage if all weights lay in RAM, extrapolated from models of one and two units of each tower."""
+    config = json.loads((folder / "config.json").read_text())
+    units = (
+        config["vision_config"]["num_hidden_layers"],
+        config["qllama_config"]["num_hidden_layers"] // config["cross_attention_frequency"],
+    )
+    found = run_plan("mapped", folder, scratch / "arithmetic", "--cut")
+    if "error" in found:
+        raise RuntimeError(f"the cut models did not run: {found['error']}")
+    seconds = [
+        {name: cost["seconds"] - cost["queued_seconds"] for name, cost in cut["stages"].items()}
+        for cut in found["cuts"]
+    ]
+    base, *deeper = seconds
+    slopes = [{name: max(more[name] - base[name], 0.0) for name in base} for more in deeper]
+    return {name: base[name] + sum((count - 1) * slope[name] for count, slope in zip(units, slopes)) for name in base}
+
+
+def differences(outputs: dict, reference: dict) -> dict[str, dict]:
+    """How far each stage's tensors are from the reference's."""
+    found = {}
+    for name, wanted in reference.items():
+        given, wanted = outputs[name].double(), wanted.double()
+        found[name] = {
+            "equal": torch.equal(given, wanted),
+            "largest_difference": (given - wanted).abs().max().item(),
+            "cosine": torch.cosine_similarity(given, wanted, dim=-1).min().item(),
+        }
+    return found
+
+
+def all_finite(outputs: dict) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in outputs.values())
+
+
+def benchmark(folder: Path, plans: list[str], scratch: Path) -> dict:
+    """All measurements of a checkpoint."""
+    size = sum(path.stat().st_size for path in shards_of(folder))
+    results: dict = {"bytes": size, "parts": dict(bytes_of_parts(folder)), "plans": {}, "agreement": {}}
+    results["reading"] = {
+        "buffered": seconds_to_read(folder),
+        "direct": seconds_to_read(folder, os.O_DIRECT),
+    }
+    outputs = {}
+    for plan in plans:
+        forget(folder)
+        results["plans"][plan] = found = run_plan(plan, folder, scratch / plan)
+        if "error" not in found:
+            outputs[plan] = load_file(scratch / f"{plan}.safetensors")
+            found["finite"] = all_finite(outputs[plan])
+        print(f"{plan}: {found.get('error', 'done')}", flush=True)
+    reference = next(iter(outputs), None)
+    for plan in outputs:
+        if plan != reference:
+            results["agreement"][plan] = {"with": reference, "stages": differences(outputs[plan], outputs[reference])}
+    if reference:
+        results["text_cosines"] = cosines(outputs[reference]["texts"])
+    results["arithmetic"] = arithmetic(folder, scratch)
+    return results
+
+
+def cosines(embeds: torch.Tensor) -> list[float]:
+    """Of each row with the next one."""
+    return [torch.cosine_similarity(one, other, dim=0).item() for one, other in pairwise(embeds.double())]
+
+
+# ------------------------------------------------------------------------------------------------------ the report
+
+
+def table(head: list[str], rows: list[list[object]]) -> list[str]:
+    cells = [head, ["---"] * len(head), *rows]
+    return [*("| " + " | ".join(map(str, row)) + " |" for row in cells), ""]
+
+
+def machine() -> str:
+    names = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    packages = []
+    for package in PACKAGES:
+        try:
+            packages.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            packages.append(f"no {package}")
+    cpu = names[0] if names else os.uname().machine
+    return f"{cpu}, {os.cpu_count()} cores, {memory / GIB:.1f} GiB of RAM, no GPU used; {', '.join(packages)}"
+
+
+def needed(results: dict, stage: str, once: bool) -> int:
+    """Bytes of the weights of a stage: each once, or as often as the stage runs through them."""
+    return sum(results["parts"].get(part, 0) * (1 if once else times) for part, times in PASSES[stage].items())
+
+
+def gigabytes(count: float) -> str:
+    return f"{count / 1e9:.2f}"
+
+
+def gibibytes(count: float) -> str:
+    return f"{count / GIB:.2f}"
+
+
+def disk_section(results: dict) -> list[str]:
+    written, reading, size = results["synthesis"], results["reading"], results["bytes"]
+    rows: list[list[object]] = []
+    if written:
+        rows.append(["writing it, seeded", f"{written['seconds']:.1f}", gigabytes(size / written["seconds"])])
+    for kind, seconds in reading.items():
+        rows.append(
+            [f"reading it, {kind}", *([f"{seconds:.1f}", gigabytes(size / seconds)] if seconds else ["-", "-"])]
+        )
+    lines = [f"The checkpoint: {gigabytes(size)} GB.", "", *table(["", "seconds", "GB/s"], rows)]
+    if written:
+        lines += [f"Peak RSS while writing: {gibibytes(written['peak_rss'])} GiB.", ""]
+    return lines
+
+
+def plan_section(results: dict) -> list[str]:
+    head = ["plan", "load s", "RSS after load", "peak RSS", "anonymous", "file-backed", "all stages s", "GB read"]
+    rows = []
+    for plan, found in results["plans"].items():
+        if "error" in found:
+            rows.append([plan, f"did not run: {found['error']}", *["-"] * (len(head) - 2)])
+            continue
+        costs = [found["load"], *found["stages"].values()]
+        peaks = [max(cost["peak"][kind] for cost in costs) for kind in ("anonymous", "file_backed")]
+        memory = [found["load"]["after"]["rss"], found["peak_rss"], *peaks]
+        seconds = sum(cost["seconds"] for cost in costs[1:])
+        read = sum(cost["bytes_read"] for cost in costs)
+        rows.append(
+            [plan, f"{found['load']['seconds']:.1f}", *map(gibibytes, memory), f"{seconds:.1f}", gigabytes(read)]
+        )
+    lines = table(head, rows)
+    lines += [
+        "Memory in GiB. File-backed pages are the mapped shards: the kernel takes them back when RAM is short.",
+        "",
+    ]
+    mapped = results["plans"].get("mapped", {"error": ""})
+    if "error" not in mapped:
+        growth = mapped["load"]["after"]["rss"] - mapped["before"]["rss"]
+        seconds, reading = mapped["load"]["seconds"], results["reading"]["buffered"]
+        sentence = f"A plain load maps the shards: {seconds:.1f} s and {growth / 1e6:.0f} MB of new RSS"
+        lines += [f"{sentence}; reading the files takes {reading:.1f} s.", ""]
+    return lines
+
+
+def stage_section(results: dict, plan: str) -> list[str]:
+    """Where the time of a plan's stages went."""
+    rate = results["bytes"] / results["reading"]["buffered"]
+    rows = []
+    for stage, cost in results["plans"][plan]["stages"].items():
+        read, sums = cost["bytes_read"], results["arithmetic"][stage]
+        needs = [gigabytes(needed(results, stage, once)) for once in (True, False)]
+        rest = cost["seconds"] - cost["queued_seconds"] - read / rate - sums
+        times = [f"{seconds:.1f}" for seconds in (cost["seconds"], cost["queued_seconds"], read / rate, sums, rest)]
+        once = f"{needed(results, stage, True) / rate:.1f}"
+        rows.append([STAGES[stage], *needs, gigabytes(read), once, *times, f"{cost['system_seconds']:.1f}"])
+    head = ["stage", "weights GB", "passes GB", "read GB", "weights once s", "took s", "queued s"]
+    return [f"### {plan}", "", *table([*head, "reading s", "arithmetic s", "rest s", "kernel s"], rows)]
+
+
+def agreement_section(results: dict) -> list[str]:
+    rows = [
+        [plan, found["with"], STAGES[stage], "yes" if one["equal"] else "no", f"{one['largest_difference']:.3g}",
+         "-" if stage == "caption" else f"{one['cosine']:.5f}"]
+        for plan, found in results["agreement"].items()
+        for stage, one in found["stages"].items()
+    ]  # fmt: skip
+    lines = ["### Do the plans agree?", ""]
+    lines += table(["plan", "compared with", "stage", "same bits", "largest difference", "smallest cosine"], rows)
+    finite = all(found.get("finite", False) for found in results["plans"].values() if "error" not in found)
+    listed = ", ".join(f"{cosine:.2f}" for cosine in results.get("text_cosines", []))
+    return [*lines, f"All outputs are {'' if finite else 'NOT '}finite; cosines of neighbouring texts: {listed}.", ""]
+
+
+def report(results: dict) -> str:
+    explanation = (
+        "`weights GB`: what a stage needs, each tensor once; `passes GB`: as often as the stage runs through it;"
+        " `read GB`: what the disk delivered (the page cache may hold the rest). `weights once s` and `reading s` are"
+        " those bytes at the rate of a buffered sequential read; `queued s` is time in which other processes had the"
+        " cores; `arithmetic s` is the stage in bfloat16 with all"
+        " weights in RAM, extrapolated; `rest s` is what neither explains, negative where both overlap; `kernel s` is"
+        " time in the kernel, of all threads, such as page faults and copies."
+    )
+    lines = ["# A full-size run", "", f"Measured by `python benchmarks/full_size.py` on {machine()}.", ""]
+    lines += [
+        *disk_section(results),
+        "## Plans",
+        "",
+        *plan_section(results),
+        "## Where the time goes",
+        "",
+        explanation,
+        "",
+    ]
+    for plan, found in results["plans"].items():
+        if "error" not in found:
+            lines += stage_section(results, plan)
+    return "\n".join([*lines, *agreement_section(results)])
+
+
+def failures(results: dict) -> list[str]:
+    """What must not be: plans that did not run, values that are not finite, bfloat16 plans that differ."""
+    found = [f"{plan}: {one['error']}" for plan, one in results["plans"].items() if "error" in one]
+    found += [f"{plan}: not finite" for plan, one in results["plans"].items() if not one.get("finite", True)]
+    for plan, one in results["agreement"].items():
+        if plan in BF16_PLANS and one["with"] in BF16_PLANS:
+            found += [f"{plan}: {stage} differs" for stage, values in one["stages"].items() if not values["equal"]]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, default=ROOT, help="folder with the config.json to follow")
+    parser.add_argument("--keep", type=Path, help="folder of a checkpoint to use, or to write and keep")
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="where to write meanwhile")
+    parser.add_argument("--plans", nargs="+", choices=PLANS, default=list(PLANS))
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
+    parser.add_argument("--json", type=Path, help="also write the bare measurements to this file")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # an exception, so that the folders are removed
+    with (
+        checkpoint(arguments.keep, arguments.config, arguments.scratch) as (folder, synthesis),
+        tempfile.TemporaryDirectory(prefix="internvl-full-size-results-", dir=arguments.scratch) as results_folder,
+    ):
+        results = benchmark(folder, arguments.plans, Path(results_folder))
+    results["synthesis"] = synthesis
+    arguments.out.write_text(report(results))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1))
+    if complaints := failures(results):
+        sys.exit("; ".join(complaints))
+
+
+if __name__ == "__main__":
+    main()

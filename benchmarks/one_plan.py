@@ -1,0 +1,177 @@
+"""Load a checkpoint in one way, embed, match and write, and say what that cost. `full_size.py` runs it once per plan.
+
+    python benchmarks/one_plan.py --plan disk --folder CHECKPOINT --out RESULT
+
+writes RESULT.json, what was measured, and RESULT.safetensors, what the model gave. Linux only: it reads /proc.
+"""
+
+import argparse
+import json
+import os
+import resource
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from time import perf_counter, sleep
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModel, AutoProcessor
+
+PICTURE = Path(__file__).resolve().parents[1] / "examples" / "pictures" / "panda.png"
+TEXTS = ("a photo of a panda", "一张熊猫的照片", "パンダの写真")
+NEW_TOKENS = 4
+STAGES = {
+    "image C": "a picture, InternVL-C",
+    "image G": "a picture, InternVL-G",
+    "texts": f"{len(TEXTS)} texts",
+    "match": "match",
+    "caption": f"a caption of {NEW_TOKENS} tokens",
+}
+SAMPLING_SECONDS = 0.02
+# Layers that cut models keep: of vision, and of QLLaMA with cross-attention. One, and one more of either.
+CUTS = ((1, 1), (2, 1), (1, 2))
+CUT_ROUNDS = 3
+MEMORY = {"VmRSS": "rss", "RssAnon": "anonymous", "RssFile": "file_backed"}
+
+
+def int8_options() -> dict[str, Any]:
+    """Every linear layer's weights become int8 while they are loaded; what is computed with stays bfloat16."""
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    return {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig()), "device_map": "cpu"}
+
+
+PLANS: dict[str, Callable[[], dict[str, Any]]] = {
+    "mapped": dict,  # what a plain load does on a CPU: the shards are mapped, and read where they are first used
+    "disk": lambda: {"device_map": {"": "disk"}},
+    "ram+disk": lambda: {"device_map": "auto", "max_memory": {"cpu": "8GiB"}},
+    "int8": int8_options,
+}
+
+
+def memory() -> dict[str, int]:
+    """Bytes of this process that are in RAM now: all, anonymous ones, and pages of mapped files."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: int(fields[field].split()[0]) * 1024 for field, name in MEMORY.items()}
+
+
+def bytes_read() -> int:
+    """What this process had the disk read so far, page faults included and what the page cache held left out."""
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(fields["read_bytes"])
+
+
+def seconds_queued() -> float:
+    """How long the main thread was ready to run so far and got no core, because other processes had them."""
+    return int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
+
+
+class Peaks(threading.Thread):
+    """Watches the memory of this process while something runs."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.highest = memory()
+        self.done = threading.Event()
+
+    def run(self) -> None:
+        while not self.done.is_set():
+            self.highest = {name: max(value, self.highest[name]) for name, value in memory().items()}
+            sleep(SAMPLING_SECONDS)
+
+    def stop(self) -> dict[str, int]:
+        self.done.set()
+        self.join()
+        return self.highest
+
+
+def measured(action: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
+    """The result of `action`, and what it cost."""
+    peaks = Peaks()
+    peaks.start()
+    read, queued, usage = bytes_read(), seconds_queued(), resource.getrusage(resource.RUSAGE_SELF)
+    start = perf_counter()
+    result = action()
+    seconds, after = perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
+    cost = {
+        "seconds": seconds,
+        "queued_seconds": seconds_queued() - queued,
+        "user_seconds": after.ru_utime - usage.ru_utime,
+        "system_seconds": after.ru_stime - usage.ru_stime,
+        "bytes_read": bytes_read() - read,
+        "peak": peaks.stop(),
+        "after": memory(),
+    }
+    return result, cost
+
+
+def cut_config(folder: Path, vision: int, language: int) -> Any:
+    """The checkpoint's config with so many layers of vision, and of QLLaMA's layers with cross-attention."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    config.vision_config.num_hidden_layers = vision
+    config.qllama_config.num_hidden_layers = language * config.cross_attention_frequency
+    return config
+
+
+def load(folder: Path, plan: str, depths: tuple[int, int] | None) -> torch.nn.Module:
+    """The model of a plan, or with `depths` one of so few layers that it stays in RAM."""
+    options = PLANS[plan]()
+    if depths is not None:
+        options |= {"config": cut_config(folder, *depths), "strict": False}
+    return AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="auto", **options).eval()
+
+
+def stages_of(model: torch.nn.Module, folder: Path) -> dict[str, Callable[[], torch.Tensor]]:
+    """What a model is asked, by the names in `STAGES`."""
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    pixels = processor(images=[PICTURE]).pixel_values
+    texts, pair = processor(text=list(TEXTS)), processor(text=[TEXTS[0]], task="match")
+    lengths = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+    return {
+        "image C": partial(model.embed_image, pixels, mode="InternVL-C"),
+        "image G": partial(model.embed_image, pixels, mode="InternVL-G"),
+        "texts": partial(model.embed_text, **texts),
+        "match": partial(model.match, pixels, **pair),
+        "caption": partial(model.generate, pixels, do_sample=False, **lengths),
+    }
+
+
+def run(
+    folder: Path, plan: str, depths: tuple[int, int] | None = None, rounds: int = 1
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a plan cost and what it gave. Of several rounds the fastest one of each stage counts."""
+    before = memory()
+    model, loading = measured(partial(load, folder, plan, depths))
+    costs, outputs = {}, {}
+    with torch.inference_mode():
+        for name, stage in stages_of(model, folder).items():
+            results = [measured(stage) for _ in range(rounds)]
+            outputs[name], costs[name] = min(results, key=lambda result: result[1]["seconds"])
+    report = {"before": before, "load": loading, "stages": costs, "threads": torch.get_num_threads()}
+    report["peak_rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return report, outputs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--plan", choices=PLANS, required=True)
+    parser.add_argument("--folder", type=Path, required=True, help="of the checkpoint, with its code")
+    parser.add_argument("--out", type=Path, required=True, help="path of the results, without a suffix")
+    parser.add_argument("--cut", action="store_true", help="measure models of few layers instead, warm")
+    arguments = parser.parse_args()
+    folder, plan = arguments.folder, arguments.plan
+    if arguments.cut:
+        report = {"cuts": [run(folder, plan, depths, CUT_ROUNDS)[0] for depths in CUTS]}
+    else:
+        report, outputs = run(folder, plan)
+        save_file({name: tensor.contiguous() for name, tensor in outputs.items()}, f"{arguments.out}.safetensors")
+    Path(f"{arguments.out}.json").write_text(json.dumps(report))
+    os._exit(0)  # without taking apart what is offloaded, which takes seconds and tells nothing
+
+
+if __name__ == "__main__":
+    main()
