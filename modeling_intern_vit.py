@@ -12,9 +12,15 @@ Where this file differs from the original implementation, and why:
 The base classes at the top serve all three modeling files.
 """
 
-from collections.abc import Callable
+import ctypes
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from copy import copy
 from functools import partial
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -26,8 +32,11 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.quantizers import AutoQuantizationConfig
 
 from .configuration_intern_vit import InternVisionConfig
+
+MADV_PAGEOUT = 21  # <linux/mman.h>; it never loses what was written, as MADV_DONTNEED would
 
 
 def rms_norm_class() -> type[nn.Module]:
@@ -147,6 +156,7 @@ class InternPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _keep_unquantized: tuple[str, ...] = ()  # full names of modules, where the user names none
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -180,8 +190,13 @@ class InternPreTrainedModel(PreTrainedModel):
         """
         if strict:
             kwargs["ignore_mismatched_sizes"] = True  # transformers' own error names no tensor; ours below does
+        resident = nullcontext()
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = with_skip_list(kwargs["quantization_config"], cls._keep_unquantized)
+            resident = _paging_out_checkpoints()
         try:
-            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+            with resident:
+                model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
             raise OSError(f"{_damaged_files(args[0], kwargs.get('subfolder', ''))}: {error}") from error
         kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -189,7 +204,75 @@ class InternPreTrainedModel(PreTrainedModel):
         if strict and problems:
             listed = "; ".join(f"{kind}: {_abbreviate(names)}" for kind, names in problems.items())
             raise ValueError(f"The checkpoint does not fit {cls.__name__} ({listed}). `strict=False` loads it anyhow.")
+        _avoid_cpu_kernel_of_whole_blocks(model)
+        if hasattr(model, "hf_quantizer"):
+            flatten = model.hf_quantizer.get_state_dict_and_metadata
+            model.hf_quantizer.get_state_dict_and_metadata = partial(_flattened_for_saving, flatten)
         return (model, info) if output_loading_info else model
+
+
+def with_skip_list(quantization_config: Any, modules: Iterable[str]) -> Any:
+    """
+    A copy of a quantisation config that leaves `modules` as they are; the config itself if it has a list of its own.
+
+    Args:
+        quantization_config: of transformers, or the dict of one.
+        modules (iterable of `str`): full names of modules.
+    """
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(dict(quantization_config))
+    for name in ("modules_to_not_convert", "llm_int8_skip_modules"):
+        if modules and getattr(quantization_config, name, ()) is None:
+            quantization_config = copy(quantization_config)
+            setattr(quantization_config, name, list(modules))
+    return quantization_config
+
+
+@contextmanager
+def _paging_out_checkpoints(seconds: float = 0.2) -> Iterator[None]:
+    """
+    Quantising reads every weight from a mapped file and copies it. Linux leaves the pages in the process's resident
+    memory, a whole second model, until memory is short; here they are given back all the time.
+    """
+    done = Event()
+    pager = Thread(target=_page_out_checkpoints, args=(done, seconds), daemon=True)
+    if sys.platform == "linux":
+        pager.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if pager.is_alive():
+            pager.join()
+
+
+def _page_out_checkpoints(done: Event, seconds: float) -> None:
+    madvise = ctypes.CDLL(None).madvise
+    while not done.wait(seconds):
+        for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
+            if line.endswith(".safetensors") or "/blobs/" in line:  # the hub's cache names files by their hash
+                start, end = (int(address, 16) for address in line.split()[0].split("-"))
+                madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_PAGEOUT)
+
+
+def _avoid_cpu_kernel_of_whole_blocks(model: nn.Module) -> None:
+    """
+    bitsandbytes' fast 4-bit kernel for CPUs repacks weights by 32 rows and whole blocks of a row, whatever their shape,
+    and fails on others in the first call; its plain path takes every shape.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            fits = module.in_features % module.weight.blocksize == 0 and module.out_features % 32 == 0
+            module.support_avx512bf16_for_cpu = fits
+
+
+def _flattened_for_saving(flatten: Callable, *args: Any, **kwargs: Any) -> tuple[dict[str, Any] | None, dict[str, str]]:
+    """torchao's reader splits every name that its writer lists at a dot; those of root parameters have none."""
+    state, metadata = flatten(*args, **kwargs)
+    if "tensor_names" in metadata:
+        names = [name for name in json.loads(metadata["tensor_names"]) if "." in name]
+        metadata = metadata | {"tensor_names": json.dumps(names)}
+    return state, metadata
 
 
 def _damaged_files(checkpoint: Any, subfolder: str) -> str:
