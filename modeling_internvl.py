@@ -172,8 +172,8 @@ class InternVLPreTrainedModel(InternPreTrainedModel):
     base_model_prefix = "internvl"
     _no_split_modules = ["InternVisionEmbeddings", "InternVisionEncoderLayer", "QLlamaDecoderLayer", "AttentionPool"]
     _skip_keys_device_placement = ["past_key_values"]
-    # Each embedding, match and word passes through one of these: in 8 bits they cost up to a third of the error (tiny/,
-    # benchmarks/quantised_accuracy.py), and save 2 % of the bytes at 14B (tools/quantised_sizes.py).
+    # Every embedding, match and word passes through one of these. In 8 bits they make a quarter of the error of tiny/'s
+    # image embeddings (1 - cosine), and would save 2 % of the bytes at 14B (tools/quantised_sizes.py).
     _keep_unquantized = ("clip_projector", "clip_projector2", "itm_head", "qllama.lm_head")
 
     def _init_weights(self, module: nn.Module) -> None:

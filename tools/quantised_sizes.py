@@ -25,23 +25,23 @@ NESTED_QUANT_MAP = 256 * 4  # the 256 values that a scale of 8 bits stands for
 OFFSET = 4  # the mean of the scales, taken off before they are quantised
 
 
-def torchao_int8(rows: int, columns: int, element: int) -> int:
-    """A byte per weight; per row a scale in the model's dtype. Dynamic activations store nothing more."""
-    return rows * columns + rows * element
+def torchao_int8(rows: int, columns: int) -> int:
+    """A byte per weight; per row a float32 scale and a zero point of a byte. Dynamic activations store nothing more."""
+    return rows * columns + rows * (4 + 1)
 
 
-def bnb_8bit(rows: int, columns: int, element: int) -> int:
+def bnb_8bit(rows: int, columns: int) -> int:
     """A byte per weight; per row its largest magnitude in float32."""
     return rows * columns + rows * 4
 
 
-def bnb_4bit(rows: int, columns: int, element: int) -> int:
+def bnb_4bit(rows: int, columns: int) -> int:
     """Two weights a byte; per block of weights, which may go over the end of a row, its scale in float32."""
     weights = rows * columns
     return math.ceil(weights / 2) + math.ceil(weights / BNB_BLOCK) * 4 + QUANT_MAP
 
 
-def bnb_4bit_double(rows: int, columns: int, element: int) -> int:
+def bnb_4bit_double(rows: int, columns: int) -> int:
     """As `bnb_4bit`, but a scale is a byte, and per block of scales there is a float32."""
     weights = rows * columns
     scales = math.ceil(weights / BNB_BLOCK)
@@ -49,8 +49,8 @@ def bnb_4bit_double(rows: int, columns: int, element: int) -> int:
     return math.ceil(weights / 2) + scales + nested + QUANT_MAP + NESTED_QUANT_MAP + OFFSET
 
 
-# What each format takes for a weight [rows, columns] of a model whose parameters have `element` bytes.
-FORMATS: dict[str, Callable[[int, int, int], int]] = {
+# What each format takes for a weight [rows, columns].
+FORMATS: dict[str, Callable[[int, int], int]] = {
     "torchao int8 (weight-only or dynamic)": torchao_int8,
     "bitsandbytes 8-bit": bnb_8bit,
     "bitsandbytes 4-bit (nf4 or fp4)": bnb_4bit,
@@ -71,13 +71,13 @@ def is_quantised(model: nn.Module, name: str) -> bool:
     return isinstance(model.get_submodule(name), nn.Linear) and not kept
 
 
-def quantised_bytes(model: nn.Module, weight_bytes: Callable[[int, int, int], int]) -> int:
+def quantised_bytes(model: nn.Module, weight_bytes: Callable[[int, int], int]) -> int:
     """Bytes of all parameters when the weights of quantised linear layers take `weight_bytes`."""
     total = 0
     for name, parameter in model.named_parameters():
         module, _, kind = name.rpartition(".")
         if kind == "weight" and is_quantised(model, module):
-            total += weight_bytes(*parameter.shape, parameter.element_size())
+            total += weight_bytes(*parameter.shape)
         else:
             total += parameter.nbytes
     return total
