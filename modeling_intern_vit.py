@@ -12,9 +12,11 @@ Where this file differs from the original implementation, and why:
 The base classes at the top serve all three modeling files.
 """
 
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from transformers import PretrainedConfig, PreTrainedModel, __version__
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.quantizers import AutoQuantizationConfig
 
 from .configuration_intern_vit import InternVisionConfig
 
@@ -162,6 +165,7 @@ class InternPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _tp_plan: dict[str, str] = {}
+    _keep_unquantized: tuple[str, ...] = ()  # full names of modules, where the user names none
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -207,6 +211,8 @@ class InternPreTrainedModel(PreTrainedModel):
             kwargs["ignore_mismatched_sizes"] = True  # transformers' own error names no tensor; ours below does
         ranks = tensor_parallel_ranks(**kwargs)
         cls._check_plan(args[0], kwargs, ranks)
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = with_skip_list(kwargs["quantization_config"], cls._keep_unquantized)
         try:
             with parameters_of_the_model_itself():
                 model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
@@ -220,6 +226,9 @@ class InternPreTrainedModel(PreTrainedModel):
         for part in model.children():  # `generate` runs on a part, and asks it how many of the heads a rank has
             if ranks > 1 and isinstance(part, PreTrainedModel):
                 part._tp_size = ranks
+        if hasattr(model, "hf_quantizer"):
+            flatten = model.hf_quantizer.get_state_dict_and_metadata
+            model.hf_quantizer.get_state_dict_and_metadata = partial(flattened_for_saving, flatten)
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -580,6 +589,32 @@ def check_budgets(model: PreTrainedModel, max_memory: dict[Any, Any], dtype: tor
                 f"`max_memory` gives {given:,} bytes to device {device}, and the largest block, {largest}, needs"
                 f" {needed:,} in {dtype}. Give it more, or 0 to leave it out."
             )
+
+
+def with_skip_list(quantization_config: Any, modules: Iterable[str]) -> Any:
+    """
+    A copy of a quantisation config that leaves `modules` as they are; the config itself if it has a list of its own.
+
+    Args:
+        quantization_config: of transformers, or the dict of one.
+        modules (iterable of `str`): full names of modules.
+    """
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(dict(quantization_config))
+    for name in ("modules_to_not_convert", "llm_int8_skip_modules"):
+        if modules and getattr(quantization_config, name, ()) is None:
+            quantization_config = copy(quantization_config)
+            setattr(quantization_config, name, list(modules))
+    return quantization_config
+
+
+def flattened_for_saving(flatten: Callable, *args: Any, **kwargs: Any) -> tuple[dict[str, Any] | None, dict[str, str]]:
+    """torchao's reader splits every name that its writer lists at a dot; those of root parameters have none."""
+    state, metadata = flatten(*args, **kwargs)
+    if "tensor_names" in metadata:
+        names = [name for name in json.loads(metadata["tensor_names"]) if "." in name]
+        metadata = metadata | {"tensor_names": json.dumps(names)}
+    return state, metadata
 
 
 def tensor_parallel_ranks(

@@ -209,6 +209,7 @@ class QLlamaPreTrainedModel(InternPreTrainedModel):
     base_model_prefix = "model"
     _no_split_modules = ["QLlamaDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
+    _keep_unquantized = ("lm_head",)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -667,6 +667,7 @@ ALLOWED_TOP = {
         "BaseModelOutputWithPast", "BaseModelOutputWithPooling", "CausalLMOutputWithPast",
     },
     "transformers.modeling_utils": {"ALL_ATTENTION_FUNCTIONS"},
+    "transformers.quantizers": {"AutoQuantizationConfig"},
     "transformers.utils": {"ModelOutput", "is_flash_attn_2_available", "logging"},
 }  # fmt: skip
 ALLOWED_INSIDE = {
