@@ -21,7 +21,7 @@ import tensor_parallel_plan  # noqa: E402
 WORLD = 2
 TINY = {"subfolder": "tiny", "trust_remote_code": True, "dtype": torch.float32}
 STATIC = {"cache_implementation": "static"} | ({"prefill_chunk_size": 4} if IS_V5 else {})
-MODELS = ("golden", "tiny")  # 25 vision heads, loaded by its class; 4, loaded as the README does
+MODELS = ("golden", "tiny")  # 25 vision heads, loaded by its class; 4 heads, loaded by AutoModel from a subfolder
 
 
 def load(name, folder, **parallel):
@@ -58,18 +58,22 @@ CALLS = {
     "get_image_features": lambda m, pixels, *_: m.get_image_features(pixels),
     "get_text_features": lambda m, _, texts, __: m.get_text_features(texts),
     "hidden_states": lambda m, pixels, *_: m.vision_model(pixels, output_hidden_states=True).hidden_states,
-    "generate-greedy": lambda m, pixels, _, prompts: m.generate(pixels, prompts, max_new_tokens=8),
-    "generate-beams": lambda m, pixels, _, prompts: m.generate(pixels, prompts, num_beams=3, max_new_tokens=8),
+    "generate-greedy": lambda m, pixels, _, prompts: m.generate(pixels, prompts, max_new_tokens=4),
+    "generate-beams": lambda m, pixels, _, prompts: m.generate(pixels, prompts, num_beams=2, max_new_tokens=4),
     # Filling in the prompt by parts makes transformers 5 size the cache before it has seen a key.
-    "generate-static": lambda m, pixels, _, prompts: m.generate(pixels, prompts[:1], max_new_tokens=8, **STATIC),
+    "generate-static": lambda m, pixels, _, prompts: m.generate(pixels, prompts[:1], max_new_tokens=4, **STATIC),
 }
 
 
-def results_of(model):
+# By model: the second only has to show that it is loaded as well.
+COMPARED = {"golden": [*CALLS], "tiny": ["forward-G", "generate-greedy"]}
+
+
+def results_of(name, model):
     inputs = inputs_for(model)
     with torch.inference_mode():
-        results = {name: call(model, *inputs) for name, call in CALLS.items()}
-    # As training runs: here transformers takes another path through its split layers.
+        results = {call: CALLS[call](model, *inputs) for call in COMPARED[name]}
+    # transformers 5 takes another path through its split layers where gradients are recorded.
     results["with-gradients"] = CALLS["forward-G"](model, *inputs)[0].detach()
     return results
 
@@ -95,7 +99,7 @@ def work(rank, port, folder):
                 parallel = {"distributed_config": {"tp_size": WORLD}}
             model = load(name, folder, **parallel).eval()
             held = bytes_in_memory(model)  # first: transformers 4.57 moves biases when it runs
-            torch.save((held, results_of(model)), os.path.join(folder, f"{name}-rank{rank}.pt"))
+            torch.save((held, results_of(name, model)), os.path.join(folder, f"{name}-rank{rank}.pt"))
         dist.barrier()
     finally:
         if dist.is_initialized():
@@ -119,14 +123,15 @@ def ranks(tmp_path_factory):
 def alone():
     """By model, the model and its results in one process."""
     models = {"golden": golden_model(), "tiny": load("tiny", None).eval()}
-    return {name: (model, results_of(model)) for name, model in models.items()}
+    return {name: (model, results_of(name, model)) for name, model in models.items()}
 
 
 # ------------------------------------------------------------------------------------------------------ the tests
 
 
-@pytest.mark.parametrize("call", [*CALLS, "with-gradients"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "call"), [(name, call) for name in MODELS for call in [*COMPARED[name], "with-gradients"]]
+)
 def test_two_ranks_give_the_results_of_one(ranks, alone, name, call):
     _, expected = alone[name]
     for _, results in ranks[name]:
