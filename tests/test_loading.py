@@ -715,6 +715,7 @@ ALLOWED_TOP = {
     "transformers": {
         "BatchFeature", "Cache", "CLIPImageProcessor", "CLIPImageProcessorPil", "DynamicCache", "GenerationConfig",
         "GenerationMixin", "PretrainedConfig", "PreTrainedModel", "PreTrainedTokenizer", "ProcessorMixin",
+        "__version__", "modeling_utils",
     },
     "transformers.activations": {"ACT2FN"},
     "transformers.masking_utils": {"create_causal_mask"},
