@@ -8,11 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_loading import IS_V5
 from torch.testing import assert_close
 from transformers import AutoModel
 
-from conftest import ROOT, TOLERANCE, golden_model, repo_class
+from conftest import IS_V5, ROOT, TOLERANCE, golden_model, repo_class
 
 sys.path.insert(0, str(ROOT / "tools"))
 
