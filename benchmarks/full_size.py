@@ -31,7 +31,7 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from one_plan import NEW_TOKENS, PLANS, STAGES
+from one_plan import NEW_TOKENS, PLANS, STAGES, undisturbed
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -159,10 +159,7 @@ def arithmetic(folder: Path, scratch: Path) -> dict[str, float]:
     found = run_plan("mapped", folder, scratch / "arithmetic", "--cut")
     if "error" in found:
         raise RuntimeError(f"the cut models did not run: {found['error']}")
-    seconds = [
-        {name: cost["seconds"] - cost["queued_seconds"] for name, cost in cut["stages"].items()}
-        for cut in found["cuts"]
-    ]
+    seconds = [{name: undisturbed(cost) for name, cost in cut["stages"].items()} for cut in found["cuts"]]
     base, *deeper = seconds
     slopes = [{name: max(more[name] - base[name], 0.0) for name in base} for more in deeper]
     return {name: base[name] + sum((count - 1) * slope[name] for count, slope in zip(units, slopes)) for name in base}
@@ -225,11 +222,10 @@ def table(head: list[str], rows: list[list[object]]) -> list[str]:
 
 
 def machine() -> str:
-    names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    packages = []
+    """What the numbers depend on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    memory, packages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), []
     for package in PACKAGES:
         try:
             packages.append(f"{package} {version(package)}")
@@ -268,7 +264,17 @@ def disk_section(results: dict) -> list[str]:
 
 
 def plan_section(results: dict) -> list[str]:
-    head = ["plan", "load s", "RSS after load", "peak RSS", "anonymous", "file-backed", "all stages s", "GB read"]
+    head = [
+        "plan",
+        "load s",
+        "RSS after load",
+        "peak RSS",
+        "anonymous",
+        "file-backed",
+        "all stages s",
+        "GB read",
+        "load average",
+    ]
     rows = []
     for plan, found in results["plans"].items():
         if "error" in found:
@@ -279,14 +285,11 @@ def plan_section(results: dict) -> list[str]:
         memory = [found["load"]["after"]["rss"], found["peak_rss"], *peaks]
         seconds = sum(cost["seconds"] for cost in costs[1:])
         read = sum(cost["bytes_read"] for cost in costs)
-        rows.append(
-            [plan, f"{found['load']['seconds']:.1f}", *map(gibibytes, memory), f"{seconds:.1f}", gigabytes(read)]
-        )
+        row = [plan, f"{found['load']['seconds']:.1f}", *map(gibibytes, memory), f"{seconds:.1f}", gigabytes(read)]
+        rows.append([*row, f"{found['load_average']:.1f}"])
     lines = table(head, rows)
-    lines += [
-        "Memory in GiB. File-backed pages are the mapped shards: the kernel takes them back when RAM is short.",
-        "",
-    ]
+    sentence = "Memory in GiB. File-backed pages are the mapped shards: the kernel takes them back when RAM is short."
+    lines += [f"{sentence} The load average is that of the machine before the plan: what else ran.", ""]
     mapped = results["plans"].get("mapped", {"error": ""})
     if "error" not in mapped:
         growth = mapped["load"]["after"]["rss"] - mapped["before"]["rss"]
@@ -303,7 +306,7 @@ def stage_section(results: dict, plan: str) -> list[str]:
     for stage, cost in results["plans"][plan]["stages"].items():
         read, sums = cost["bytes_read"], results["arithmetic"][stage]
         needs = [gigabytes(needed(results, stage, once)) for once in (True, False)]
-        rest = cost["seconds"] - cost["queued_seconds"] - read / rate - sums
+        rest = undisturbed(cost) - read / rate - sums
         times = [f"{seconds:.1f}" for seconds in (cost["seconds"], cost["queued_seconds"], read / rate, sums, rest)]
         once = f"{needed(results, stage, True) / rate:.1f}"
         rows.append([STAGES[stage], *needs, gigabytes(read), once, *times, f"{cost['system_seconds']:.1f}"])
@@ -329,10 +332,10 @@ def report(results: dict) -> str:
     explanation = (
         "`weights GB`: what a stage needs, each tensor once; `passes GB`: as often as the stage runs through it;"
         " `read GB`: what the disk delivered (the page cache may hold the rest). `weights once s` and `reading s` are"
-        " those bytes at the rate of a buffered sequential read; `queued s` is time in which other processes had the"
-        " cores; `arithmetic s` is the stage in bfloat16 with all"
-        " weights in RAM, extrapolated; `rest s` is what neither explains, negative where both overlap; `kernel s` is"
-        " time in the kernel, of all threads, such as page faults and copies."
+        " those bytes at the rate of a buffered sequential read; `queued s` is time in which the main thread was ready"
+        " and other processes had the cores; `arithmetic s` is the stage in bfloat16 with all weights in RAM,"
+        " extrapolated; `rest s` is what nothing of these explains, negative where they overlap; `kernel s` is time in"
+        " the kernel, of all threads, such as page faults and copies."
     )
     lines = ["# A full-size run", "", f"Measured by `python benchmarks/full_size.py` on {machine()}.", ""]
     lines += [

@@ -109,6 +109,11 @@ def measured(action: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
     return result, cost
 
 
+def undisturbed(cost: dict[str, Any]) -> float:
+    """Seconds without those in which other processes had the cores."""
+    return cost["seconds"] - cost["queued_seconds"]
+
+
 def cut_config(folder: Path, vision: int, language: int) -> Any:
     """The checkpoint's config with so many layers of vision, and of QLLaMA's layers with cross-attention."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
@@ -144,14 +149,15 @@ def run(
     folder: Path, plan: str, depths: tuple[int, int] | None = None, rounds: int = 1
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a plan cost and what it gave. Of several rounds the fastest one of each stage counts."""
-    before = memory()
+    before, others = memory(), os.getloadavg()[0]
     model, loading = measured(partial(load, folder, plan, depths))
     costs, outputs = {}, {}
     with torch.inference_mode():
         for name, stage in stages_of(model, folder).items():
             results = [measured(stage) for _ in range(rounds)]
-            outputs[name], costs[name] = min(results, key=lambda result: result[1]["seconds"])
-    report = {"before": before, "load": loading, "stages": costs, "threads": torch.get_num_threads()}
+            outputs[name], costs[name] = min(results, key=lambda result: undisturbed(result[1]))
+    report = {"before": before, "load_average": others, "load": loading, "stages": costs}
+    report["threads"] = torch.get_num_threads()
     report["peak_rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return report, outputs
 
