@@ -11,7 +11,9 @@ at its start. Beside the plans stand two bounds that are measured in the same ru
 * arithmetic: the same stages in models of the same weights that are cut to few layers, so that they stay in RAM; what
   one layer more of each tower costs is multiplied with the layers of the whole model.
 
-Whatever the run wrote is removed afterwards, also when it fails or is interrupted. Linux only.
+Where the system lets it (as root, with cgroups), a plan is held to the memory that `LIMITS` gives it, page cache
+included: the kernel kills it if that is not enough. Whatever the run wrote is removed afterwards, also when it fails or
+is interrupted. Linux only.
 """
 
 import argparse
@@ -24,7 +26,9 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
@@ -42,6 +46,12 @@ from write_index import INDEX  # noqa: E402
 
 PIECE = 16 << 20  # bytes of one read
 GIB = 1 << 30
+LIMITS = {"disk": 16 * GIB, "ram+disk": 16 * GIB, "int8": 18 * GIB}  # "mapped" may use what there is
+# The files of a memory cgroup, version 1 and 2: its root, its limit, and the most that it has used.
+CGROUPS = (
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.max_usage_in_bytes"),
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.peak"),
+)
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "torchao")
 BF16_PLANS = ("mapped", "disk", "ram+disk")  # what must agree to the last bit
 # The first pattern that a tensor's name has in it says which part of the model it is of.
@@ -127,6 +137,36 @@ def checkpoint(keep: Path | None, config: Path, scratch: Path):
 # ------------------------------------------------------------------------------------------------------ the plans
 
 
+def join_cgroup(group: Path) -> None:
+    (group / "cgroup.procs").write_text(str(os.getpid()))
+
+
+@contextmanager
+def limited_memory(limit: int | None) -> Iterator[tuple[Callable[[], None] | None, dict]]:
+    """
+    A cgroup of so many bytes: what a new process has to call to be held to them, and where the most that it used is
+    noted in the end. Nothing to call without a limit, or where the system lets us set none.
+    """
+    found: dict = {"limit": None}
+    for root, maximum, used in CGROUPS if limit else ():
+        group = root / f"internvl-{os.getpid()}"
+        try:
+            group.mkdir()
+            (group / maximum).write_text(str(limit))
+        except OSError:
+            if group.is_dir():
+                group.rmdir()
+            continue
+        found["limit"] = limit
+        try:
+            yield partial(join_cgroup, group), found
+        finally:
+            found["most_used"] = int((group / used).read_text())
+            group.rmdir()
+        return
+    yield None, found
+
+
 def run_plan(plan: str, folder: Path, out: Path, *options: object) -> dict:
     """What one_plan.py measured in a process of its own, or what it died of."""
     command = [
@@ -141,12 +181,13 @@ def run_plan(plan: str, folder: Path, out: Path, *options: object) -> dict:
     ]
     environment = os.environ | {"HF_MODULES_CACHE": str(out.parent / "modules"), "HF_HUB_OFFLINE": "1"}
     errors = out.with_suffix(".log")
-    with open(errors, "w") as log:
-        done = subprocess.run([*map(str, (*command, *options))], env=environment, stderr=log)
+    with open(errors, "w") as log, limited_memory(None if options else LIMITS.get(plan)) as (enter, memory):
+        done = subprocess.run([*map(str, (*command, *options))], env=environment, stderr=log, preexec_fn=enter)
     if done.returncode:
         lines = errors.read_text().splitlines()
-        return {"error": lines[-1] if lines else f"exit status {done.returncode}"}
-    return json.loads(out.with_suffix(".json").read_text())
+        killed = f"killed by signal {-done.returncode}" if done.returncode < 0 else None
+        return {"error": killed or (lines[-1] if lines else f"exit status {done.returncode}"), "memory": memory}
+    return json.loads(out.with_suffix(".json").read_text()) | {"memory": memory}
 
 
 def arithmetic(folder: Path, scratch: Path) -> dict[str, float]:
@@ -271,6 +312,7 @@ def plan_section(results: dict) -> list[str]:
         "peak RSS",
         "anonymous",
         "file-backed",
+        "limit",
         "all stages s",
         "GB read",
         "load average",
@@ -285,10 +327,15 @@ def plan_section(results: dict) -> list[str]:
         memory = [found["load"]["after"]["rss"], found["peak_rss"], *peaks]
         seconds = sum(cost["seconds"] for cost in costs[1:])
         read = sum(cost["bytes_read"] for cost in costs)
-        row = [plan, f"{found['load']['seconds']:.1f}", *map(gibibytes, memory), f"{seconds:.1f}", gigabytes(read)]
+        limit = found["memory"]["limit"]
+        row = [plan, f"{found['load']['seconds']:.1f}", *map(gibibytes, memory), gibibytes(limit) if limit else "none"]
+        row += [f"{seconds:.1f}", gigabytes(read)]
         rows.append([*row, f"{found['load_average']:.1f}"])
     lines = table(head, rows)
-    sentence = "Memory in GiB. File-backed pages are the mapped shards: the kernel takes them back when RAM is short."
+    sentence = (
+        "Memory in GiB. File-backed pages are the mapped shards: the kernel takes them back when RAM is short. A limit"
+        " holds for all memory of the plan's process, what the kernel caches of the shards for it included."
+    )
     lines += [f"{sentence} The load average is that of the machine before the plan: what else ran.", ""]
     mapped = results["plans"].get("mapped", {"error": ""})
     if "error" not in mapped:

@@ -51,6 +51,7 @@ PLANS: dict[str, Callable[[], dict[str, Any]]] = {
     "ram+disk": lambda: {"device_map": "auto", "max_memory": {"cpu": "8GiB"}},
     "int8": int8_options,
 }
+RESIDENT_PLANS = ("int8",)  # which leave the shards alone once they are loaded
 
 
 def memory() -> dict[str, int]:
@@ -127,7 +128,12 @@ def load(folder: Path, plan: str, depths: tuple[int, int] | None) -> torch.nn.Mo
     options = PLANS[plan]()
     if depths is not None:
         options |= {"config": cut_config(folder, *depths), "strict": False}
-    return AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="auto", **options).eval()
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="auto", **options).eval()
+    if plan in RESIDENT_PLANS:
+        for parameter in model.parameters():
+            if type(parameter) is torch.nn.Parameter:  # not quantised, and so still a mapped part of a shard
+                parameter.data = parameter.data.clone()
+    return model
 
 
 def stages_of(model: torch.nn.Module, folder: Path) -> dict[str, Callable[[], torch.Tensor]]:
