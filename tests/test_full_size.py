@@ -39,7 +39,7 @@ def synthetic(tmp_path_factory):
 def test_values_depend_on_seed_and_name_alone(synthetic, tmp_path):
     state = tensors_of(synthetic)
     assert len(list(synthetic.glob("*.safetensors"))) > 3
-    synthesise_checkpoint.synthesise(tmp_path / "whole", TINY, threads=1)
+    synthesise_checkpoint.synthesise(tmp_path / "whole", TINY, max_shard_size="5GB", threads=1)
     synthesise_checkpoint.synthesise(tmp_path / "seeded", TINY, seed=1)
     whole, seeded = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "seeded")
     assert state.keys() == whole.keys() and all(torch.equal(state[name], whole[name]) for name in state)
@@ -60,6 +60,13 @@ def test_what_is_complete_is_not_written_again(synthetic):
     times = {path: path.stat().st_mtime_ns for path in synthetic.glob("*.safetensors")}
     assert synthesise_checkpoint.synthesise(synthetic, TINY, max_shard_size="1MB") == 0
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+
+
+def test_a_checkpoint_of_others_is_left_alone(tmp_path):
+    (tmp_path / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": {}}))
+    with pytest.raises(SystemExit, match="holds a checkpoint that this tool did not write"):
+        synthesise_checkpoint.synthesise(tmp_path, TINY)
+    assert [path.name for path in tmp_path.iterdir()] == [INDEX]
 
 
 def test_checkpoint_tells_pictures_and_texts_apart(synthetic):

@@ -31,6 +31,7 @@ import torch
 from write_index import INDEX, ROOT, empty_model, index_of
 
 CHUNK = 1 << 19  # values; small enough for a core's cache
+LARGEST_SHARD = 5 * 10**9  # bytes
 ROOM_TO_LEAVE = 1 << 30  # bytes of the disk, for others
 TOKENIZER = "tokenizer.model"
 SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
@@ -116,21 +117,35 @@ def check_room(folder: Path, needed: int) -> None:
         sys.exit(f"Not enough room: {folder} has {free / 1e9:.1f} GB free; needed are {wanted}.")
 
 
-def synthesise(folder: Path, config: Path = ROOT, seed: int = 0, max_shard_size: str = "5GB", threads: int = 2) -> int:
+def index_in(folder: Path) -> dict | None:
+    """The index of the synthetic checkpoint in `folder`, if there is one; any other checkpoint is left alone."""
+    path = folder / INDEX
+    index = json.loads(path.read_text()) if path.is_file() else None
+    if index is not None and "seed" not in index["metadata"]:
+        sys.exit(f"{folder} holds a checkpoint that this tool did not write.")
+    return index
+
+
+def synthesise(
+    folder: Path, config: Path = ROOT, seed: int = 0, max_shard_size: str | None = None, threads: int = 2
+) -> int:
     """
     Args:
         folder: where to write; made if it is not there.
         config: with the config.json to follow.
-        max_shard_size: as in `save_pretrained`.
+        max_shard_size: as in `save_pretrained`; by default 5 GB, but never all in one file: transformers 4.57 cannot
+            load a single file with all of it left on disk.
 
     Returns:
         Bytes of all tensors that were written: 0 if the folder has just these shards already.
     """
+    found = index_in(folder)
     copy_repository(config, folder)
     state = empty_model(folder).state_dict()
-    index = index_of(state, max_shard_size)
+    half = sum(tensor.nbytes for tensor in state.values()) // 2
+    index = index_of(state, max_shard_size or f"{min(LARGEST_SHARD, half) // 1000}KB")
     index["metadata"]["seed"] = seed
-    if (folder / INDEX).is_file() and json.loads((folder / INDEX).read_text()) == index:
+    if found == index:
         return 0
     (folder / INDEX).unlink(missing_ok=True)
     check_room(folder, index["metadata"]["total_size"])
@@ -151,7 +166,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where to write the checkpoint")
     parser.add_argument("--config", type=Path, default=ROOT, help="folder with the config.json to follow")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-shard-size", default="5GB")
+    parser.add_argument("--max-shard-size", help="such as 1GB")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     start = perf_counter()
