@@ -378,6 +378,7 @@ def public_calls(model: torch.nn.Module, batch: Batch, device: str) -> list[Call
         Call("get_image_features", lambda: model.get_image_features(pixels), features),
         Call("get_text_features", lambda: model.get_text_features(ids, mask), [(texts, batch.length, width)]),
         Call("generate, greedy", generate, written),
+        Call("generate, greedy, prompt", lambda: generate(**prompt), written),
         Call("generate, beams", lambda: generate(num_beams=batch.beams, **prompt), written),
     ]
 
