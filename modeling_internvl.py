@@ -653,6 +653,7 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
         prefix = DynamicCache(config=self.config.qllama_config)
         self._query_states(image_states, prefix)
         prompt = self.get_input_embeddings()(input_ids)  # [B, L, C]
+        input_ids, mask = input_ids.to(prompt.device), mask.to(prompt.device)
         queries = self.query_tokens.expand(len(prompt), -1, -1).to(prompt.device)
         return self.qllama.generate(
             input_ids[:, :0],  # nothing is written yet; transformers 4.57 would look for it on the meta device
