@@ -384,7 +384,7 @@ def report(results: dict) -> str:
         " extrapolated; `rest s` is what nothing of these explains, negative where they overlap; `kernel s` is time in"
         " the kernel, of all threads, such as page faults and copies."
     )
-    lines = ["# A full-size run", "", f"Measured by `python benchmarks/full_size.py` on {machine()}.", ""]
+    lines = ["# A full-size run", "", f"Measured by `python benchmarks/full_size.py` on {results['machine']}.", ""]
     lines += [
         *disk_section(results),
         "## Plans",
@@ -417,8 +417,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="folder of a checkpoint to use, or to write and keep")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="where to write meanwhile")
     parser.add_argument("--plans", nargs="+", choices=PLANS, default=list(PLANS))
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
-    parser.add_argument("--json", type=Path, help="also write the bare measurements to this file")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"), help="report; .json beside it")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # an exception, so that the folders are removed
     with (
@@ -426,10 +425,9 @@ def main() -> None:
         tempfile.TemporaryDirectory(prefix="internvl-full-size-results-", dir=arguments.scratch) as results_folder,
     ):
         results = benchmark(folder, arguments.plans, Path(results_folder))
-    results["synthesis"] = synthesis
+    results |= {"synthesis": synthesis, "machine": machine()}
     arguments.out.write_text(report(results))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1))
+    arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
     if complaints := failures(results):
         sys.exit("; ".join(complaints))
 

@@ -1,0 +1,52 @@
+"""The README's tables of what the 14B takes are what the tools say."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+pytest.importorskip("accelerate")
+sys.path.insert(0, str(ROOT / "tools"))
+
+import what_fits  # noqa: E402
+
+README = (ROOT / "README.md").read_text().splitlines()
+ROWS = {
+    "parts": what_fits.rows_of_parts,
+    "processes": what_fits.rows_of_processes,
+    "formats": what_fits.rows_of_formats,
+    "processors": lambda: what_fits.rows_of_cpus(json.loads(what_fits.MEASURED.read_text())),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_rows_of_the_readme(kind):
+    rows = ROWS[kind]()
+    assert len(rows) >= 2 and [row for row in rows if row not in README] == []
+
+
+def test_the_report_is_that_of_the_measurements(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import full_size
+
+    results = json.loads(what_fits.MEASURED.read_text())
+    assert full_size.report(results) == (ROOT / "benchmarks" / "full_size.md").read_text()
+    assert full_size.failures(results) == []
+
+
+def test_what_was_measured_keeps_its_promises():
+    plans = json.loads(what_fits.MEASURED.read_text())["plans"]
+    for name in ("disk", "ram+disk"):
+        assert plans[name]["peak_rss"] < 16 * what_fits.GIB
+    assert plans["int8"]["memory"]["limit"] == 18 * what_fits.GIB
+    assert sum(stage["bytes_read"] for stage in plans["int8"]["stages"].values()) < 0.1 * what_fits.GB
+
+
+@pytest.mark.slow
+def test_all_tables_of_the_readme():
+    """Minutes: every setup is simulated again. The versions that the README names are those of `make test`."""
+    done = subprocess.run([sys.executable, ROOT / "tools" / "what_fits.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,193 @@
+"""Write the README's tables of what the 14B takes: what you have, what to type, what it takes; and the plans.
+
+    python tools/what_fits.py             # computes all rows, in some minutes, and writes both tables into README.md
+    python tools/what_fits.py --check     # exits with 1 if README.md has other tables
+
+Sizes come from the model on the meta device, cards and their peaks from tools/simulate_devices.py, processes from
+tools/tensor_parallel_plan.py, formats from tools/quantised_sizes.py, and what a CPU needs from the measurements in
+benchmarks/full_size.json.
+"""
+
+import argparse
+import json
+import logging
+import re
+import sys
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+
+import quantised_sizes
+import simulate_devices as sim
+import tensor_parallel_plan
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+MEASURED = ROOT / "benchmarks" / "full_size.json"
+GB, GIB = 10**9, 1 << 30
+SEVERAL_CARDS = {"2x24": "two cards of 24 GB", "4x12": "four of 12 GB", "8x8": "eight of 8 GB"}
+UNEVEN = "24+8+8:sequential"
+SINGLE_CARDS = ("24", "16", "12", "8")
+VISION = "modeling_internvl.InternVLVisionModelWithProjection"
+PLAN_TITLES = {**SEVERAL_CARDS, UNEVEN: "cards of 24, 8 and 8 GB"}
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / GB:.1f} GB"
+
+
+def gibibytes(size: float) -> str:
+    return f"{size / GIB:.1f} GiB"
+
+
+def row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def bytes_of_parts() -> dict[str, int]:
+    """Bytes of what can be loaded of the checkpoint, in bfloat16."""
+    config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
+    contrastive = AutoConfig.from_pretrained(ROOT, trust_remote_code=True, contrastive_only=True)
+    with torch.device("meta"):
+        models = {
+            "joint": AutoModel.from_config(config, trust_remote_code=True),
+            "contrastive": AutoModel.from_config(contrastive, trust_remote_code=True),
+            "text": AutoModelForTextEncoding.from_config(config, trust_remote_code=True),
+            "vision": get_class_from_dynamic_module(VISION, str(ROOT))(config),
+        }
+    return {name: 2 * sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+
+
+def rows_of_parts() -> list[str]:
+    sizes = bytes_of_parts()
+    text = "`AutoModelForTextEncoding.from_pretrained(repo, ...)`"
+    vision = f'`get_class_from_dynamic_module("{VISION}", repo).from_pretrained(repo, ...)`'
+    return [
+        row("one large card", '`device_map="cuda"`', f"{gigabytes(sizes['joint'])} of weights"),
+        row("no need of InternVL-G, matching, captions", "`contrastive_only=True`", gigabytes(sizes["contrastive"])),
+        row("texts only", text, gigabytes(sizes["text"])),
+        row("pictures only, in mode InternVL-C", vision, gigabytes(sizes["vision"])),
+    ]
+
+
+def rows_of_cards(reports: dict[str, sim.Report]) -> list[str]:
+    lines = []
+    for name, words in SEVERAL_CARDS.items():
+        lines.append(row(words, '`device_map="auto"`', peaks(reports[name])))
+    uneven = reports[UNEVEN]
+    lines.append(row("cards of 24, 8 and 8 GB", f"`{uneven.setup.call}`", peaks(uneven)))
+    for name in SINGLE_CARDS:
+        report = reports[name]
+        takes = f"{peaks(report)}; {gigabytes(report.weights['cpu'])} of weights wait in RAM"
+        lines.append(row(f"one card of {name} GB, and RAM", '`device_map="auto"`', takes))
+    return lines
+
+
+def peaks(report: sim.Report) -> str:
+    found = [f"{report.peak[f'cuda:{card}'] / GB:.1f}" for card in range(len(report.setup.cards))]
+    return f"at most {', '.join(found)} GB"
+
+
+def rows_of_processes() -> list[str]:
+    model = tensor_parallel_plan.empty_model(ROOT)
+    lines = []
+    for ranks in (2, 4, 8):
+        held = sum(tensor_parallel_plan.bytes_held(model, ranks).values())
+        call = f'`tp_plan="auto"` under `torchrun --nproc-per-node {ranks}`'
+        lines.append(row(f"{ranks} cards that work on each layer together", call, f"{gigabytes(held)} of weights each"))
+    return lines
+
+
+def rows_of_formats() -> list[str]:
+    calls = {
+        "bitsandbytes 8-bit": "BitsAndBytesConfig(load_in_8bit=True)",
+        "bitsandbytes 4-bit, double quantisation": (
+            'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)'
+        ),
+    }
+    sizes = quantised_sizes.sizes(quantised_sizes.empty_model())
+    return [
+        row(f"one card, {name}", f"`quantization_config={call}`", f"{gigabytes(sizes[name])} of weights")
+        for name, call in calls.items()
+    ]
+
+
+def rows_of_cpus(results: dict) -> list[str]:
+    calls = {
+        "mapped": ("RAM of any size, no card", '`dtype="auto"`'),
+        "disk": ("16 GiB of RAM or much less, no card", '`device_map={"": "disk"}`'),
+        "ram+disk": ("16 GiB of RAM, no card", '`device_map="auto", max_memory={"cpu": "8GiB"}`'),
+        "int8": (
+            "18 GiB of RAM, no card, and no reading from the disk once it is loaded",
+            "`quantization_config=TorchAoConfig(Int8WeightOnlyConfig())`",
+        ),
+    }
+    return [row(*calls[plan], cost(results["plans"][plan])) for plan in calls]
+
+
+def cost(plan: dict) -> str:
+    stages = {name: round(stage["seconds"]) for name, stage in plan["stages"].items()}
+    seconds = f"a picture {stages['image C']} s (C), {stages['image G']} s (G), 3 texts {stages['texts']} s"
+    resident = max(cost["peak"]["anonymous"] for cost in [plan["load"], *plan["stages"].values()])
+    limit = plan["memory"]["limit"]
+    held = f"held to {gibibytes(limit)} with all file pages" if limit else "file pages fill what RAM there is"
+    return f"{gibibytes(resident)} of its own, {held}; loads in {round(plan['load']['seconds'])} s; {seconds}"
+
+
+def machines_table(reports: dict[str, sim.Report], results: dict) -> str:
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate"))
+    lines = [
+        "| what you have | what to type | what it takes |",
+        "|---|---|---|",
+        *rows_of_cards(reports),
+        *rows_of_parts(),
+        *rows_of_processes(),
+        *rows_of_formats(),
+        *rows_of_cpus(results),
+        "",
+        f"Written by `python tools/what_fits.py`. Cards are simulated: bfloat16, {sim.BATCH}; {packages}. The last rows"
+        f" were measured on a synthetic checkpoint by `python benchmarks/full_size.py` on {results['machine']}.",
+    ]
+    return "\n".join(lines)
+
+
+def plans_table(reports: dict[str, sim.Report]) -> str:
+    lines = ["| cards | device | parts | weights | peak |", "|---|---|---|---|---|"]
+    for name, title in PLAN_TITLES.items():
+        report = reports[name]
+        for card in range(len(report.setup.cards)):
+            parts = sim.abbreviated([part for part, where in report.device_map.items() if where == card])
+            sizes = (report.weights[card], report.peak[f"cuda:{card}"])
+            lines.append(row("" if card else title, str(card), ", ".join(parts), *map(gigabytes, sizes)))
+    return "\n".join(lines)
+
+
+def put(text: str, name: str, table: str) -> str:
+    """Replace what stands between the markers of a table."""
+    start, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
+    return re.sub(f"{re.escape(start)}.*?{re.escape(end)}", lambda _: f"{start}\n{table}\n{end}", text, flags=re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="compare instead of writing")
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)  # of accelerate, about cards that are not here
+    warnings.simplefilter("ignore")
+    reports = {name: sim.simulate(ROOT, sim.Setup.parse(name)) for name in (*PLAN_TITLES, *SINGLE_CARDS)}
+    if failures := [f"{name}: {failure}" for name, report in reports.items() for failure in report.failures]:
+        sys.exit("\n".join(failures))
+    found = README.read_text()
+    wanted = put(found, "machines", machines_table(reports, json.loads(MEASURED.read_text())))
+    wanted = put(wanted, "plans", plans_table(reports))
+    if not arguments.check:
+        README.write_text(wanted)
+    elif found != wanted:
+        sys.exit(f"{README} has other tables. Run tools/what_fits.py to write them anew.")
+
+
+if __name__ == "__main__":
+    main()
