@@ -237,7 +237,8 @@ class InternPreTrainedModel(PreTrainedModel):
         device_map, max_memory = kwargs.get("device_map"), kwargs.get("max_memory")
         if ranks > 1:
             check_ranks(cls._config_for(checkpoint, kwargs), ranks)
-        if isinstance(device_map, dict) and set(device_map) != {""}:
+        # 4.57 cannot read a checkpoint of a single file for {"": "disk"}; written out it can.
+        if isinstance(device_map, dict) and (set(device_map) != {""} or device_map[""] == "disk"):
             kwargs["device_map"] = complete_device_map(cls._empty_model(checkpoint, kwargs), device_map)
         elif isinstance(device_map, str) and max_memory and kwargs.get("quantization_config") is None:
             dtype = kwargs.get("dtype", kwargs.get("torch_dtype", DEFAULT_DTYPE))

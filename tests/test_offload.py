@@ -81,6 +81,14 @@ def test_offloading_reads_the_checkpoint_itself(folder, tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".json"]
 
 
+def test_a_checkpoint_of_one_file_is_offloaded(folder, in_one_piece, tmp_path):
+    load(folder, dtype=torch.bfloat16).save_pretrained(tmp_path / "one", max_shard_size="1GB")
+    assert (tmp_path / "one" / "model.safetensors").is_file()
+    model = load(tmp_path / "one", dtype=torch.bfloat16, device_map={"": "disk"}, offload_folder=str(tmp_path))
+    assert model.qllama.lm_head.weight.device.type == "meta"
+    assert torch.equal(model.embed_text(IDS, IDS > 0), in_one_piece["embed_text"][0])
+
+
 def test_a_moved_model_offloads_between_calls(folder, in_one_piece):
     """accelerate's `cpu_offload` and `disk_offload` on a loaded model, without from_pretrained."""
     from accelerate import cpu_offload

@@ -14,6 +14,7 @@ README = ROOT / "README.md"
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```\s*$", re.DOTALL | re.MULTILINE)
 # A path is something with a slash or an ending that this repository uses, of plain characters.
 ENDINGS = "py|json|md|model|safetensors|png|txt|ini|toml|yml|yaml"
+PLANS = re.compile("<!-- results:plans -->.*?<!-- /results:plans -->", re.DOTALL)
 PATH = re.compile(rf"(?<![\w/.:@-])((?:[\w-]+/)+[\w.-]*[\w/]|[\w-][\w.-]*\.(?:{ENDINGS}))(?![\w/])")
 MADE_BY_COMMANDS = {"demo.png"}  # written by `make demo`, ignored by git
 NO_NETWORK = """
@@ -45,8 +46,8 @@ def named_make_targets(text: str) -> set[str]:
 
 
 def named_paths(text: str) -> set[str]:
-    """Paths of this repository in inline code, links and bash blocks."""
-    prose = FENCE.sub("", text)
+    """Paths of this repository in inline code, links and bash blocks; tables of plans name modules, not files."""
+    prose = PLANS.sub("", FENCE.sub("", text))
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", prose) if "://" not in link and not link.startswith("#")]
     code = [*re.findall(r"`([^`\n]+)`", prose), *blocks(text, "bash"), *blocks(text, "python")]
     found = {link.split("#")[0] for link in links}
