@@ -543,34 +543,38 @@ def complete_device_map(model: PreTrainedModel, device_map: dict[str, Any]) -> d
     Raises:
         `ValueError`: a key that is no part of the model, a part without a device, or a block on several devices.
     """
-    own = [name for name, _ in model.named_parameters(recurse=False)]
-    modules = {name for name, _ in model.named_modules()}
-    if unknown := sorted(set(device_map) - modules - {name for name, _ in model.named_parameters()}):
-        raise ValueError(f"`device_map` names what {type(model).__name__} does not have: {_abbreviate(unknown)}.")
-    devices, missing = {}, []
-    for name, _ in model.named_parameters():
-        keys = [key for key in device_map if key in ("", name) or name.startswith(f"{key}.")]
-        if keys:
-            devices[name] = device_map[max(keys, key=len)]
-        else:
-            missing.append(name)
-    if missing:
-        raise ValueError(f'`device_map` gives no device, nor one for "" (all the rest), to {_abbreviate(missing)}.')
-    for block in blocks_of(model):
-        found = {str(device) for name, device in devices.items() if name.startswith(f"{block}.")}
-        if len(found) > 1:
-            raise ValueError(f"`device_map` splits {block}, which must stay whole, over {', '.join(sorted(found))}.")
-
+    devices = devices_by_map(model, device_map)
     completed = {key: device for key, device in device_map.items() if key}
+    for name, _ in model.named_parameters(recurse=False):
+        completed[name] = "cpu" if devices[name] == "disk" else devices[name]
     for name, device in devices.items():
-        if name in own:
-            completed[name] = "cpu" if device == "disk" else device
-        elif not any(name == key or name.startswith(f"{key}.") for key in completed):
+        if not any(is_part(name, key) for key in completed):
             # The largest part around this parameter that no other key speaks of.
             steps = name.split(".")
             parts = [".".join(steps[: depth + 1]) for depth in range(len(steps))]
-            completed[next(part for part in parts if not any(key.startswith(f"{part}.") for key in completed))] = device
+            completed[next(part for part in parts if not any(is_part(key, part) for key in completed))] = device
     return completed
+
+
+def is_part(name: str, whole: str) -> bool:
+    """Whether a module or parameter is another one, or in it; everything is in the model, whose name is ""."""
+    return whole in ("", name) or name.startswith(f"{whole}.")
+
+
+def devices_by_map(model: PreTrainedModel, device_map: dict[str, Any]) -> dict[str, Any]:
+    """The device of every parameter, by name; it raises what [`complete_device_map`] lists."""
+    known = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
+    if unknown := sorted(set(device_map) - set(known)):
+        raise ValueError(f"`device_map` names what {type(model).__name__} does not have: {_abbreviate(unknown)}.")
+    keys = {name: [key for key in device_map if is_part(name, key)] for name, _ in model.named_parameters()}
+    if missing := [name for name, found in keys.items() if not found]:
+        raise ValueError(f'`device_map` gives no device, nor one for "" (all the rest), to {_abbreviate(missing)}.')
+    devices = {name: device_map[max(found, key=len)] for name, found in keys.items()}
+    for block in blocks_of(model):
+        places = {str(device) for name, device in devices.items() if is_part(name, block)}
+        if len(places) > 1:
+            raise ValueError(f"`device_map` splits {block}, which must stay whole, over {', '.join(sorted(places))}.")
+    return devices
 
 
 def check_budgets(model: PreTrainedModel, max_memory: dict[Any, Any], dtype: torch.dtype) -> None:
