@@ -235,6 +235,9 @@ class InternPreTrainedModel(PreTrainedModel):
     def _check_plan(cls, checkpoint: Any, kwargs: dict[str, Any], ranks: int) -> None:
         """Refuse a plan that cannot work; write out what a `device_map` says of "all the rest"."""
         device_map, max_memory = kwargs.get("device_map"), kwargs.get("max_memory")
+        quantised_by = getattr(kwargs.get("quantization_config"), "quant_method", None)
+        if quantised_by == "torchao" and isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError("`device_map` offloads to the disk, which a model that torchao quantises cannot do.")
         if ranks > 1:
             check_ranks(cls._config_for(checkpoint, kwargs), ranks)
         # 4.57 cannot read a checkpoint of a single file for {"": "disk"}; written out it can.
@@ -588,10 +591,10 @@ def check_budgets(model: PreTrainedModel, max_memory: dict[Any, Any], dtype: tor
     largest = max(sizes, key=lambda name: sizes[name])
     needed = sizes[largest] * dtype.itemsize
     for device, budget in max_memory.items():
-        given = convert_file_size_to_int(budget)
+        given = convert_file_size_to_int(budget) if isinstance(budget, str) else budget
         if device not in ("cpu", "disk") and 0 < given < needed:
             raise ValueError(
-                f"`max_memory` gives {given:,} bytes to device {device}, and the largest block, {largest}, needs"
+                f"`max_memory` gives {int(given):,} bytes to device {device}, and the largest block, {largest}, needs"
                 f" {needed:,} in {dtype}. Give it more, or 0 to leave it out."
             )
 

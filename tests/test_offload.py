@@ -116,6 +116,7 @@ BAD_PLANS = {
     "splits the embeddings": (
         {"": "disk", "vision_model.embeddings.patch_embedding": "cpu"}, None, "splits vision_model.embeddings",
     ),
+    "accelerator too small, as a number": ("auto", {0: 0.5e6, "cpu": 1e9}, "500,000 bytes to device 0.*needs 533,"),
     "accelerator too small": ("auto", {0: "500KB", "cpu": "1GB"}, "500,000 bytes to device 0.*layers.0, needs 533,"),
 }  # fmt: skip
 

@@ -201,6 +201,12 @@ def test_a_tower_alone(name, tmp_path, reference):
     assert quantised_names(model) == linears - {"lm_head"}
 
 
+@pytest.mark.parametrize("device_map", [{"": "disk"}, {"": "cpu", "qllama": "disk"}])
+def test_torchao_cannot_be_offloaded_to_the_disk(device_map):
+    with pytest.raises(ValueError, match="offloads to the disk"):
+        load(quantization_config=config_of("torchao-weight-only"), device_map=device_map)
+
+
 # -------------------------------------------------------------------------------------------------------- saving
 
 
