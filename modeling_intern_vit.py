@@ -8,6 +8,7 @@ Where this file differs from the original implementation, and why:
 * Attention goes through transformers' registry (`attn_implementation="eager" | "sdpa" | "flash_attention_2" | ...`)
   instead of a vendored FlashAttention, so that it runs on every device.
 * Norms are torch's own `rms_norm`, or apex's when it is installed: the same numbers.
+* Scaling a branch and adding it is one operation.
 
 The base classes at the top serve all three modeling files.
 """
@@ -47,12 +48,24 @@ VISION_MLP = {"fc*": GATHERED} if VERSION < (5, 0) else {"fc1": "colwise", "fc2"
 NOT_INTERN_VIT = [r"^qllama\.", r"^clip_projector2?\.", r"^itm_head\.", r"^(query_tokens|text_projection|logit_scale)$"]
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's RMSNorm, in fewer passes over memory where torch 2.13 has no fused kernel for it: in float32 on the CPU."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        plain = states.device.type == "cpu" and states.dtype == self.weight.dtype == torch.float32
+        if not plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().forward(states)
+        length = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
+        # In place, which gradients would forbid, because fresh memory costs more than the arithmetic.
+        return (states * torch.rsqrt(length.square() / states.shape[-1] + self.eps)).mul_(self.weight)
+
+
 def rms_norm_class() -> type[nn.Module]:
     """The RMSNorm to build with: apex's fused one when apex is importable, torch's otherwise (SPEC: float32 inside)."""
     try:
         from apex.normalization import FusedRMSNorm
     except ImportError:
-        return nn.RMSNorm
+        return RMSNorm
     return FusedRMSNorm
 
 
@@ -404,9 +417,13 @@ class InternVisionEncoderLayer(nn.Module):
         self.ls2 = nn.Parameter(torch.full((width,), config.initializer_factor))
         self.drop_path = DropPath(drop_path_rate)
 
+    def add(self, hidden_states: torch.Tensor, scale: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+        """Add a branch with its LayerScale."""
+        return torch.addcmul(hidden_states, scale, self.drop_path(branch))
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = hidden_states + self.drop_path(self.ls1 * self.attn(self.norm1(hidden_states)))
-        return hidden_states + self.drop_path(self.ls2 * self.mlp(self.norm2(hidden_states)))
+        hidden_states = self.add(hidden_states, self.ls1, self.attn(self.norm1(hidden_states)))
+        return self.add(hidden_states, self.ls2, self.mlp(self.norm2(hidden_states)))
 
 
 class InternVisionEncoder(nn.Module):

@@ -10,12 +10,14 @@ Two ways to embed a picture:
 
 Where this file differs from the original implementation, and why:
 * No attention mask is built but the padding of the matching texts: see modeling_qllama.py.
-* Padding may stand on either side: real tokens are brought together before the text is read.
-* `embed_image`, `embed_text` and `match` are new; the original calls beside them keep their values and types.
+* Padding may stand on either side: real tokens are brought together before the text is read, and what is padding in
+  all texts of a batch is not computed.
+* `embed_image`, `embed_text`, `embed_texts`, `match` and `look_at` are new; the original calls beside them keep their
+  values and types.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import wraps
@@ -25,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput, logging
 
@@ -47,6 +50,7 @@ NOT_FOR_CONTRAST = [
 NOT_FOR_TEXT = [*NOT_FOR_CONTRAST, r"^vision_model\.", r"^clip_projector\.", r"^logit_scale$"]
 NOT_FOR_PICTURES = [*NOT_FOR_CONTRAST, r"^qllama\.", r"^text_projection$", r"^logit_scale$"]
 DEFAULT_NEW_TOKENS = 32
+MAX_PADDING = 0.1  # of the real tokens of a batch that is made here
 
 
 @dataclass
@@ -95,6 +99,23 @@ class InternVLTextOutput(ModelOutput):
 
     text_embeds: torch.Tensor | None = None
     last_hidden_state: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class InternVLSeen:
+    """
+    What the model saw in pictures, computed once by [`InternVLModel.look_at`]. Methods take it in place of
+    `pixel_values`, and do not change it.
+
+    Attributes:
+        image_states (`torch.Tensor`): [B, 1 + N, vision width], the tokens of the vision tower.
+        query_states (`torch.Tensor`): [B, num_query_token, C], the outputs of the queries; None without queries.
+        query_cache (`Cache`): keys and values of the queries, for captions; None without queries.
+    """
+
+    image_states: torch.Tensor
+    query_states: torch.Tensor | None = None
+    query_cache: Cache | None = None
 
 
 @dataclass
@@ -164,10 +185,39 @@ def real_tokens_last(mask: torch.Tensor) -> torch.Tensor:
     return torch.argsort(mask.byte(), dim=1, stable=True)
 
 
-def put_back(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Undo such an order of positions [B, L] in states [B, L, C]."""
-    back = order.argsort(dim=1).unsqueeze(-1).to(states.device)
+def without_padding(input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Ids and mask [B, L'] with the real tokens first in every row, and without the columns that are padding in all rows,
+    as far as values may be looked at.
+    """
+    order = real_tokens_first(mask)
+    longest = int(mask.sum(dim=1).max()) if has_values(mask) else mask.shape[1]
+    order = order[:, :longest]
+    return input_ids.gather(1, order), mask.gather(1, order)
+
+
+def put_back(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Bring states [B, L', C] of real tokens to where the mask [B, L] has them; what lands at padding is arbitrary."""
+    back = (mask.long().cumsum(dim=1) - 1).clamp(min=0).unsqueeze(-1).to(states.device)
     return states.gather(1, back.expand(-1, -1, states.shape[-1]))
+
+
+def batches_of_like_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """
+    Indices of texts, the longest first, in batches of at most `max_tokens` tokens with padding (one text if it alone is
+    longer), of which at most a share of `MAX_PADDING` of the real ones is padding.
+    """
+    batch: list[int] = []
+    real = 0
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        padded = lengths[batch[0]] * (len(batch) + 1) if batch else 0
+        if padded > min(max_tokens, (1 + MAX_PADDING) * (real + lengths[index])):
+            yield batch
+            batch, real = [], 0
+        batch.append(index)
+        real += lengths[index]
+    if batch:
+        yield batch
 
 
 # -------------------------------------------------------------------------------------------------------- heads
@@ -272,24 +322,18 @@ class TextSide:
     def _checked_text(self, input_ids: Any, attention_mask: Any) -> torch.Tensor:
         return check_token_ids("input_ids", input_ids, attention_mask, self.config.qllama_config.vocab_size)
 
-    def _text_states(self, input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Read texts. With the real tokens first, causal attention needs no padding mask.
-
-        Returns:
-            The states [B, L, C] of the real tokens, first in every row, and the order [B, L] they were brought into.
-        """
-        order = real_tokens_first(mask)
-        ids = input_ids.gather(1, order)
-        return self.qllama.model(input_ids=ids, use_cache=False).last_hidden_state, order
+    def _text_states(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Read texts: [B, L] ids -> the states [B, L', C] of the real tokens, first in every row."""
+        # With the real tokens first, causal attention needs no padding mask.
+        ids, _ = without_padding(input_ids, mask)
+        return self.qllama.model(input_ids=ids, use_cache=False).last_hidden_state
 
     def _pool_text(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """[B, L] ids -> the projected state of each row's last real token [B, clip_embed_dim]"""
-        states, _ = self._text_states(input_ids, mask)
-        return self._pool_states(states, mask)
+        return self._pool_states(self._text_states(input_ids, mask), mask)
 
     def _pool_states(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """States [B, L, C] with the real tokens first -> the last real one, projected [B, clip_embed_dim]"""
+        """States [B, L', C] with the real tokens first -> the last real one, projected [B, clip_embed_dim]"""
         last = mask.sum(dim=1) - 1  # [B]
         pooled = states[torch.arange(len(states), device=states.device), last.to(states.device)]  # [B, C]
         return pooled @ self.text_projection.to(pooled.device)
@@ -331,6 +375,72 @@ class TextSide:
         embeds = self._text_embeds(input_ids, attention_mask)
         return F.normalize(embeds, dim=-1) if normalize else embeds
 
+    def embed_classes(
+        self, processor: Any, names: Sequence[str], templates: Sequence[str] = ("{}",), max_tokens: int = 4096
+    ) -> torch.Tensor:
+        """
+        The text side of zero-shot classification, to be computed once and used for any number of pictures: their
+        embeddings `image_embeds @ classes.T` are the cosines.
+
+        Args:
+            processor ([`InternVLProcessor`]): of the checkpoint.
+            names (sequence of `str`): of the C classes.
+            templates (sequence of `str`): texts with a place for the name, `{}` or `{c}`, in any language. The
+                embeddings of a name in all of them are averaged.
+            max_tokens (`int`): see [`embed_texts`].
+
+        Returns:
+            `torch.Tensor`: [C, clip_embed_dim], of length 1, without gradients.
+
+        Raises:
+            `ValueError`, `TypeError`: no name, no template, a template without a place for the name.
+        """
+        for what, texts in (("names", names), ("templates", templates)):
+            if isinstance(texts, str) or not len(texts):
+                raise TypeError(f"`{what}` must be a list of texts, got {texts!r}.")
+        if wrong := [text for text in templates if text.format("a", c="a") == text.format("b", c="b")]:
+            raise ValueError(f"`templates` must have a place for the name, {{}} or {{c}}, got {wrong[0]!r}.")
+        texts = [template.format(name, c=name) for name in names for template in templates]
+        ids = processor(text=texts, padding=False, return_tensors=None).input_ids
+        embeds = self.embed_texts(ids, max_tokens).unflatten(0, (len(names), len(templates)))
+        return F.normalize(embeds.mean(dim=1), dim=-1)
+
+    @torch.no_grad()
+    @under_hook
+    def embed_texts(
+        self, input_ids: Sequence[Sequence[int]], max_tokens: int = 4096, normalize: bool = True
+    ) -> torch.Tensor:
+        """
+        As [`embed_text`], for any number of texts of any length: they are read in batches of like length, so that
+        hardly anything is computed for padding and only one batch is in memory.
+
+        Args:
+            input_ids (sequence of sequences of `int`): the ids of each text, `<s> summarize:TEXT </s>`, without
+                padding, as `processor(text=..., padding=False, return_tensors=None).input_ids`.
+            max_tokens (`int`): of a batch, with padding. A longer text makes a batch alone.
+            normalize (`bool`): bring the embeddings to length 1.
+
+        Returns:
+            `torch.Tensor`: [T, clip_embed_dim], in the order of the texts, without gradients.
+
+        Raises:
+            `ValueError`, `TypeError`: no text, an empty one, an id that is none, `max_tokens` less than 1.
+        """
+        if not isinstance(max_tokens, int) or max_tokens < 1:
+            raise ValueError(f"`max_tokens` must be a positive integer, got {max_tokens!r}.")
+        if isinstance(input_ids, (str, torch.Tensor)) or not len(input_ids):
+            kind = type(input_ids).__name__ if len(input_ids) else "none"
+            raise TypeError(f"`input_ids` must be a list of lists of ids, one for each text, got {kind}.")
+        rows = [torch.as_tensor(ids, device=self.text_projection.device) for ids in input_ids]
+        embeds: list[torch.Tensor] = []
+        order: list[int] = []
+        for batch in batches_of_like_length([len(row) for row in rows], max_tokens):
+            mask = pad_sequence([torch.ones_like(rows[index]) for index in batch], batch_first=True)
+            embeds.append(self._text_embeds(pad_sequence([rows[index] for index in batch], batch_first=True), mask))
+            order += batch
+        together = torch.cat(embeds)[torch.tensor(order).argsort()]
+        return F.normalize(together, dim=-1) if normalize else together
+
     @under_hook
     def encode_text(self, text: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """The original call: ids [B, L] of `<s> summarize:TEXT </s>` -> [B, clip_embed_dim], not normalised."""
@@ -340,7 +450,7 @@ class TextSide:
     def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """The original call: the states of all tokens [B, L, C]; what stands at padding is arbitrary."""
         mask = self._checked_text(input_ids, attention_mask)
-        return put_back(*self._text_states(input_ids, mask))
+        return put_back(self._text_states(input_ids, mask), mask)
 
 
 class ImageSide:
@@ -363,20 +473,24 @@ class ImageSide:
         if not hasattr(self, "query_tokens"):
             raise ValueError(f"{what} needs the queries, and this {type(self).__name__} was loaded without them.")
 
-    def _image_states(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def _image_states(self, pixel_values: torch.Tensor | InternVLSeen) -> torch.Tensor:
         """[B, 3, H, W] -> the vision tower's tokens [B, 1 + N, vision width]"""
+        if isinstance(pixel_values, InternVLSeen):
+            return pixel_values.image_states
         return self.vision_model(pixel_values).last_hidden_state
 
-    def _image_embeds(self, pixel_values: torch.Tensor, mode: str | None) -> torch.Tensor:
+    def _image_embeds(self, pixel_values: torch.Tensor | InternVLSeen, mode: str | None) -> torch.Tensor:
         """[B, 3, H, W] -> [B, clip_embed_dim], not normalised."""
         self._checked_mode(mode)
         return self.clip_projector(self._image_states(pixel_values))
 
     @under_hook
-    def embed_image(self, pixel_values: torch.Tensor, mode: str | None = None, normalize: bool = True) -> torch.Tensor:
+    def embed_image(
+        self, pixel_values: torch.Tensor | InternVLSeen, mode: str | None = None, normalize: bool = True
+    ) -> torch.Tensor:
         """
         Args:
-            pixel_values (`torch.Tensor`): [B, 3, H, W], normalised by the processor.
+            pixel_values (`torch.Tensor` or [`InternVLSeen`]): [B, 3, H, W], normalised by the processor.
             mode (`str`, *optional*): "InternVL-C", which it is if not given, or "InternVL-G".
             normalize (`bool`): bring the embeddings to length 1; `False` gives the values of `encode_image`.
 
@@ -445,8 +559,8 @@ class InternVLTextModelWithProjection(InternVLPreTrainedModel, TextSide):
         """
         mask = self._checked_text(input_ids, attention_mask)
         self._warn_without_end(input_ids, mask)
-        states, order = self._text_states(input_ids, mask)
-        output = InternVLTextOutput(self._pool_states(states, mask), put_back(states, order))
+        states = self._text_states(input_ids, mask)
+        output = InternVLTextOutput(self._pool_states(states, mask), put_back(states, mask))
         return output.to_tuple() if return_dict is False else output
 
 
@@ -539,13 +653,14 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
 
     # ---------------------------------------------------------------------------------------- towers to states
 
-    def _image_embeds(self, pixel_values: torch.Tensor, mode: str | None) -> torch.Tensor:
+    def _image_embeds(self, pixel_values: torch.Tensor | InternVLSeen, mode: str | None) -> torch.Tensor:
         mode = self._checked_mode(mode)
         image_states = self._image_states(pixel_values)
         pooled = self.clip_projector(image_states)
         if mode == "InternVL-C":
             return pooled
-        queried = self.clip_projector2(self._query_states(image_states))
+        query_states = pixel_values.query_states if isinstance(pixel_values, InternVLSeen) else None
+        queried = self.clip_projector2(self._query_states(image_states) if query_states is None else query_states)
         return F.normalize(pooled, dim=-1) + F.normalize(queried, dim=-1).to(pooled.device)
 
     def _query_states(self, image_states: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
@@ -578,9 +693,25 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
     # ------------------------------------------------------------------------------------------------ new calls
 
     @under_hook
+    def look_at(self, pixel_values: torch.Tensor, queries: bool = True) -> InternVLSeen:
+        """
+        Run pictures once, for several calls: what is returned goes where they take `pixel_values`.
+
+        Args:
+            pixel_values (`torch.Tensor`): [B, 3, H, W], normalised by the processor.
+            queries (`bool`): also run the queries, for mode InternVL-G and captions.
+        """
+        image_states = self._image_states(pixel_values)
+        if not queries:
+            return InternVLSeen(image_states)
+        self._require_queries("`look_at` with `queries=True`")
+        cache = DynamicCache(config=self.config.qllama_config)
+        return InternVLSeen(image_states, self._query_states(image_states, cache), cache)
+
+    @under_hook
     def match(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | InternVLSeen,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         all_pairs: bool = False,
@@ -590,7 +721,7 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
         made to re-rank a short list (SPEC, "ITM").
 
         Args:
-            pixel_values (`torch.Tensor`): [B, 3, H, W], or [I, 3, H, W] for all pairs.
+            pixel_values (`torch.Tensor` or [`InternVLSeen`]): [B, 3, H, W], or [I, 3, H, W] for all pairs.
             input_ids (`torch.Tensor`): [B, L] ids of `<s> TEXT </s>`, or [T, L] for all pairs.
             attention_mask (`torch.Tensor`, *optional*): like `input_ids`; without it every id but 0 is real.
             all_pairs (`bool`): score every picture with every text instead of the i-th with the i-th.
@@ -604,8 +735,7 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
         self._require_queries("`match`")
         mask = self._checked_text(input_ids, attention_mask)
         image_states = self._image_states(pixel_values)
-        order = real_tokens_first(mask)
-        input_ids, mask = input_ids.gather(1, order), mask.gather(1, order)
+        input_ids, mask = without_padding(input_ids, mask)
         if all_pairs:
             return torch.stack([self._match(states, input_ids, mask) for states in image_states.split(1)])
         if len(image_states) != len(input_ids):
@@ -621,7 +751,7 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
     @under_hook
     def generate(
         self,
-        pixel_values: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | InternVLSeen | None = None,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
@@ -631,9 +761,10 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
         Write about pictures. Every kind of decoding that transformers offers works; pictures run once, not per beam.
 
         Args:
-            pixel_values (`torch.Tensor`): [B, 3, H, W], normalised by the processor.
-            input_ids (`torch.Tensor`, *optional*): [B or 1, L] ids of the prompt, `<s>` first and no `</s>`, padded on
-                either side; the config's `caption_prompt_ids` if not given.
+            pixel_values (`torch.Tensor` or [`InternVLSeen`]): [B, 3, H, W], normalised by the processor.
+            input_ids (`torch.Tensor`, *optional*): [B, L] ids of the prompts, `<s>` first and no `</s>`, padded on
+                either side; one for all pictures, or any number for one picture. By default the config's
+                `caption_prompt_ids`.
             attention_mask (`torch.Tensor`, *optional*): like `input_ids`; without it every id but 0 is real.
             generation_config (`GenerationConfig`, *optional*): by default the checkpoint's.
             generate_kwargs: as in `GenerationMixin.generate`: `num_beams`, `do_sample`, `max_new_tokens`, ...
@@ -649,16 +780,18 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
         if pixel_values is None:
             raise ValueError("`pixel_values` must be given: there is nothing to write about.")
         image_states = self._image_states(pixel_values)
+        prefix = pixel_values.query_cache if isinstance(pixel_values, InternVLSeen) else None
         input_ids, mask = self._prompt(input_ids, attention_mask, len(image_states), image_states.device)
-        prefix = DynamicCache(config=self.config.qllama_config)
-        self._query_states(image_states, prefix)
-        prompt = self.get_input_embeddings()(input_ids)  # [B, L, C]
-        input_ids, mask = input_ids.to(prompt.device), mask.to(prompt.device)
-        queries = self.query_tokens.expand(len(prompt), -1, -1).to(prompt.device)
+        if prefix is None:
+            prefix = DynamicCache(config=self.config.qllama_config)
+            self._query_states(image_states, prefix)
+        mask = torch.cat([mask.new_ones(len(mask), self.config.num_query_token), mask], dim=1)
         return self.qllama.generate(
             input_ids[:, :0],  # nothing is written yet; transformers 4.57 would look for it on the meta device
-            inputs_embeds=torch.cat([queries, prompt], dim=1),
-            attention_mask=torch.cat([mask.new_ones(queries.shape[:2]), mask], dim=1),
+            # Only its length is looked at: queries and prompt stand before what is written.
+            inputs_embeds=mask.unsqueeze(-1).to(self.dtype),
+            attention_mask=mask,
+            prompt_ids=input_ids,
             image_prefix=prefix,
             **self._decoding_arguments(generation_config, generate_kwargs),
         )
@@ -666,14 +799,14 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
     def _prompt(
         self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, batch: int, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The prompt of every picture and its mask, both [B, L], padded on the left so that all end together."""
+        """The prompt of every caption and its mask, both [B, L], padded on the left so that all end together."""
         if input_ids is None:
             if attention_mask is not None:
                 raise ValueError("`attention_mask` was given without the `input_ids` that it belongs to.")
             ids = self.config.caption_prompt_ids or [self.config.qllama_config.bos_token_id]
             input_ids = torch.tensor([ids], device=device)
         mask = check_token_ids("input_ids", input_ids, attention_mask, self.config.qllama_config.vocab_size)
-        if len(input_ids) not in (1, batch):
+        if batch != 1 and len(input_ids) not in (1, batch):
             raise ValueError(f"`input_ids` must have one prompt, or one per picture ({batch}), got {len(input_ids)}.")
         if has_values(input_ids) and bool(self._ends(input_ids, mask).any()):
             logger.warning_once(
@@ -681,8 +814,9 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
                 ' the processor with `task="caption"`.'
             )
         order = real_tokens_last(mask)
+        rows, place = max(batch, len(input_ids)), self.get_input_embeddings().weight.device
         input_ids, mask = input_ids.gather(1, order), mask.gather(1, order).long()
-        return input_ids.expand(batch, -1), mask.expand(batch, -1)
+        return input_ids.expand(rows, -1).to(place), mask.expand(rows, -1).to(place)
 
     def _decoding_arguments(
         self, generation_config: GenerationConfig | None, generate_kwargs: dict[str, Any]

@@ -52,6 +52,13 @@ def attention_mask_for(
     """
     if see_all and padding_mask is None:
         return None
+    implementation = config._attn_implementation
+    if see_all and implementation in ("eager", "sdpa"):
+        visible = padding_mask[:, None, None].bool()  # [B, 1, 1, L], where transformers would fill [B, 1, L, L]
+        if implementation == "sdpa":
+            return visible
+        lowest = torch.finfo(hidden_states.dtype).min
+        return torch.zeros_like(visible, dtype=hidden_states.dtype).masked_fill(visible.logical_not(), lowest)
     past = 0 if past_key_values is None else past_key_values.get_seq_length()
     arguments = {"config": config, "attention_mask": padding_mask, "past_key_values": past_key_values}
     arguments["inputs_embeds" if "inputs_embeds" in MASK_PARAMETERS else "input_embeds"] = hidden_states
@@ -81,20 +88,20 @@ def rotary_angles(config: QLlamaConfig, position_ids: torch.Tensor, dtype: torch
         position_ids (`torch.Tensor`): [1 or B, L]
 
     Returns:
-        Two tensors [1 or B, 1, L, head_dim] in `dtype`, computed in float32.
+        Two tensors [1 or B, L, 1, head_dim] in `dtype`, computed in float32. The first half of the sines is negative.
     """
     head_dim = config.hidden_size // config.num_attention_heads
     channels = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32)
     frequencies = 1.0 / config.rope_theta ** (channels / head_dim)  # [head_dim / 2]
-    angles = position_ids.unsqueeze(-1).float() * frequencies  # [1 or B, L, head_dim / 2]
-    angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)  # [1 or B, 1, L, head_dim]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    angles = (position_ids.unsqueeze(-1).float() * frequencies).unsqueeze(2)  # [1 or B, L, 1, head_dim / 2]
+    cosines, sines = angles.cos(), angles.sin()
+    return torch.cat([cosines, cosines], dim=-1).to(dtype), torch.cat([-sines, sines], dim=-1).to(dtype)
 
 
 def rotate(states: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """Turn each pair (i, i + head_dim / 2) of [B, heads, L, head_dim] by its position's angle."""
-    first, second = states.chunk(2, dim=-1)
-    return states * cosines + torch.cat([-second, first], dim=-1) * sines
+    """Turn each pair (i, i + head_dim / 2) of [B, L, heads, head_dim] by its position's angle."""
+    # Rolling by half swaps the two of a pair; the sign that this needs is in the sines.
+    return torch.addcmul(states * cosines, states.roll(states.shape[-1] // 2, -1), sines)
 
 
 class QLlamaMLP(nn.Module):
@@ -130,9 +137,10 @@ class QLlamaAttention(RegistryAttention):
         past_key_values: Cache | None,
         num_bidirectional: int,
     ) -> torch.Tensor:
-        query = rotate(self.split_heads(self.q_proj(hidden_states)), *rotary)
-        key = rotate(self.split_heads(self.k_proj(hidden_states)), *rotary)
-        value = self.split_heads(self.v_proj(hidden_states))
+        projections = (self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states))
+        query, key, value = (states.unflatten(-1, (-1, self.head_dim)) for states in projections)
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # [B, heads, L, head_dim]
         if past_key_values is not None:
             key, value = update_cache(past_key_values, self.layer_idx, key, value)
         first, length = num_bidirectional, hidden_states.shape[1]
@@ -414,7 +422,8 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor,
         past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
-        inputs_embeds: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        prompt_ids: torch.Tensor | None = None,
         image_prefix: Cache | None = None,
         use_cache: bool | None = True,
         logits_to_keep: int = 1,
@@ -425,8 +434,10 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids (`torch.Tensor`): [B, so far]; after `inputs_embeds`, if those are given.
-            image_prefix (`Cache`, *optional*): the queries of B / beams pictures, already run; the first step copies
-                it into `generate`'s own cache, whatever its kind, once per beam.
+            prompt_ids (`torch.Tensor`, *optional*): [B, L] ids to embed for the last L of `inputs_embeds`, whose values
+                are not used then.
+            image_prefix (`Cache`, *optional*): the queries of pictures, already run; the first step copies it into
+                `generate`'s own cache, whatever its kind, each picture for B / pictures rows.
         """
         if past_key_values is None:
             raise ValueError("`use_cache` must be True: the queries of the picture are only kept in the cache.")
@@ -434,10 +445,15 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
             copy_cache(image_prefix, past_key_values, batch_size=len(input_ids))
         seen = int(past_key_values.get_seq_length())
         given = 0 if inputs_embeds is None else inputs_embeds.shape[1]
-        is_prompt = inputs_embeds is not None and seen < given
+        if prompt_ids is not None and seen < given:
+            input_ids, inputs_embeds = prompt_ids[:, seen - given :], None
+        elif seen >= given:
+            input_ids, inputs_embeds = input_ids[:, seen - given :], None
+        else:
+            input_ids, inputs_embeds = None, inputs_embeds[:, seen:]
         return {
-            "inputs_embeds": inputs_embeds[:, seen:] if is_prompt else None,
-            "input_ids": None if is_prompt else input_ids[:, seen - given :],
+            "input_ids": input_ids,
+            "inputs_embeds": inputs_embeds,
             "past_key_values": past_key_values,
             "attention_mask": attention_mask,
             "use_cache": use_cache,
