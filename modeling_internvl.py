@@ -424,13 +424,16 @@ class TextSide:
             `torch.Tensor`: [T, clip_embed_dim], in the order of the texts, without gradients.
 
         Raises:
-            `ValueError`, `TypeError`: no text, an empty one, an id that is none, `max_tokens` less than 1.
+            `ValueError`, `TypeError`: no text, an empty one, what is no id, `max_tokens` less than 1.
         """
         if not isinstance(max_tokens, int) or max_tokens < 1:
             raise ValueError(f"`max_tokens` must be a positive integer, got {max_tokens!r}.")
         if isinstance(input_ids, (str, torch.Tensor)) or not len(input_ids):
             kind = type(input_ids).__name__ if len(input_ids) else "none"
             raise TypeError(f"`input_ids` must be a list of lists of ids, one for each text, got {kind}.")
+        for ids in input_ids:
+            if not len(ids) or not all(isinstance(number, int) for number in ids):
+                raise ValueError(f"`input_ids` must hold lists of integers, none of them empty, got {ids!r}.")
         rows = [torch.as_tensor(ids, device=self.text_projection.device) for ids in input_ids]
         embeds: list[torch.Tensor] = []
         order: list[int] = []

@@ -1,0 +1,391 @@
+"""Measure how fast the model is, at the 14B's widths with two layers a tower, and write benchmarks/RESULTS.md.
+
+    python benchmarks/speed.py               # everything, in less than 15 minutes on 2 quiet cores
+    python benchmarks/speed.py vision match  # some sections; of the others the last results are kept
+
+Needs tests/requirements.txt.
+"""
+
+import argparse
+import json
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import measuring as m
+import torch
+import torch.nn.functional as F
+from measuring import BEAMS, PROMPT, QUERIES, WIDTH, Row, in_turn, pixels, prompts, written
+from torch import nn
+from transformers import AutoModel, AutoProcessor, DynamicCache
+from transformers.utils import logging
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "RESULTS.md"
+MEASURED = ROOT / "benchmarks" / "speed.json"
+CURVES = ROOT / "benchmarks" / "curves.png"
+INTRODUCTION = """\
+# How fast
+
+Written by `python benchmarks/speed.py` (`make bench`). Every figure is a ratio of times within one run: what is compared
+runs in turn, A B A B ..., and the fastest run of A is divided by the fastest of B, since what else happens on a machine
+only adds time. The spread is that of runs next to each other. All models have the published widths, two layers a tower,
+random weights, float32, unless said.
+
+* `products`: the matrix products of the same work alone, every Linear and convolution that ran, with its weights and the
+  shape of its input, and the two products of every attention.
+* `original`: the published implementation's way of doing the work, through this model: texts padded to 80, beams made
+  before the queries run, logits at every position. It is this model's own layers that do it, so they are faster there
+  than the original's were.
+* `transformers`: its own `InternVLVisionModel` (with qk-norm) and `LlamaForCausalLM`, of the same sizes, with SDPA.
+"""
+
+
+@dataclass
+class Bench:
+    """The rows and notes of a section, and the models, made when they are first needed."""
+
+    rounds: int
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    made: dict[str, nn.Module] = field(default_factory=dict)
+
+    def _model(self, name: str, make: Callable[[], nn.Module]) -> Any:
+        if name not in self.made:
+            self.made[name] = m.filled(make())
+        return self.made[name]
+
+    @property
+    def model(self) -> Any:
+        return self._model("joint", m.joint_model)
+
+    @property
+    def vision_peer(self) -> Any:
+        return self._model("vision", m.vision_peer)
+
+    @property
+    def text_peer(self) -> Any:
+        return self._model("text", m.text_peer)
+
+    def add(self, row: Row) -> None:
+        print("   ", " | ".join(row.cells()), flush=True)
+        self.rows.append(row)
+
+    def ratio(self, work: str, times: dict[str, list[float]], one: str, other: str, target: str = "") -> None:
+        self.add(m.ratio(work, times, one, other, target))
+
+
+# ---------------------------------------------------------------------------------------------------------- towers
+
+
+def vision(bench: Bench) -> None:
+    """The vision encoder"""
+    model, peer = bench.model.vision_model, bench.vision_peer
+    for batch, target in ((4, "<= 1.03"), (1, "")):
+        images = pixels(batch)
+        ways = {
+            "ours": lambda i=images: model(i),
+            "products": m.products_of(model, lambda i=images: model(i)),
+            "transformers": lambda i=images: peer(i),
+        }
+        times = in_turn(ways, bench.rounds)
+        bench.ratio(f"batch {batch}, 224 px", times, "ours", "products", target)
+        bench.ratio(f"batch {batch}, 224 px", times, "ours", "transformers", "<= 1")
+
+
+def text(bench: Bench) -> None:
+    """Short texts"""
+    model, peer = bench.model, bench.text_peer.model
+    short, padded = m.ids(8, 12), m.ids(8, 12, padded_to=80)
+    ways = {
+        "ours": lambda: model.embed_text(padded),
+        "products": m.products_of(model, lambda: model.embed_text(short)),
+        "original": lambda: model.qllama.model(input_ids=padded, use_cache=False),
+        "transformers": lambda: peer(input_ids=short, use_cache=False),
+        "transformers, padded": lambda: peer(input_ids=padded, attention_mask=padded > 0, use_cache=False),
+    }
+    times, work = in_turn(ways, bench.rounds), "8 texts of 12 tokens, padded to 80 for `ours`"
+    bench.ratio(work, times, "ours", "products", "<= 1.1")
+    bench.ratio(work, times, "original", "ours")
+    bench.ratio(work, times, "ours", "transformers", "<= 1")
+    bench.ratio(work, times, "ours", "transformers, padded", "<= 1")
+
+
+def embedding(bench: Bench) -> None:
+    """InternVL-G embeddings"""
+    model, images = bench.model, pixels(4)
+
+    def embed() -> torch.Tensor:
+        return model.embed_image(images, "InternVL-G")
+
+    times = in_turn({"ours": embed, "products": m.products_of(model, embed)}, bench.rounds)
+    bench.ratio("batch 4", times, "ours", "products", "<= 1.05")
+
+
+# ------------------------------------------------------------------------------------------------------- zero-shot
+
+TEMPLATES = ("{}", "a photo of a {}", "a picture of the {}", "{}的图片", "一张{}的照片", "{}の写真", "a drawing of one {}")
+KINDS = ("red", "blue", "green", "old", "young", "small", "large", "flying", "sleeping", "happy", "wooden", "wild")
+
+
+def class_names(count: int) -> list[str]:
+    """So many names of one to five words."""
+    examples = json.loads((ROOT / "examples" / "pictures" / "examples.json").read_text("utf-8"))
+    nouns = [example["name"]["en"] for example in examples]
+    with_kind = [f"{kind} {noun}" for kind in KINDS for noun in nouns]
+    pairs = [f"{noun} beside a {thing}" for noun in nouns for thing in with_kind]
+    return [*nouns, *with_kind, *pairs][:count]
+
+
+def zero_shot(bench: Bench) -> None:
+    """Zero-shot classification"""
+    part: dict[str, Any] = {"subfolder": "tiny", "trust_remote_code": True}
+    processor = AutoProcessor.from_pretrained(ROOT, **part)
+    tiny = AutoModel.from_pretrained(ROOT, dtype=torch.float32, **part).eval()
+    names, batches = class_names(1000), []
+    texts = [template.format(name) for name in names for template in TEMPLATES]
+    lengths = [len(row) for row in processor(text=texts, padding=False, return_tensors=None).input_ids]
+    with tiny.qllama.model.embed_tokens.register_forward_hook(lambda *call: batches.append(call[1][0].numel())):
+        tiny.embed_classes(processor, names, TEMPLATES)
+    work = f"{len(names):,} names x {len(TEMPLATES)} templates, by the tokenizer of tiny/"
+    bench.add(Row(work, "processed / real tokens", sum(batches) / sum(lengths), target="<= 1.1"))
+    bench.add(Row(work, "tokens of the largest batch, with padding", max(batches), target="<= 4096"))
+    bench.add(Row(work, "original: padded to 80 / real tokens", 80 * len(lengths) / sum(lengths)))
+
+    names, model, image = class_names(6), bench.model, pixels(1)
+    texts = [template.format(name) for name in names for template in TEMPLATES]
+    padded = processor(text=texts, padding="max_length").input_ids
+
+    def text_side() -> torch.Tensor:
+        return model.embed_classes(processor, names, TEMPLATES)
+
+    def original() -> torch.Tensor:
+        model.qllama.model(input_ids=padded, use_cache=False)
+        return model.embed_image(image)
+
+    classes = text_side()
+    ways = {
+        "first call": lambda: model.embed_image(image) @ text_side().T,
+        "further call": lambda: model.embed_image(image) @ classes.T,
+        "original, each call": original,
+        "text side": text_side,
+        "its products": m.products_of(model, text_side),
+    }
+    times, work = in_turn(ways, 2), f"{len(names)} names x {len(TEMPLATES)} templates, and one image"
+    bench.ratio(work, times, "text side", "its products", "<= 1.1")
+    bench.ratio(work, times, "original, each call", "first call")
+    bench.ratio(work, times, "original, each call", "further call")
+
+
+# -------------------------------------------------------------------------------------------------------- captions
+
+
+def caption(bench: Bench) -> None:
+    """Captions"""
+    model, peer, image, prompt = bench.model, bench.text_peer, pixels(1), prompts(1)
+    seen = model.look_at(image, queries=False)
+    embeds, mask = torch.randn(1, QUERIES + PROMPT, WIDTH), torch.ones(1, QUERIES + PROMPT, dtype=torch.long)
+
+    def peer_writes(**options: Any) -> Any:
+        return peer.generate(inputs_embeds=embeds, attention_mask=mask, **options)
+
+    for count, target in ((1, ">= 3.3"), (10, ">= 1.8")):
+        options = written(count)
+        ways = {
+            "ours": lambda o=options: model.generate(image, prompt, **o),
+            "original": lambda o=options: m.original_caption(model, image, prompt, **o),
+            "ours, picture seen": lambda o=options: model.generate(seen, prompt, **o),
+            "transformers, 101 positions": lambda o=options: peer_writes(**o),
+        }
+        times = in_turn(ways, (bench.rounds + 1) // 2)
+        work = f"one image, {BEAMS} beams, {'the first token' if count == 1 else f'{count} tokens'}"
+        bench.ratio(work, times, "original", "ours", target)
+        bench.ratio(work, times, "ours, picture seen", "transformers, 101 positions", "<= 1")
+
+    with m.Products(model.qllama) as products:
+        model.generate(seen, prompt, **written(6))
+    times = {"ours": [], "products": [], "transformers": []}
+    for _ in range(bench.rounds):
+        times["ours"] += m.step_times(lambda **options: model.generate(seen, prompt, **options))
+        times["transformers"] += m.step_times(peer_writes)
+        for _ in range(9):
+            start = time.perf_counter()
+            products.run(step=-2)  # the last is empty
+            times["products"].append(time.perf_counter() - start)
+    work = f"each further step, {BEAMS} rows, with all that beam search does"
+    bench.ratio(work, times, "ours", "products", "<= 1.15")
+    bench.ratio(work, times, "ours", "transformers", "<= 1")
+
+
+def sharing(bench: Bench) -> None:
+    """Pictures seen once for several calls"""
+    model, image, several, options = bench.model, pixels(1), prompts(4), written(4, beams=1)
+
+    def three_calls(picture: Any) -> None:
+        model.generate(picture, several[:1], **options)
+        model.embed_image(picture, "InternVL-G")
+        model.match(picture, m.ids(1, 12))
+
+    ways = {
+        "apart": lambda: [model.generate(image, prompt, **options) for prompt in several.split(1)],
+        "together": lambda: model.generate(image, several, **options),
+    }
+    bench.ratio("4 prompts on one image, 4 tokens each", in_turn(ways, bench.rounds), "apart", "together")
+    ways = {"apart": lambda: three_calls(image), "with `look_at`": lambda: three_calls(model.look_at(image))}
+    work = "caption of 4 tokens, InternVL-G embedding and match of one image"
+    bench.ratio(work, in_turn(ways, bench.rounds), "apart", "with `look_at`")
+
+
+def match(bench: Bench) -> None:
+    """Matching"""
+    model, texts = bench.model, m.ids(64, 12)
+    seen = model.look_at(pixels(1), queries=False)
+    repeated = type(seen)(seen.image_states.repeat(len(texts), 1, 1))
+
+    def ours() -> torch.Tensor:
+        return model.match(seen, texts, all_pairs=True)
+
+    ways = {
+        "ours": ours,
+        "original": lambda: model.match(repeated, texts),
+        "products": m.products_of(model, ours),
+    }
+    times, work = in_turn(ways, 1), f"1 image x {len(texts)} texts of 12 tokens"
+    bench.ratio(work, times, "ours", "products", "<= 1.05")
+    bench.ratio(work, times, "original", "ours", ">= 1")
+
+
+# ------------------------------------------------------------------------------------------------- a simulated card
+
+
+def operators(bench: Bench) -> None:
+    """Operators launched per layer, on a simulated card"""
+    kinds: dict[str, tuple[Any, Any, Any, str]] = {
+        "vision": (lambda n: m.joint_model(n).vision_model, m.vision_peer, m.run_vision, "<= 13"),
+        "text": (lambda n: m.joint_model(n).qllama.model, lambda n: m.text_peer(n).model, m.run_text, "<= 24"),
+        "decoding": (lambda n: m.joint_model(n).qllama.model, lambda n: m.text_peer(n).model, m.run_decoding, "<= 26"),
+    }
+    for name, (ours, peer, run, target) in kinds.items():
+        found, copies = m.operators_per_layer(ours, run, torch.bfloat16)
+        bench.add(Row(f"{name}, batch 1", "ours", found.total(), target=target))
+        for dtype in (torch.float32, torch.bfloat16):
+            count = m.operators_per_layer(peer, run, dtype)[0].total()
+            bench.add(Row(f"{name}, batch 1", f"transformers, {str(dtype).removeprefix('torch.')}", count))
+        listed = ", ".join(f"{count:g} {kind}" for kind, count in sorted(found.items()))
+        also = f" CUDA's norm also copies {copies:g} inputs that do not lie in a row." if copies else ""
+        bench.notes.append(f"{name}: {listed}.{also}")
+    bench.notes.append(
+        "Counted are the operators that torch dispatches, without views. `rms_norm` and attention are one each, as on "
+        "CUDA; what these kernels launch inside was not observed: there is no card here. Ours are the same in float32."
+    )
+
+
+def memory(bench: Bench) -> None:
+    """Peak memory beyond the weights, on a simulated card, bfloat16, in MB"""
+
+    def images(batch: int) -> torch.Tensor:
+        return torch.empty(batch, 3, 224, 224, dtype=torch.bfloat16, device=m.CARD)
+
+    def tokens(count: int) -> torch.Tensor:
+        return torch.empty(1, count, m.VISION_WIDTH, dtype=torch.bfloat16, device=m.CARD)
+
+    def ids(batch: int, length: int) -> dict[str, torch.Tensor]:
+        tokens = torch.zeros(batch, length, dtype=torch.long, device=m.CARD)
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+    def write(model: Any, beams: int) -> None:
+        with m.simulate_devices.counted_steps(model.qllama, 9):
+            model.generate(images(1), **ids(1, PROMPT), **written(10, beams))
+
+    def beam_cache(beams: int) -> float:
+        return beams * 2 * m.LAYERS * WIDTH * (QUERIES + PROMPT + 10) * 2 / 1e6
+
+    calls: list[tuple[str, tuple[Any, Any], Callable[[Any, Any], Any]]] = [
+        ("vision encoder, batch", (4, 8), lambda model, n: model.vision_model(images(n))),
+        ("vision encoder, tokens", (1025, 4097), lambda model, n: model.vision_model(pixel_embeds=tokens(n))),
+        ("8 texts, tokens of each", (80, 160), lambda model, n: model.embed_text(**ids(8, n))),
+        ("texts of 80 tokens", (8, 16), lambda model, n: model.embed_text(**ids(n, 80))),
+        ("match, 1 image x texts of 12", (32, 64), lambda model, n: model.match(images(1), **ids(n, 12), all_pairs=True)),
+        ("match, 1 image x 8 texts, tokens", (80, 160), lambda model, n: model.match(images(1), **ids(8, n), all_pairs=True)),
+        ("InternVL-G, batch", (4, 8), lambda model, n: model.embed_image(images(n), "InternVL-G")),
+    ]
+    for name, sizes, call in calls:
+        peaks = [m.peak_megabytes(lambda model, n=n: call(model, n)) for n in sizes]
+        for size, peak in zip(sizes, peaks, strict=True):
+            bench.add(Row(f"{name}: {size}", "MB", peak))
+        bench.add(Row(name, f"growth, where the size grows {sizes[1] / sizes[0]:g} times", peaks[1] / peaks[0], target=f"<= {sizes[1] / sizes[0] + 0.02:g}"))
+    beams = (5, 20)
+    peaks = [m.peak_megabytes(lambda model, n=n: write(model, n)) for n in beams]
+    for size, peak in zip(beams, peaks, strict=True):
+        bench.add(Row(f"caption of 10 tokens, beams: {size}", "MB", peak))
+    growth = beam_cache(beams[1]) - beam_cache(beams[0])
+    bench.add(Row("caption", "growth with beams / growth of their caches", (peaks[1] - peaks[0]) / growth))
+
+
+SECTIONS: dict[str, Callable[[Bench], None]] = {
+    section.__name__: section
+    for section in (vision, text, embedding, zero_shot, caption, sharing, match, operators, memory)
+}
+
+
+# ---------------------------------------------------------------------------------------------------------- report
+
+
+def machine() -> str:
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.machine(),
+    )
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "torchao"))
+    return f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, no GPU used; {packages}"
+
+
+def table(rows: list[Row]) -> str:
+    header = ("work", "figure", "value", "spread", "target", "met")
+    lines = [header, ("---",) * len(header), *(row.cells() for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def report(measured: dict[str, Any]) -> str:
+    parts = [INTRODUCTION]
+    for name, section in SECTIONS.items():
+        if name not in measured:
+            continue
+        found = measured[name]
+        rows = [Row(**row) for row in found["rows"]]
+        notes = "".join(f"* {note}\n" for note in found["notes"])
+        parts.append(f"## {section.__doc__}\n\n{table(rows)}\n\n{notes}\nOn {found['machine']}.\n")
+    return "\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; all by default")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    bench = Bench(arguments.rounds)
+    measured = json.loads(MEASURED.read_text()) if MEASURED.exists() and arguments.sections else {}
+    for name in arguments.sections or SECTIONS:
+        print(name, flush=True)
+        bench.rows, bench.notes, start = [], [], time.perf_counter()
+        with torch.inference_mode():
+            SECTIONS[name](bench)
+        took = time.perf_counter() - start
+        measured[name] = {
+            "rows": [asdict(row) for row in bench.rows], "notes": bench.notes, "machine": machine(), "seconds": took
+        }
+        print(f"    {took:.0f} s", flush=True)
+        MEASURED.write_text(json.dumps(measured, indent=1, ensure_ascii=False) + "\n")
+        RESULTS.write_text(report(measured))
+
+
+if __name__ == "__main__":
+    main()
