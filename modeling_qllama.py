@@ -259,9 +259,10 @@ class QLlamaModel(QLlamaPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embed_tokens = value
 
-    def _position_ids(
+    def position_ids_for(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
     ) -> torch.Tensor:
+        """Positions [1 or B, L] of new states [B, L, C]: those of the real tokens so far, counted from 0."""
         length = hidden_states.shape[1]
         if attention_mask is not None and attention_mask.ndim == 2:
             return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
@@ -316,7 +317,7 @@ class QLlamaModel(QLlamaPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if position_ids is None:
-            position_ids = self._position_ids(hidden_states, attention_mask, past_key_values)
+            position_ids = self.position_ids_for(hidden_states, attention_mask, past_key_values)
         see_all = num_bidirectional == length
         mask = attention_mask_for(self.config, hidden_states, attention_mask, past_key_values, see_all)
         hidden_states, all_states = run_layers(
@@ -445,17 +446,26 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
             copy_cache(image_prefix, past_key_values, batch_size=len(input_ids))
         seen = int(past_key_values.get_seq_length())
         given = 0 if inputs_embeds is None else inputs_embeds.shape[1]
-        if prompt_ids is not None and seen < given:
-            input_ids, inputs_embeds = prompt_ids[:, seen - given :], None
-        elif seen >= given:
-            input_ids, inputs_embeds = input_ids[:, seen - given :], None
+        is_prompt = inputs_embeds is not None and seen < given
+        if is_prompt:
+            step = inputs_embeds[:, seen:] if prompt_ids is None else prompt_ids[:, seen - given :]
         else:
-            input_ids, inputs_embeds = None, inputs_embeds[:, seen:]
+            step = input_ids[:, seen - given :]
+        position_ids = None
+        if past_key_values.is_compileable:
+            # torch.compile compiles a step once if all steps have the same shapes and strides: so a mask over the whole
+            # cache, where the padding mask grows, and copies, where slices have the strides of what grows.
+            states = torch.empty(*step.shape[:2], 0, dtype=self.dtype, device=step.device)
+            position_ids = self.model.position_ids_for(states, attention_mask, past_key_values)
+            attention_mask = attention_mask_for(self.config, states, attention_mask, past_key_values, see_all=False)
+            step, position_ids = (part.clone(memory_format=torch.contiguous_format) for part in (step, position_ids))
+        embedded = is_prompt and prompt_ids is None
         return {
-            "input_ids": input_ids,
-            "inputs_embeds": inputs_embeds,
+            "inputs_embeds": step if embedded else None,
+            "input_ids": None if embedded else step,
             "past_key_values": past_key_values,
             "attention_mask": attention_mask,
+            "position_ids": position_ids,
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
         }

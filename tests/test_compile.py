@@ -1,0 +1,71 @@
+"""torch.compile takes each part whole, and once for all batches, lengths and decoding steps."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.testing import assert_close
+
+from conftest import TOLERANCE, golden, golden_model
+
+INPUTS = golden("tiny/inputs")
+PIXELS, PROMPTS = INPUTS["pixel_values"], INPUTS["prompt_ids"]
+ATTENTIONS = ["eager", "sdpa"]
+# What is compiled, and what it gets.
+PARTS = {
+    "vision_model": (lambda model, pixels: model.vision_model(pixels).last_hidden_state, "pixels"),
+    "embed_image": (lambda model, pixels: model.embed_image(pixels, mode="InternVL-G"), "pixels"),
+    "embed_text": (lambda model, ids: model.embed_text(ids), "ids"),
+}
+SHAPES = [(2, 7), (3, 9), (5, 12), (4, 20)]  # batch, and length of texts
+DECODING = {"greedy": (1, {"num_beams": 1}), "beams": (3, {"num_beams": 5})}  # batch, and arguments
+
+
+@pytest.fixture
+def graphs():
+    """A backend that counts the graphs it gets, and runs them as they are."""
+    torch._dynamo.reset()
+    yield CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+
+
+def make_batch(kind: str, rows: int, length: int) -> torch.Tensor:
+    """Pictures or texts with the sizes marked that may vary. A batch of one has a graph of its own in torch."""
+    generator = torch.Generator().manual_seed(rows)
+    if kind == "pixels":
+        batch, varying = torch.randn(rows, 3, 56, 56, generator=generator), {0}
+    else:
+        batch, varying = torch.randint(3, 320, (rows, length), generator=generator), {0, 1}
+        batch[:, -1] = 2  # </s>
+    torch._dynamo.mark_dynamic(batch, sorted(varying - {0} if rows == 1 else varying))
+    return batch
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("part", PARTS)
+@torch.no_grad()
+def test_one_graph_for_all_batches(graphs, part, attention):
+    call, kind = PARTS[part]
+    model = golden_model(attn_implementation=attention)
+    compiled = torch.compile(call, fullgraph=True, backend=graphs)
+    for rows, length in SHAPES:
+        batch = make_batch(kind, rows, length)
+        assert_close(compiled(model, batch), call(model, batch), **TOLERANCE)
+        assert graphs.frame_count == 1
+    batch = make_batch(kind, 1, 5)
+    assert_close(compiled(model, batch), call(model, batch), **TOLERANCE)
+    assert graphs.frame_count == 2
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("decoding", DECODING)
+def test_one_graph_for_all_decoding_steps(graphs, decoding, attention):
+    model, (rows, arguments) = golden_model(attn_implementation=attention), DECODING[decoding]
+    arguments = {"max_new_tokens": 12, "min_new_tokens": 12, **arguments}
+    prompts = PROMPTS[:rows].clone()
+    prompts[0, 3:] = 0  # padded, so that rows have masks and positions of their own
+    expected = model.generate(PIXELS[:rows], prompts, **arguments)
+    model.qllama.compile(fullgraph=True, backend=graphs)
+    for _ in range(2):
+        tokens = model.generate(PIXELS[:rows], prompts, cache_implementation="static", **arguments)
+        assert tokens.tolist() == expected.tolist()
+        assert graphs.frame_count == 2  # the prompt, and one for all steps
