@@ -55,9 +55,10 @@ class RMSNorm(nn.RMSNorm):
         plain = states.device.type == "cpu" and states.dtype == self.weight.dtype == torch.float32
         if not plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().forward(states)
-        length = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
         # In place, which gradients would forbid, because fresh memory costs more than the arithmetic.
-        return (states * torch.rsqrt(length.square() / states.shape[-1] + self.eps)).mul_(self.weight)
+        scale = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
+        scale.square_().div_(states.shape[-1]).add_(self.eps).rsqrt_()
+        return (states * scale).mul_(self.weight)
 
 
 def rms_norm_class() -> type[nn.Module]:
@@ -377,7 +378,8 @@ class InternAttention(RegistryAttention):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         query, key, value = self.qkv(hidden_states).chunk(3, dim=-1)  # each [B, N, C]
         query, key, value = map(self.split_heads, (self.q_norm(query), self.k_norm(key), value))
-        return self.proj_drop(self.proj(self.attend(query, key, value)))
+        states = self.proj(self.attend(query, key, value))
+        return self.proj_drop(states) if self.training else states
 
 
 class InternMLP(nn.Module):
@@ -419,7 +421,7 @@ class InternVisionEncoderLayer(nn.Module):
 
     def add(self, hidden_states: torch.Tensor, scale: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
         """Add a branch with its LayerScale."""
-        return torch.addcmul(hidden_states, scale, self.drop_path(branch))
+        return torch.addcmul(hidden_states, scale, self.drop_path(branch) if self.training else branch)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = self.add(hidden_states, self.ls1, self.attn(self.norm1(hidden_states)))

@@ -34,7 +34,7 @@ from transformers.utils import ModelOutput, logging
 from .configuration_intern_vit import InternVisionConfig  # noqa: F401 - transformers 4.57 copies direct imports only
 from .configuration_internvl import InternVLConfig
 from .modeling_intern_vit import InternPreTrainedModel, InternVisionModel, RegistryAttention, ignore_in_checkpoint
-from .modeling_qllama import QLlamaForCausalLM, QLlamaTextEncoder
+from .modeling_qllama import QLlamaForCausalLM, QLlamaTextEncoder, copy_cache
 
 logger = logging.get_logger(__name__)
 
@@ -677,20 +677,28 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
             use_cache=cache is not None,
         ).last_hidden_state
 
+    def _with_queries(self, mask: torch.Tensor) -> torch.Tensor:
+        """The mask of [queries ; text] for that of texts [B, L]."""
+        return F.pad(mask, (self.config.num_query_token, 0), value=1)
+
     def _joint_states(
-        self, image_states: torch.Tensor, input_ids: torch.Tensor, mask: torch.Tensor | None, see_all: bool
+        self,
+        image_states: torch.Tensor,
+        input_ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        see_all: bool,
+        cache: Cache | None = None,
     ) -> torch.Tensor:
-        """Run [queries ; text] over pictures: [B, L] ids -> [B, num_query_token + L, C]"""
+        """Run [queries ; text], ids [B, L] and mask [B, num_query_token + L], over pictures: [B, num_query_token + L, C]"""
         text = self.get_input_embeddings()(input_ids)  # [B, L, C]
         queries = self.query_tokens.expand(len(text), -1, -1).to(text.device)
-        if mask is not None:
-            mask = torch.cat([mask.new_ones(queries.shape[:2]), mask], dim=1).to(text.device)
         return self.qllama.model(
             inputs_embeds=torch.cat([queries, text], dim=1),
-            attention_mask=mask,
+            attention_mask=None if mask is None else mask.to(text.device),
             encoder_hidden_states=image_states,
             num_bidirectional=queries.shape[1] + (text.shape[1] if see_all else 0),
-            use_cache=False,
+            past_key_values=cache,
+            use_cache=cache is not None,
         ).last_hidden_state
 
     # ------------------------------------------------------------------------------------------------ new calls
@@ -747,7 +755,7 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
         return self._match(image_states, input_ids, mask)
 
     def _match(self, image_states: torch.Tensor, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        states = self._joint_states(image_states, input_ids, mask, see_all=True)
+        states = self._joint_states(image_states, input_ids, self._with_queries(mask), see_all=True)
         return self.itm_head(states[:, : self.config.num_query_token]).mean(dim=1)  # [B, 2]
 
     @torch.no_grad()
@@ -782,22 +790,39 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
         self._require_queries("`generate`")
         if pixel_values is None:
             raise ValueError("`pixel_values` must be given: there is nothing to write about.")
-        image_states = self._image_states(pixel_values)
-        prefix = pixel_values.query_cache if isinstance(pixel_values, InternVLSeen) else None
+        if not isinstance(pixel_values, InternVLSeen):
+            pixel_values = InternVLSeen(self._image_states(pixel_values))
+        image_states = pixel_values.image_states
         input_ids, mask = self._prompt(input_ids, attention_mask, len(image_states), image_states.device)
-        if prefix is None:
-            prefix = DynamicCache(config=self.config.qllama_config)
-            self._query_states(image_states, prefix)
-        mask = torch.cat([mask.new_ones(len(mask), self.config.num_query_token), mask], dim=1)
+        mask = self._with_queries(mask)
+        prefix = DynamicCache(config=self.config.qllama_config)
+        states = self._read_prompts(pixel_values, input_ids, mask, prefix)
         return self.qllama.generate(
             input_ids[:, :0],  # nothing is written yet; transformers 4.57 would look for it on the meta device
-            # Only its length is looked at: queries and prompt stand before what is written.
-            inputs_embeds=mask.unsqueeze(-1).to(self.dtype),
+            inputs_embeds=mask.unsqueeze(-1).to(self.dtype),  # only its length counts: what is written comes after it
             attention_mask=mask,
-            prompt_ids=input_ids,
-            image_prefix=prefix,
+            prefix=prefix,
+            prefix_logits=self.qllama.lm_head(states[:, -1:]),
             **self._decoding_arguments(generation_config, generate_kwargs),
         )
+
+    def _read_prompts(
+        self, seen: InternVLSeen, input_ids: torch.Tensor, mask: torch.Tensor, cache: Cache
+    ) -> torch.Tensor:
+        """
+        Run the queries and prompts, ids [B, L] with a mask [B, num_query_token + L], into an empty cache, of B rows:
+        once, however many beams there will be. Returns states [B, ..., C] that end with those of the prompt.
+        """
+        if seen.query_cache is None and len(seen.image_states) == len(input_ids):
+            return self._joint_states(seen.image_states, input_ids, mask, see_all=False, cache=cache)
+        query_cache = seen.query_cache
+        if query_cache is None:
+            query_cache = DynamicCache(config=self.config.qllama_config)
+            self._query_states(seen.image_states, query_cache)
+        copy_cache(query_cache, cache, batch_size=len(input_ids))
+        return self.qllama.model(
+            input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=True
+        ).last_hidden_state
 
     def _prompt(
         self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, batch: int, device: torch.device
@@ -817,7 +842,8 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
                 ' the processor with `task="caption"`.'
             )
         order = real_tokens_last(mask)
-        rows, place = max(batch, len(input_ids)), self.get_input_embeddings().weight.device
+        place = self.get_input_embeddings()(input_ids[:1, :1]).device  # offloaded weights do not say where they run
+        rows = max(batch, len(input_ids))
         input_ids, mask = input_ids.gather(1, order), mask.gather(1, order).long()
         return input_ids.expand(rows, -1).to(place), mask.expand(rows, -1).to(place)
 

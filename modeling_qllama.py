@@ -392,15 +392,19 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
         encoder_hidden_states: torch.Tensor | None = None,
         num_bidirectional: int = 0,
         logits_to_keep: int = 0,
+        logits: torch.Tensor | None = None,
     ) -> tuple | CausalLMOutputWithPast:
         """
         Args:
             logits_to_keep (`int`): compute logits for so many last positions only; 0 for all.
+            logits (`torch.Tensor`, *optional*): [B, 1, vocabulary], if they are known already: nothing runs then.
             others: see [`QLlamaModel.forward`].
 
         Returns:
             `CausalLMOutputWithPast`: `logits` [B, kept, vocabulary].
         """
+        if logits is not None:
+            return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -424,8 +428,8 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        prompt_ids: torch.Tensor | None = None,
-        image_prefix: Cache | None = None,
+        prefix: Cache | None = None,
+        prefix_logits: torch.Tensor | None = None,
         use_cache: bool | None = True,
         logits_to_keep: int = 1,
         **unused: Any,
@@ -435,22 +439,19 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids (`torch.Tensor`): [B, so far]; after `inputs_embeds`, if those are given.
-            prompt_ids (`torch.Tensor`, *optional*): [B, L] ids to embed for the last L of `inputs_embeds`, whose values
-                are not used then.
-            image_prefix (`Cache`, *optional*): the queries of pictures, already run; the first step copies it into
-                `generate`'s own cache, whatever its kind, each picture for B / pictures rows.
+            prefix (`Cache`, *optional*): what `inputs_embeds` stands for, queries and prompts, already run. The first
+                step copies it into `generate`'s own cache, whatever its kind, each of its rows once per beam.
+            prefix_logits (`torch.Tensor`, *optional*): [B, 1, vocabulary], the logits after it; the first step's.
         """
         if past_key_values is None:
             raise ValueError("`use_cache` must be True: the queries of the picture are only kept in the cache.")
-        if image_prefix is not None and past_key_values.get_seq_length() == 0:
-            copy_cache(image_prefix, past_key_values, batch_size=len(input_ids))
+        if prefix is not None and past_key_values.get_seq_length() == 0:
+            copy_cache(prefix, past_key_values, batch_size=len(input_ids))
+            return {"logits": prefix_logits, "past_key_values": past_key_values}
         seen = int(past_key_values.get_seq_length())
         given = 0 if inputs_embeds is None else inputs_embeds.shape[1]
         is_prompt = inputs_embeds is not None and seen < given
-        if is_prompt:
-            step = inputs_embeds[:, seen:] if prompt_ids is None else prompt_ids[:, seen - given :]
-        else:
-            step = input_ids[:, seen - given :]
+        step = inputs_embeds[:, seen:] if is_prompt else input_ids[:, seen - given :]
         position_ids = None
         if past_key_values.is_compileable:
             # torch.compile compiles a step once if all steps have the same shapes and strides: so a mask over the whole
@@ -459,10 +460,9 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
             position_ids = self.model.position_ids_for(states, attention_mask, past_key_values)
             attention_mask = attention_mask_for(self.config, states, attention_mask, past_key_values, see_all=False)
             step, position_ids = (part.clone(memory_format=torch.contiguous_format) for part in (step, position_ids))
-        embedded = is_prompt and prompt_ids is None
         return {
-            "inputs_embeds": step if embedded else None,
-            "input_ids": None if embedded else step,
+            "inputs_embeds": step if is_prompt else None,
+            "input_ids": None if is_prompt else step,
             "past_key_values": past_key_values,
             "attention_mask": attention_mask,
             "position_ids": position_ids,

@@ -181,35 +181,74 @@ def text_peer(layers: int = LAYERS) -> Any:
 
 def filled(model: Any) -> Any:
     """Give a model memory and seeded random weights; norms and scales are 1."""
-    model = model.to_empty(device="cpu").eval()
+    model = model.float().to_empty(device="cpu").eval()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             nn.init.uniform_(parameter, -0.03, 0.03, generator=generator)
         else:
-            nn.init.constant_(parameter, float(name.endswith("weight") or ".ls" in name or "lambda" in name))
-    for module in model.modules():
-        if hasattr(module, "inv_freq"):  # a peer's rotary frequencies, which it computes in its constructor
-            size = 2 * len(module.inv_freq)
-            module.inv_freq = 10_000 ** -(torch.arange(0, size, 2).float() / size)
+            nn.init.constant_(parameter, float(name.endswith("weight") or ".ls" in name))
     return model
+
+
+# Our names for those of the vision peer, which has queries, keys and values apart.
+VISION_NAMES = (
+    ("embeddings.class_embedding", "embeddings.cls_token"),
+    ("embeddings.position_embedding", "embeddings.position_embeddings"),
+    ("embeddings.patch_embedding", "embeddings.patch_embeddings.projection"),
+    ("encoder.layers.", "encoder.layer."),
+    (".attn.proj.", ".attention.projection_layer."),
+    (".attn.", ".attention."),
+    (".norm1.", ".layernorm_before."),
+    (".norm2.", ".layernorm_after."),
+    (".ls1", ".lambda_1"),
+    (".ls2", ".lambda_2"),
+)
+
+
+def sharing_weights(peer: Any, state: dict[str, torch.Tensor]) -> Any:
+    """Give a peer our weights, the same memory: where weights lie makes a difference of some percent."""
+    if "embeddings.class_embedding" in state:
+        renamed = {}
+        for name, tensor in state.items():
+            for ours, theirs in VISION_NAMES:
+                name = name.replace(ours, theirs)
+            parts = zip("qkv", tensor.chunk(3), strict=True) if ".qkv." in name else ()
+            renamed |= {name.replace("qkv", f"{part}_proj"): weight for part, weight in parts} or {name: tensor}
+        width = len(renamed["embeddings.patch_embeddings.projection.bias"])
+        state = renamed | {"layernorm.weight": torch.ones(width), "layernorm.bias": torch.zeros(width)}
+    wanted = dict(peer.named_parameters())
+    peer.load_state_dict({name: state[name] for name in wanted}, assign=True)
+    for module in peer.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if "inv_freq" in name:  # rotary frequencies, which the constructor computed on the meta device
+                size = 2 * len(buffer)
+                setattr(module, name, 10_000 ** -(torch.arange(0, size, 2).float() / size))
+            elif buffer.is_meta:
+                setattr(module, name, torch.zeros_like(buffer, device="cpu"))
+    return peer
 
 
 def small_models(layers: int) -> dict[str, Any]:
     """Models and peers of many layers in which arithmetic is next to nothing, filled."""
     small = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": layers}
-    joint, vision, text = joint_model(1), vision_peer(1), text_peer(1)
-    configs = {
-        "vision": (joint.vision_model, {"image_size": 28}),
-        "text": (joint.qllama.model, {"num_key_value_heads": 2, "vocab_size": 128}),
-        "vision peer": (vision, {"image_size": 28}),
-        "text peer": (text.model, {"num_key_value_heads": 2, "vocab_size": 128, "head_dim": 16}),
+    vision, text = {"image_size": 28}, {"num_key_value_heads": 2, "vocab_size": 128}
+    joint = joint_model(1)
+    models = {
+        "vision": (joint.vision_model, vision),
+        "text": (joint.qllama.model, text),
+        "vision, transformers": (vision_peer(1), vision),
+        "text, transformers": (text_peer(1).model, text | {"head_dim": 16}),
     }
     with torch.device("meta"):
-        return {
-            name: filled(type(model)(type(model.config)(**model.config.to_dict() | small | others)))
-            for name, (model, others) in configs.items()
+        made = {
+            name: type(model)(type(model.config)(**model.config.to_dict() | small | others)).eval()
+            for name, (model, others) in models.items()
         }
+    for part in ("vision", "text"):
+        made[part] = filled(made[part])
+        made[f"{part}, transformers"] = sharing_weights(made[f"{part}, transformers"], made[part].state_dict())
+    return made
 
 
 # ---------------------------------------------------------------------------------------------------------- inputs

@@ -56,22 +56,23 @@ class Bench:
     notes: list[str] = field(default_factory=list)
     made: dict[str, nn.Module] = field(default_factory=dict)
 
-    def _model(self, name: str, make: Callable[[], nn.Module]) -> Any:
-        if name not in self.made:
-            self.made[name] = m.filled(make())
-        return self.made[name]
-
     @property
     def model(self) -> Any:
-        return self._model("joint", m.joint_model)
+        if "joint" not in self.made:
+            self.made["joint"] = m.filled(m.joint_model())
+        return self.made["joint"]
 
     @property
     def vision_peer(self) -> Any:
-        return self._model("vision", m.vision_peer)
+        if "vision" not in self.made:
+            self.made["vision"] = m.sharing_weights(m.vision_peer(), self.model.vision_model.state_dict())
+        return self.made["vision"]
 
     @property
     def text_peer(self) -> Any:
-        return self._model("text", m.text_peer)
+        if "text" not in self.made:
+            self.made["text"] = m.sharing_weights(m.text_peer(), self.model.qllama.state_dict())
+        return self.made["text"]
 
     def add(self, row: Row) -> None:
         print("   ", " | ".join(row.cells()), flush=True)
@@ -328,9 +329,82 @@ def memory(bench: Bench) -> None:
     bench.add(Row("caption", "growth with beams / growth of their caches", (peaks[1] - peaks[0]) / growth))
 
 
+# ---------------------------------------------------------------------------------------------- Python, and the curves
+
+
+def overhead(bench: Bench) -> None:
+    """Python and dispatch per layer, at batch 1, where arithmetic is next to nothing"""
+    found = {layers: m.small_models(layers) for layers in (4, 44)}
+    tokens, image = m.ids(1, 12) % 100 + 3, pixels(1, 28)
+    caches = {model: DynamicCache(config=model.config) for models in found.values() for model in models.values()}
+    runs: dict[str, Callable[[Any], Any]] = {
+        "vision": lambda model: model(image),
+        "text": lambda model: model(input_ids=tokens, use_cache=False),
+        "decoding": lambda model: model(input_ids=tokens[:, :1], past_key_values=caches[model], use_cache=True),
+    }
+    for name, run in runs.items():
+        part = "text" if name == "decoding" else name
+        models = {"ours": part, "transformers": f"{part}, transformers"}
+        ways = {
+            f"{who}, {layers}": lambda model=found[layers][which], run=run: run(model)
+            for who, which in models.items()
+            for layers in found
+        }
+        times = in_turn(ways, 60)
+        each = {who: (min(times[f"{who}, 44"]) - min(times[f"{who}, 4"])) / 40 * 1e6 for who in models}
+        for who, microseconds in each.items():
+            bench.add(Row(name, f"{who}, microseconds a layer", microseconds))
+        bench.add(Row(name, "ours / transformers", each["ours"] / each["transformers"], target="<= 1"))
+
+
+def curves(bench: Bench) -> None:
+    """How times grow"""
+    model = bench.model
+    seen = model.look_at(pixels(1), queries=False)
+    series: dict[str, tuple[tuple[int, ...], Callable[[int], Any]]] = {
+        "encoder: pictures": ((1, 2, 4, 8), lambda n: model.vision_model(pixels(n))),
+        "encoder: side in pixels": ((224, 336, 448, 672, 896), lambda n: model.vision_model(pixels(1, n))),
+        "text: tokens of one text": ((4, 8, 16, 32, 80, 160, 320), lambda n: model.embed_text(m.ids(1, n))),
+        "caption of 4 tokens: beams": ((1, 2, 5, 10), lambda n: model.generate(seen, prompts(1), **written(4, n))),
+        "caption of 4 tokens: prompts": ((1, 2, 4, 8), lambda n: model.generate(seen, prompts(n), **written(4, 1))),
+    }
+    drawn: dict[str, list[tuple[int, float, float]]] = {}
+    for name, (sizes, work) in series.items():
+        drawn[name] = []
+        for size in sizes:
+            ways = {
+                "ours": lambda n=size, work=work: work(n),
+                "products": m.products_of(model, lambda n=size, work=work: work(n)),
+            }
+            times = in_turn(ways, 1 if name.endswith("pixels") else 2, warm=False)
+            drawn[name].append((size, min(times["ours"]), min(times["products"])))
+        print("   ", name, [f"{x}: {a:.2f} s, {b:.2f}" for x, a, b in drawn[name]], flush=True)
+    draw(drawn)
+    bench.notes.append(f"![Seconds by size; what the matrix products take is drawn in]({CURVES.name})")
+
+
+def draw(series: dict[str, list[tuple[int, float, float]]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(series), figsize=(4 * len(series), 3.4), layout="constrained")
+    for panel, (name, points) in zip(panels, series.items(), strict=True):
+        sizes, ours, products = zip(*points, strict=True)
+        panel.plot(sizes, products, "--", color="0.6", label="matrix products alone")
+        panel.plot(sizes, ours, "o-", color="tab:blue", label="ours")
+        panel.set(title=name.split(":")[0], xlabel=name.split(": ")[1], xlim=(0, None), ylim=(0, None))
+    panels[0].set_ylabel("seconds")
+    panels[0].legend(frameon=False)
+    figure.savefig(CURVES, dpi=90)
+
+
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     section.__name__: section
-    for section in (vision, text, embedding, zero_shot, caption, sharing, match, operators, memory)
+    for section in (
+        vision, text, embedding, zero_shot, caption, sharing, match, operators, memory, overhead, curves
+    )
 }
 
 

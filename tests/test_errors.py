@@ -250,7 +250,7 @@ def test_misspelt_options(model):
         ({}, "`pixel_values` must be given"),
         ({"input_ids": PROMPTS}, "`pixel_values` must be given"),
         ({"pixel_values": PIXELS, "input_ids": PROMPTS[:3]}, r"`input_ids` .*one per picture \(4\), got 3"),
-        ({"pixel_values": PIXELS[:1], "input_ids": PROMPTS}, r"`input_ids` .*one per picture \(1\), got 4"),
+        ({"pixel_values": PIXELS[:2], "input_ids": PROMPTS}, r"`input_ids` .*one per picture \(2\), got 4"),
         ({"pixel_values": PIXELS, "attention_mask": torch.ones(4, 5)}, "`attention_mask` .*without the `input_ids`"),
         ({"pixel_values": PIXELS, "max_new_token": 3}, "max_new_token"),
         ({"pixel_values": PIXELS, "num_beam": 3}, "num_beam"),

@@ -655,6 +655,7 @@ ALLOWED_TOP = {
     "torch": {None, "nn"},
     "torch.distributed": {None},
     "torch.nn.functional": {None},
+    "torch.nn.utils.rnn": {"pad_sequence"},
     "torch.utils.checkpoint": {"checkpoint"},
     "transformers": {
         "BatchFeature", "Cache", "CLIPImageProcessor", "CLIPImageProcessorPil", "DynamicCache", "GenerationConfig",

@@ -106,13 +106,13 @@ def test_several_prompts_for_one_picture(model, inputs, beams):
 
 
 @torch.no_grad()
-def test_beams_cost_the_prompt_and_nothing_before_it(model, inputs):
+def test_beams_cost_nothing_before_the_first_word(model, inputs):
     pixels, (ids, mask) = inputs["pixel_values"][:1], texts(5)
     layers, head = Calls(model.qllama.model.layers[0]), Calls(model.qllama.lm_head)
     model.generate(pixels, ids.masked_fill(ids == 2, 5), mask, num_beams=5, max_new_tokens=3, min_new_tokens=3)
     queries = model.config.num_query_token
-    assert [size[:2] for size in layers.sizes] == [(1, queries), (5, 5), (5, 1), (5, 1)]
-    assert [size[:2] for size in head.sizes] == [(5, 1)] * 3
+    assert [size[:2] for size in layers.sizes] == [(1, queries + 5), (5, 1), (5, 1)]
+    assert [size[:2] for size in head.sizes] == [(1, 1), (5, 1), (5, 1)]
 
 
 # --------------------------------------------------------------------------------------------- padding not computed
