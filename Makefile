@@ -5,7 +5,7 @@ PYTEST = -m pytest -q
 ROOT_MODULES = $(wildcard *.py)
 ENVIRONMENTS = .venv .venv-oldest .venv-demo
 
-.PHONY: demo test test-slow test-oldest lint tiny clean
+.PHONY: bench demo test test-slow test-oldest lint tiny clean
 
 demo: .venv-demo/ready
 	.venv-demo/bin/python examples/demo.py
@@ -25,6 +25,9 @@ lint: .venv/ready
 	mkdir -p .cache/types && ln -sfn ../.. .cache/types/internvl
 	cd .cache/types && ../../.venv/bin/mypy --config-file ../../tests/mypy.ini $(ROOT_MODULES:%.py=-m internvl.%)
 	.venv/bin/python tools/write_index.py --check
+
+bench: .venv/ready
+	.venv/bin/python benchmarks/speed.py
 
 tiny: .venv/ready
 	.venv/bin/python tools/emoji_data.py

@@ -49,7 +49,7 @@ NOT_INTERN_VIT = [r"^qllama\.", r"^clip_projector2?\.", r"^itm_head\.", r"^(quer
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm, in fewer passes over memory where torch 2.13 has no fused kernel for it: in float32 on the CPU."""
+    """torch's, in fewer passes over memory where torch 2.13 has no fused kernel for it: in float32 on the CPU."""
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         plain = states.device.type == "cpu" and states.dtype == self.weight.dtype == torch.float32
@@ -203,6 +203,23 @@ class InternPreTrainedModel(PreTrainedModel):
         for name, part in self.named_children():
             plan = getattr(part, "_tp_plan", {})
             self._tp_plan |= {f"{name}.{layer}": style for layer, style in plan.items()}
+
+    def compile_layers(self, **options: Any) -> None:
+        """
+        Compile what repeats, in place, where `model.compile()` would compile all layers as one: the same code serves
+        every layer, so that it takes seconds however deep the model is. Quantised models on the CPU need it.
+
+        Args:
+            options: of `torch.compile`, such as `mode`.
+        """
+        for module in self.modules():
+            kind = type(module).__name__
+            if kind in ("InternVisionEncoderLayer", "QLlamaMLP"):
+                module.compile(**options)
+            elif kind in ("QLlamaAttention", "QLlamaCrossAttention"):
+                # Not as a whole: a layer's own place in the cache would make each of them a case of its own.
+                for part in module.children():
+                    part.compile(**options)
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:

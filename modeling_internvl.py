@@ -689,7 +689,7 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
         see_all: bool,
         cache: Cache | None = None,
     ) -> torch.Tensor:
-        """Run [queries ; text], ids [B, L] and mask [B, num_query_token + L], over pictures: [B, num_query_token + L, C]"""
+        """Run [queries ; text] over pictures: ids [B, L], mask [B, queries + L] -> [B, queries + L, C]"""
         text = self.get_input_embeddings()(input_ids)  # [B, L, C]
         queries = self.query_tokens.expand(len(text), -1, -1).to(text.device)
         return self.qllama.model(

@@ -40,6 +40,7 @@ class Row:
         figure: what `value` is, such as "ours / products".
         spread: the least and the largest ratio of runs next to each other, for a ratio of times.
         target: what `value` should be, such as "<= 1.03".
+        headline: what the README says of it, with the value for {}; nothing if empty.
     """
 
     work: str
@@ -47,6 +48,7 @@ class Row:
     value: float
     spread: tuple[float, float] | None = None
     target: str = ""
+    headline: str = ""
 
     @property
     def met(self) -> bool | None:
@@ -57,8 +59,15 @@ class Row:
 
     def cells(self) -> tuple[str, ...]:
         spread = "" if self.spread is None else f"{self.spread[0]:.2f} to {self.spread[1]:.2f}"
-        shown = f"{self.value:,.0f}" if self.value >= 100 else f"{self.value:.2f}"
-        return self.work, self.figure, shown, spread, self.target, {True: "yes", False: "**no**", None: ""}[self.met]
+        digits = 5 if "cosine" in self.figure else 0 if self.value >= 100 or self.value == int(self.value) else 2
+        return (
+            self.work,
+            self.figure,
+            f"{self.value:,.{digits}f}",
+            spread,
+            self.target,
+            {True: "yes", False: "**no**", None: ""}[self.met],
+        )
 
 
 def in_turn(ways: dict[str, Callable[[], Any]], rounds: int, warm: bool = True) -> dict[str, list[float]]:
@@ -74,10 +83,10 @@ def in_turn(ways: dict[str, Callable[[], Any]], rounds: int, warm: bool = True) 
     return times
 
 
-def ratio(work: str, times: dict[str, list[float]], one: str, other: str, target: str = "") -> Row:
+def ratio(work: str, times: dict[str, list[float]], one: str, other: str, target: str = "", headline: str = "") -> Row:
     """The fastest run of `one` as a multiple of the fastest of `other`."""
     pairs = sorted(a / b for a, b in zip(times[one], times[other], strict=True))
-    return Row(work, f"{one} / {other}", min(times[one]) / min(times[other]), (pairs[0], pairs[-1]), target)
+    return Row(work, f"{one} / {other}", min(times[one]) / min(times[other]), (pairs[0], pairs[-1]), target, headline)
 
 
 class Products(TorchFunctionMode):
@@ -296,7 +305,7 @@ def step_times(write: Callable[..., Any], count: int = 10, **options: Any) -> li
     return [after - before for before, after in itertools.pairwise(clock.times)]
 
 
-def original_caption(model: Any, image: torch.Tensor, prompt: torch.Tensor, **options: Any) -> torch.Tensor:
+def original_caption(model: Any, seen: Any, prompt: torch.Tensor, **options: Any) -> torch.Tensor:
     """Caption as the original did: queries and prompt once per beam, logits at each of their positions."""
     decoder = model.qllama
 
@@ -311,14 +320,15 @@ def original_caption(model: Any, image: torch.Tensor, prompt: torch.Tensor, **op
         inputs = {"past_key_values": past_key_values, "attention_mask": attention_mask, "use_cache": True}
         if past_key_values.get_seq_length():
             return inputs | {"input_ids": input_ids[:, -1:], "logits_to_keep": 1}
-        picture = {"encoder_hidden_states": encoder_hidden_states, "num_bidirectional": QUERIES}
+        queries = model.config.num_query_token
+        picture = {"encoder_hidden_states": encoder_hidden_states, "num_bidirectional": queries}
         return inputs | picture | {"inputs_embeds": inputs_embeds, "logits_to_keep": 0}
 
-    states = model.vision_model(image).last_hidden_state
-    embeds = torch.cat([model.query_tokens, decoder.model.embed_tokens(prompt)], dim=1)
-    mask = torch.ones(embeds.shape[:2], dtype=torch.long)
+    prefix = torch.cat([model.query_tokens, decoder.model.embed_tokens(prompt)], dim=1)
+    mask = torch.ones(prefix.shape[:2], dtype=torch.long)
+    inputs = {"inputs_embeds": prefix, "attention_mask": mask, "encoder_hidden_states": seen.image_states}
     with patch.object(decoder, "prepare_inputs_for_generation", all_at_once):
-        return decoder.generate(inputs_embeds=embeds, attention_mask=mask, encoder_hidden_states=states, **options)
+        return decoder.generate(**inputs, **options)
 
 
 # ------------------------------------------------------------------------------------------------- a simulated card

@@ -69,3 +69,26 @@ def test_one_graph_for_all_decoding_steps(graphs, decoding, attention):
         tokens = model.generate(PIXELS[:rows], prompts, cache_implementation="static", **arguments)
         assert tokens.tolist() == expected.tolist()
         assert graphs.frame_count == 1
+
+
+@torch.no_grad()
+def test_layers_are_compiled_once_for_all(graphs):
+    model = golden_model()
+    calls = {
+        "image": lambda: model.embed_image(PIXELS, mode="InternVL-G"),
+        "text": lambda: model.embed_text(make_batch("ids", 2, 7)),
+        "caption": lambda: model.generate(PIXELS[:2], PROMPTS[:2], max_new_tokens=5, min_new_tokens=5),
+    }
+    expected = {name: call() for name, call in calls.items()}
+    depth = len(model.vision_model.encoder.layers), len(model.qllama.model.layers)
+    model.compile_layers(backend=graphs)
+    assert_close(
+        model.vision_model(PIXELS).last_hidden_state, golden("tiny/expected")["vision.last_hidden_state"], **TOLERANCE
+    )
+    assert depth == (3, 4) and graphs.frame_count == 1
+    for name, call in calls.items():
+        assert_close(call(), expected[name], **TOLERANCE)
+    count = graphs.frame_count
+    for call in calls.values():
+        call()
+    assert graphs.frame_count == count

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from conftest import TOLERANCE, golden, golden_model, load, make_repository, repo_class
 from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoProcessor
+
+from conftest import TOLERANCE, golden, golden_model, load, make_repository, repo_class
 
 MODES = ("InternVL-C", "InternVL-G")
 
@@ -257,5 +258,3 @@ def test_matching_texts_of_several_lengths_makes_no_square_mask(inputs):
     with Masks({(length, length)}) as masks:
         model.match(inputs["pixel_values"][:2], ids, mask)
     assert not masks.found
-
-

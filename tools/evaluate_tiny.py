@@ -1,6 +1,7 @@
 """Measure the tiny checkpoint on Twemoji, the artist it was never shown, and write what was measured.
 
     python tools/evaluate_tiny.py     # prints the table; writes tiny/results.json and the tables of both READMEs
+    python tools/evaluate_tiny.py --int8       # prints the table of the model in int8 (torchao); writes nothing
     python tools/evaluate_tiny.py --tables     # writes only the tables, from tiny/results.json
     python tools/evaluate_tiny.py --weights    # what MATCH_WEIGHT was chosen by: training pictures, augmented
 
@@ -23,8 +24,9 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 from tqdm import tqdm
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, TorchAoConfig
 
 from emoji_data import DEFAULT_CACHE, LANGUAGES, EmojiData, load
 
@@ -200,24 +202,28 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DEFAULT_CACHE)
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--tables", action="store_true", help="measure nothing, write the tables again")
+    parser.add_argument("--int8", action="store_true", help="measure the model with int8 weights and activations")
     parser.add_argument("--weights", action="store_true", help="try weights of matching on training pictures")
     arguments = parser.parse_args()
     if arguments.tables:
         return write_tables(json.loads(RESULTS.read_text("utf-8")))
     where = {"subfolder": arguments.subfolder, "trust_remote_code": True}
-    model = AutoModel.from_pretrained(arguments.model, dtype=torch.float32, **where).eval()
+    int8 = {"quantization_config": TorchAoConfig(Int8DynamicActivationInt8WeightConfig())} if arguments.int8 else {}
+    model = AutoModel.from_pretrained(arguments.model, dtype=torch.float32, **where, **int8).eval()
     processor = AutoProcessor.from_pretrained(arguments.model, **where)
     data = load(arguments.data)
     if arguments.weights:
         return try_weights(Evaluation(model, processor, data, arguments.batch), data)
     results, captions = evaluate(model, processor, data, arguments.batch)
     results["measured_with"] = {
-        "command": "python tools/evaluate_tiny.py",
+        "command": "python tools/evaluate_tiny.py" + " --int8" * arguments.int8,
         "machine": f"a CPU ({platform.machine()}, {torch.get_num_threads()} threads)",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "dtype": "float32 from bfloat16 weights",
+        "dtype": "int8 weights and activations" if arguments.int8 else "float32 from bfloat16 weights",
     }
+    if arguments.int8:
+        return print(table(results))
     RESULTS.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", "utf-8")
     write_tables(results)
     print(table(results))
