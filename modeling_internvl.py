@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -101,8 +101,7 @@ class InternVLTextOutput(ModelOutput):
     last_hidden_state: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
-class InternVLSeen:
+class InternVLSeen(NamedTuple):
     """
     What the model saw in pictures, computed once by [`InternVLModel.look_at`]. Methods take it in place of
     `pixel_values`, and do not change it.
@@ -434,12 +433,13 @@ class TextSide:
         for ids in input_ids:
             if not len(ids) or not all(isinstance(number, int) for number in ids):
                 raise ValueError(f"`input_ids` must hold lists of integers, none of them empty, got {ids!r}.")
-        rows = [torch.as_tensor(ids, device=self.text_projection.device) for ids in input_ids]
         embeds: list[torch.Tensor] = []
         order: list[int] = []
-        for batch in batches_of_like_length([len(row) for row in rows], max_tokens):
-            mask = pad_sequence([torch.ones_like(rows[index]) for index in batch], batch_first=True)
-            embeds.append(self._text_embeds(pad_sequence([rows[index] for index in batch], batch_first=True), mask))
+        device = self.text_projection.device  # lists have none that the result could come back to
+        for batch in batches_of_like_length([len(ids) for ids in input_ids], max_tokens):
+            rows = [torch.tensor(input_ids[index]) for index in batch]
+            padded = [pad_sequence(each, batch_first=True) for each in (rows, [torch.ones_like(row) for row in rows])]
+            embeds.append(self._text_embeds(*(each.to(device) for each in padded)).to(device))
             order += batch
         together = torch.cat(embeds)[torch.tensor(order).argsort()]
         return F.normalize(together, dim=-1) if normalize else together

@@ -53,7 +53,7 @@ def attention_mask_for(
     if see_all and padding_mask is None:
         return None
     implementation = config._attn_implementation
-    if see_all and implementation in ("eager", "sdpa"):
+    if see_all and padding_mask is not None and implementation in ("eager", "sdpa"):
         visible = padding_mask[:, None, None].bool()  # [B, 1, 1, L], where transformers would fill [B, 1, L, L]
         if implementation == "sdpa":
             return visible
@@ -451,7 +451,7 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
         seen = int(past_key_values.get_seq_length())
         given = 0 if inputs_embeds is None else inputs_embeds.shape[1]
         is_prompt = inputs_embeds is not None and seen < given
-        step = inputs_embeds[:, seen:] if is_prompt else input_ids[:, seen - given :]
+        step = inputs_embeds[:, seen:] if is_prompt else input_ids[:, seen - given :]  # type: ignore[index]
         position_ids = None
         if past_key_values.is_compileable:
             # torch.compile compiles a step once if all steps have the same shapes and strides: so a mask over the whole

@@ -40,6 +40,11 @@ CALLS = {
     "generate greedily": lambda model: model.generate(pixel_values=PIXELS, input_ids=PROMPT, max_new_tokens=5),
     "generate by beams": lambda model: model.generate(PIXELS, num_beams=3, max_new_tokens=5),
     "generate statically": lambda model: model.generate(PIXELS, max_new_tokens=5, cache_implementation="static"),
+    "embed_texts": lambda model: model.embed_texts([[1, 5, 2], [1, 7, 8, 9, 2]]),
+    "generate, two prompts": lambda model: model.generate(PIXELS[:1], torch.tensor([[1, 5], [1, 6]]), max_new_tokens=5),
+    "generate from what was seen": lambda model: model.generate(model.look_at(PIXELS), num_beams=2, max_new_tokens=5),
+    "embed what was seen": lambda model: model.embed_image(model.look_at(PIXELS), mode="InternVL-G"),
+    "match what was seen": lambda model: model.match(model.look_at(PIXELS, queries=False), IDS),
     "vision tower": lambda model: model.vision_model(PIXELS).last_hidden_state,
 }
 

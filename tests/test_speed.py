@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoProcessor
 
-from conftest import TOLERANCE, golden, golden_model, load, make_repository, repo_class
+from conftest import TOLERANCE, golden, golden_config, golden_model, load, make_repository, repo_class
 
 MODES = ("InternVL-C", "InternVL-G")
 
@@ -83,6 +83,18 @@ def test_pictures_seen_without_queries_run_them_when_they_are_needed(model, inpu
     for mode in MODES:
         assert_close(model.embed_image(seen, mode), model.embed_image(pixels, mode), rtol=0, atol=0)
     assert torch.equal(model.generate(seen, max_new_tokens=5), model.generate(pixels, max_new_tokens=5))
+
+
+def test_a_model_without_queries_cannot_run_them():
+    config = golden_config()
+    config.contrastive_only = True
+    model = repo_class("modeling_internvl.InternVLModel")(config).eval()
+    pixels = golden("tiny/inputs")["pixel_values"]
+    with pytest.raises(ValueError, match="`look_at` with `queries=True`.*without them"):
+        model.look_at(pixels)
+    with torch.no_grad():
+        seen = model.look_at(pixels, queries=False)
+        assert_close(model.embed_image(seen), model.embed_image(pixels), rtol=0, atol=0)
 
 
 @torch.no_grad()

@@ -356,9 +356,9 @@ def public_calls(model: torch.nn.Module, batch: Batch, device: str) -> list[Call
     logits, embeds = [(images, texts), (texts, images)], [(images, dim), (texts, dim)]
     features = [(images, tokens, vision.hidden_size), (images, config.num_query_token, width)]
 
-    def generate(**options: Any) -> torch.Tensor:
+    def generate(pictures: Any = pixels, **options: Any) -> torch.Tensor:
         with counted_steps(model.qllama, batch.steps):
-            return model.generate(pixels, max_new_tokens=batch.steps, **options)
+            return model.generate(pictures, max_new_tokens=batch.steps, **options)
 
     calls = []
     for mode in ("InternVL-C", "InternVL-G"):
@@ -373,6 +373,9 @@ def public_calls(model: torch.nn.Module, batch: Batch, device: str) -> list[Call
         Call("embed_image", lambda: model.embed_image(pixels, "InternVL-G"), embeds[:1]),
         Call("encode_text", lambda: model.encode_text(ids), embeds[1:]),
         Call("embed_text", lambda: model.embed_text(ids, mask), embeds[1:]),
+        # Lists are on no device: what becomes of them is on the main one.
+        Call("embed_texts", lambda: model.embed_texts([[1] * batch.length] * texts).to(device), embeds[1:]),
+        Call("embed_image, seen", lambda: model.embed_image(model.look_at(pixels), "InternVL-G"), embeds[:1]),
         Call("match", lambda: model.match(pixels, pairs, pair_mask), [(images, 2)]),
         Call("match, all pairs", lambda: model.match(pixels, ids, mask, all_pairs=True), [(images, texts, 2)]),
         Call("get_image_features", lambda: model.get_image_features(pixels), features),
@@ -380,6 +383,7 @@ def public_calls(model: torch.nn.Module, batch: Batch, device: str) -> list[Call
         Call("generate, greedy", generate, written),
         Call("generate, greedy, prompt", lambda: generate(**prompt), written),
         Call("generate, beams", lambda: generate(num_beams=batch.beams, **prompt), written),
+        Call("generate, seen", lambda: generate(model.look_at(pixels), num_beams=batch.beams, **prompt), written),
     ]
 
 
