@@ -769,7 +769,8 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
         **generate_kwargs: Any,
     ) -> Any:
         """
-        Write about pictures. Every kind of decoding that transformers offers works; pictures run once, not per beam.
+        Write about pictures, by any decoding of transformers that runs one model once for each step. Pictures and
+        prompts run once, not per beam.
 
         Args:
             pixel_values (`torch.Tensor` or [`InternVLSeen`]): [B, 3, H, W], normalised by the processor.
@@ -785,11 +786,14 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
             `torch.Tensor`: [B, new tokens], without the prompt; or transformers' output class if asked for.
 
         Raises:
-            `ValueError`, `TypeError`: no picture, or a bad picture, prompt or mask.
+            `ValueError`, `TypeError`: no picture, a bad picture, prompt or mask, an assistant or guidance.
         """
         self._require_queries("`generate`")
         if pixel_values is None:
             raise ValueError("`pixel_values` must be given: there is nothing to write about.")
+        for name in ("assistant_model", "guidance_scale"):
+            if generate_kwargs.get(name) is not None:
+                raise ValueError(f"`generate` cannot use `{name}`: what it adds would be written without the picture.")
         if not isinstance(pixel_values, InternVLSeen):
             pixel_values = InternVLSeen(self._image_states(pixel_values))
         image_states = pixel_values.image_states
