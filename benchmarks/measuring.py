@@ -60,6 +60,8 @@ class Row:
     def cells(self) -> tuple[str, ...]:
         spread = "" if self.spread is None else f"{self.spread[0]:.2f} to {self.spread[1]:.2f}"
         digits = 5 if "cosine" in self.figure else 0 if self.value >= 100 or self.value == int(self.value) else 2
+        if self.spread is not None and self.target:  # a target of 1.03 is not seen to be met in two digits
+            digits = 3
         return (
             self.work,
             self.figure,

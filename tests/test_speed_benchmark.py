@@ -58,7 +58,7 @@ def test_a_ratio_is_that_of_the_fastest_runs():
     row = m.ratio("work", {"one": [2.0, 3.0], "other": [4.0, 1.0]}, "one", "other", "<= 1.9")
     assert (row.value, row.spread, row.met) == (2.0, (0.5, 3.0), False)
     assert m.Row("", "", 3.0, target=">= 2.5").met and m.Row("", "", 3.0).met is None
-    assert m.Row("work", "figure", 0.123, (1, 2), "<= 1").cells()[2:] == ("0.12", "1.00 to 2.00", "<= 1", "yes")
+    assert m.Row("work", "figure", 0.1234, (1, 2), "<= 1").cells()[2:] == ("0.123", "1.00 to 2.00", "<= 1", "yes")
     calls = []
     times = m.in_turn({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
     assert "".join(calls) == "ababab" and [len(each) for each in times.values()] == [2, 2]
