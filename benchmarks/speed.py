@@ -618,7 +618,7 @@ def report(measured: dict[str, Any]) -> str:
 def summary(measured: dict[str, Any]) -> str:
     """What the README says, as Markdown."""
     rows = [Row(**row) for found in measured.values() for row in found["rows"]]
-    lines = [f"* {row.headline.format(row.cells()[2])};" for row in rows if row.headline]
+    lines = [f"* {row.headline.format(format(row.value, '.3g'))};" for row in rows if row.headline]
     return "\n".join([START, *lines[:-1], lines[-1].replace(";", "."), "", f"On {measured['vision']['machine']}.", END])
 
 
