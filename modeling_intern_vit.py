@@ -7,7 +7,7 @@ of the queries and keys before they are split into heads, and LayerScale on both
 Where this file differs from the original implementation, and why:
 * Attention goes through transformers' registry (`attn_implementation="eager" | "sdpa" | "flash_attention_2" | ...`)
   instead of a vendored FlashAttention, so that it runs on every device.
-* Norms are torch's own `rms_norm`, or apex's when it is installed: the same numbers.
+* Norms are torch's `rms_norm`, apex's when it is installed, or, in float32 on the CPU, two passes of our own.
 * Scaling a branch and adding it is one operation.
 
 The base classes at the top serve all three modeling files.

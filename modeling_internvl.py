@@ -392,15 +392,19 @@ class TextSide:
             `torch.Tensor`: [C, clip_embed_dim], of length 1, without gradients.
 
         Raises:
-            `ValueError`, `TypeError`: no name, no template, a template without a place for the name.
+            `ValueError`, `TypeError`: no name, no template, a template without one place for the name.
         """
+        if not hasattr(processor, "default_task"):  # a tokenizer would leave the recipe out without a word
+            raise TypeError(f"`processor` must be an InternVLProcessor, got {type(processor).__name__}.")
         for what, texts in (("names", names), ("templates", templates)):
-            if isinstance(texts, str) or not len(texts):
-                raise TypeError(f"`{what}` must be a list of texts, got {texts!r}.")
-        if wrong := [text for text in templates if text.format("a", c="a") == text.format("b", c="b")]:
-            raise ValueError(f"`templates` must have a place for the name, {{}} or {{c}}, got {wrong[0]!r}.")
-        texts = [template.format(name, c=name) for name in names for template in templates]
-        ids = processor(text=texts, padding=False, return_tensors=None).input_ids
+            if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
+                raise TypeError(f"`{what}` must be a list of texts, at least one, got {texts!r}.")
+        for template in templates:
+            if template.replace("{c}", "{}").count("{}") != 1:
+                raise ValueError(f"`templates` must have one place for the name, {{}} or {{c}}, got {template!r}.")
+        texts = [template.replace("{c}", "{}").replace("{}", name) for name in names for template in templates]
+        # The task is named because the processor's default is another in an image-text-to-text pipeline.
+        ids = processor(text=texts, task="embed", padding=False, return_tensors=None).input_ids
         embeds = self.embed_texts(ids, max_tokens).unflatten(0, (len(names), len(templates)))
         return F.normalize(embeds.mean(dim=1), dim=-1)
 
@@ -427,11 +431,11 @@ class TextSide:
         """
         if not isinstance(max_tokens, int) or max_tokens < 1:
             raise ValueError(f"`max_tokens` must be a positive integer, got {max_tokens!r}.")
-        if isinstance(input_ids, (str, torch.Tensor)) or not len(input_ids):
-            kind = type(input_ids).__name__ if len(input_ids) else "none"
+        if not isinstance(input_ids, (list, tuple)) or not input_ids:
+            kind = "an empty one" if isinstance(input_ids, (list, tuple)) else type(input_ids).__name__
             raise TypeError(f"`input_ids` must be a list of lists of ids, one for each text, got {kind}.")
         for ids in input_ids:
-            if not len(ids) or not all(isinstance(number, int) for number in ids):
+            if not isinstance(ids, (list, tuple)) or not ids or not all(isinstance(number, int) for number in ids):
                 raise ValueError(f"`input_ids` must hold lists of integers, none of them empty, got {ids!r}.")
         embeds: list[torch.Tensor] = []
         order: list[int] = []
@@ -711,7 +715,12 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
         Args:
             pixel_values (`torch.Tensor`): [B, 3, H, W], normalised by the processor.
             queries (`bool`): also run the queries, for mode InternVL-G and captions.
+
+        Raises:
+            `ValueError`, `TypeError`: pixels of a wrong shape or type, or queries that were not loaded.
         """
+        if not isinstance(pixel_values, torch.Tensor):
+            raise TypeError(f"`pixel_values` must be a tensor of pictures, got {type(pixel_values).__name__}.")
         image_states = self._image_states(pixel_values)
         if not queries:
             return InternVLSeen(image_states)
@@ -791,9 +800,6 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
         self._require_queries("`generate`")
         if pixel_values is None:
             raise ValueError("`pixel_values` must be given: there is nothing to write about.")
-        for name in ("assistant_model", "guidance_scale"):
-            if generate_kwargs.get(name) is not None:
-                raise ValueError(f"`generate` cannot use `{name}`: what it adds would be written without the picture.")
         if not isinstance(pixel_values, InternVLSeen):
             pixel_values = InternVLSeen(self._image_states(pixel_values))
         image_states = pixel_values.image_states
@@ -864,6 +870,13 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
             if generate_kwargs.get(old) is not None:
                 setattr(config, new, None)  # what is asked for now comes before the checkpoint's default
         rest = config.update(**generate_kwargs)
+        blind = {
+            "assistant_model": rest.get("assistant_model") is not None,
+            "assistant_early_exit": config.assistant_early_exit is not None,
+            "guidance_scale": config.guidance_scale not in (None, 1),
+        }
+        for name in (name for name, is_asked_for in blind.items() if is_asked_for):
+            raise ValueError(f"`generate` cannot use `{name}`: what it adds would be written without the picture.")
         for old, new in lengths:
             length = getattr(config, old)
             if length != getattr(plain, old) and getattr(config, new) is None:

@@ -252,6 +252,11 @@ def test_misspelt_options(model):
         ({"pixel_values": PIXELS, "input_ids": PROMPTS[:3]}, r"`input_ids` .*one per picture \(4\), got 3"),
         ({"pixel_values": PIXELS, "assistant_model": object()}, "`generate` cannot use `assistant_model`"),
         ({"pixel_values": PIXELS, "guidance_scale": 1.5}, "`generate` cannot use `guidance_scale`"),
+        ({"pixel_values": PIXELS, "assistant_early_exit": 1}, "`generate` cannot use `assistant_early_exit`"),
+        (
+            {"pixel_values": PIXELS, "generation_config": GenerationConfig(guidance_scale=1.5)},
+            "`generate` cannot use `guidance_scale`",
+        ),
         ({"pixel_values": PIXELS[:2], "input_ids": PROMPTS}, r"`input_ids` .*one per picture \(2\), got 4"),
         ({"pixel_values": PIXELS, "attention_mask": torch.ones(4, 5)}, "`attention_mask` .*without the `input_ids`"),
         ({"pixel_values": PIXELS, "max_new_token": 3}, "max_new_token"),

@@ -85,6 +85,12 @@ def test_pictures_seen_without_queries_run_them_when_they_are_needed(model, inpu
     assert torch.equal(model.generate(seen, max_new_tokens=5), model.generate(pixels, max_new_tokens=5))
 
 
+def test_only_pictures_can_be_looked_at(model, inputs):
+    for what in (None, "a.png", model.look_at(inputs["pixel_values"], queries=False)):
+        with pytest.raises(TypeError, match=f"`pixel_values` must be a tensor.*{type(what).__name__}"):
+            model.look_at(what)
+
+
 def test_a_model_without_queries_cannot_run_them():
     config = golden_config()
     config.contrastive_only = True
@@ -195,7 +201,9 @@ def test_batches_of_like_length(lengths):
 @pytest.mark.parametrize(
     ("ids", "options", "error", "words"),
     [
-        ([], {}, TypeError, "input_ids.*none"),
+        ([], {}, TypeError, "input_ids.*an empty one"),
+        (None, {}, TypeError, "input_ids.*NoneType"),
+        ([1, 5, 2], {}, ValueError, "input_ids.*got 1"),
         (torch.ones(2, 3, dtype=torch.long), {}, TypeError, "input_ids.*Tensor"),
         ("a panda", {}, TypeError, "input_ids.*str"),
         ([[1, 2], []], {}, ValueError, r"input_ids.*\[\]"),
@@ -218,6 +226,18 @@ def trained(tmp_path_factory):
     return load(repository, **part, dtype=torch.float32).eval(), load(repository, AutoProcessor, **part)
 
 
+def test_classes_are_embedded_whatever_the_processor_does_by_default(trained):
+    model, processor = trained
+    expected = model.embed_classes(processor, ["panda"])
+    processor.default_task = "caption"
+    try:
+        assert_close(model.embed_classes(processor, ["panda"]), expected, rtol=0, atol=0)
+    finally:
+        processor.default_task = "embed"
+    with pytest.raises(TypeError, match="`processor`.*InternVLTokenizer"):
+        model.embed_classes(processor.tokenizer, ["panda"])
+
+
 def test_classes_are_the_means_of_their_texts(trained):
     model, processor = trained
     names, templates = ["panda", "狐狸", "a slice of pizza"], ["{}", "a photo of a {}", "{c}的图片"]
@@ -233,6 +253,9 @@ def test_classes_are_the_means_of_their_texts(trained):
     ("arguments", "error", "words"),
     [
         ((["panda"], ["a photo of"]), ValueError, "templates.*'a photo of'"),
+        ((["panda"], ["{} and {}"]), ValueError, "templates.*'{} and {}'"),
+        ((["panda"], ["a {name}"]), ValueError, "templates.*'a {name}'"),
+        (([None], ["{}"]), TypeError, "names.*None"),
         ((["panda"], []), TypeError, "templates"),
         (([], ["{}"]), TypeError, "names"),
         (("panda", ["{}"]), TypeError, "names.*'panda'"),
