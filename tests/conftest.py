@@ -153,3 +153,9 @@ def assert_same_tensors(one: dict, other: dict) -> None:
 def flat(tmp_path_factory):
     """Code and a tiny checkpoint with random weights side by side. Not to be changed."""
     return make_repository(tmp_path_factory.mktemp("loading") / "flat", flat=True)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """Code and the trained tiny checkpoint side by side, as a published repository lies. Not to be changed."""
+    return make_repository(tmp_path_factory.mktemp("trained") / "repository", flat=True, weights="trained")
