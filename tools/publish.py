@@ -27,6 +27,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,16 +129,17 @@ def make_room(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     mark = folder / MARK
     ours = {MARK, *json.loads(mark.read_text())} if mark.is_file() else set()
-    foreign = sorted(path for path in files_in(folder) if path not in ours)
-    if foreign:
-        raise ValueError(f"{folder} must be empty or made by this script, and holds {foreign[0]}.")
+    foreign = next((path for path in files_in(folder) if path not in ours), None)
+    if foreign is not None:
+        raise ValueError(f"{folder} must be empty or made by this script, and holds {foreign}.")
     for path in sorted(folder.iterdir()):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def files_in(folder: Path) -> list[str]:
-    found = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
-    return [path.relative_to(folder).as_posix() for path in found]
+def files_in(folder: Path) -> Iterator[str]:
+    for path in folder.rglob("*"):
+        if path.is_symlink() or not path.is_dir():
+            yield path.relative_to(folder).as_posix()
 
 
 def place(source: Path, target: Path) -> None:
