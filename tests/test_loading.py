@@ -38,9 +38,7 @@ from conftest import (
     run_python,
 )
 
-# What transformers loads and saves. The other root modules belong to tools that bring their own requirements.
-MODEL_CODE = [name for name in CODE if name.startswith(("configuration_", "modeling_", "processing_", "tokenization_"))]
-MODULES = {name: ast.parse((ROOT / name).read_text()) for name in MODEL_CODE}
+MODULES = {name: ast.parse((ROOT / name).read_text()) for name in CODE}
 CULPRIT = "itm_head.bias"
 PIXELS = torch.linspace(-2, 2, 2 * 3 * 48 * 48).sin().view(2, 3, 48, 48)
 IDS = torch.tensor([[1, 405, 353, 2326, 2, 0], [1, 405, 353, 77, 900, 2]])
@@ -156,7 +154,7 @@ def saved(repository, tmp_path_factory):
 
 def test_saved_folder_holds_the_code(saved):
     folder, _ = saved
-    for name in MODEL_CODE:
+    for name in CODE:
         assert (folder / name).read_text() == (ROOT / name).read_text(), name
     assert len(list(folder.glob("model-*-of-*.safetensors"))) >= 2 and (folder / INDEX).is_file()
     config = json.loads((folder / "config.json").read_text())
@@ -699,7 +697,7 @@ def imports_of(tree: ast.Module) -> list[tuple[str, str | None, bool]]:
     return [each for each in found if each[0].split(".")[0] not in sys.stdlib_module_names]
 
 
-@pytest.mark.parametrize("name", MODEL_CODE)
+@pytest.mark.parametrize("name", CODE)
 def test_only_allowed_imports(name):
     for module, imported, is_inside in imports_of(MODULES[name]):
         if module.startswith("."):
