@@ -352,7 +352,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    place.add_argument("--device-map", help='such as "auto"')
+    place.add_argument("--device-map", type=device_map, help='"auto", or JSON such as {"": 0, "qllama": 1}')
     add("--batch-size", type=int, default=32)
     add("--workers", type=int, default=4, help="threads that read pictures")
     add("--num-beams", type=int, default=5)
@@ -363,6 +363,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--cache", type=Path, default=ROOT / ".cache" / "evaluation")
     add("--output", help='file for each result, such as "{dataset}_{model}_{language}_{task}_{templates}.json"')
     return complete(parser.parse_args(arguments))
+
+
+def device_map(text: str) -> str | dict:
+    return json.loads(text) if text.startswith("{") else text
 
 
 def complete(options: argparse.Namespace) -> argparse.Namespace:

@@ -130,6 +130,8 @@ def read_listing(folder: Path, listing: str | None, columns: "Columns", task: st
         where = f"{path}, entry {number}"
         if columns.image not in row or column not in row:
             raise ValueError(f"{where} must have {columns.image!r} and {column!r}, got {list(row)}.")
+        if not isinstance(row[columns.image], str):
+            raise ValueError(f"{where} must name a picture, got {row[columns.image]!r}.")
         picture = folder / row[columns.image]
         if not picture.is_file():
             raise ValueError(f"{where} names the picture {picture}, which does not exist.")
@@ -362,7 +364,7 @@ def choose_classnames(pictures: Pictures, language: str, given: list[tuple[str, 
     for known in pictures.classnames.values():
         if len(known) != len(names):
             raise ValueError(
-                f"There are {len(names)} class names in {language!r}, and {len(known)} classes in the data."
+                f"`--classnames` must have {len(known)} names in {language!r}, as the data, got {len(names)}."
             )
     low, high = min(pictures.labels or [0]), max(pictures.labels or [0])
     if low < 0 or high >= len(names):
