@@ -15,7 +15,7 @@ from PIL import Image
 from torch.testing import assert_close
 from transformers import AutoModel, AutoProcessor
 
-from conftest import ROOT, load
+from conftest import ROOT, TOLERANCE, load
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -393,6 +393,32 @@ def test_what_depends_on_something_else_is_computed_anew(run, folders, tmp_path,
     opened = Opened(monkeypatch)
     assert run("retrieval", tmp_path / "x")[0]["metrics"] != first[0]["metrics"]
     assert len(opened.rows) == 12
+
+
+@torch.inference_mode()
+def test_texts_of_another_run_are_not_taken(loaded, folders, trained, tmp_path):
+    model, processor = loaded
+    options = ["--task", "retrieval", "--data", folders / "things", "--model", trained, "--dtype", "float32"]
+    parsed = evaluate.parse([str(option) for option in [*options, "--cache", tmp_path / "cache", "--device", "cpu"]])
+    evaluation = evaluate.Evaluation(parsed, data.Pictures([], lambda index: None, "none"))
+    for names, templates in [(["fox", "lion"], ["{}"]), (["lion", "fox"], ["{}"]), (["lion", "fox"], ["a {}"])]:
+        expected = model.embed_classes(processor, names, templates)
+        assert_close(evaluation.classes(names, templates), expected, **TOLERANCE)
+        ids = processor(text=names, padding=False, return_tensors=None).input_ids
+        assert_close(evaluation.texts(names), model.embed_texts(ids), **TOLERANCE)
+
+
+def test_only_two_batches_are_in_memory(folders, trained, monkeypatch):
+    options = ["--task", "retrieval", "--data", str(folders / "things"), "--model", str(trained), "--device", "cpu"]
+    parsed = evaluate.parse([*options, "--batch-size", "2"])
+    columns = data.Columns("image", "label", "caption")
+    pictures = data.read_pictures(parsed.data, "folder", "retrieval", ["en"], columns)
+    opened = Opened(monkeypatch)
+    batches = evaluate.Evaluation(parsed, pictures).pixels(0)
+    for taken in range(1, 4):
+        next(batches)
+        assert len(opened.rows) <= 2 * (taken + 1)
+    batches.close()
 
 
 def test_a_missing_shard_is_noticed(run, folders, tmp_path):
