@@ -1,14 +1,14 @@
 """Evaluate a checkpoint as users of CLIP models do: zero-shot classification, retrieval, captions.
 
-    python benchmarks/evaluate.py --task retrieval --data examples/pictures --listing examples.json \\
+    python benchmarks/evaluate.py --task retrieval --data examples/pictures --listing examples/pictures/examples.json \\
         --image-column file --caption-column name --language en zh ja --dtype float32
-    python benchmarks/evaluate.py --model OpenGVLab/InternVL-14B-224px --device-map auto \\
-        --task classification --data wds_imagenetv2 --output "{dataset}_{model}_{language}.json"
+    python benchmarks/evaluate.py --model . --device-map auto --task classification --data wds_imagenetv2 \\
+        --output "{dataset}_{model}_{language}.json"
 
 Without `--model` it is the tiny checkpoint of this repository. `--data` is a folder (a sub-folder for each class, or
 pictures with a listing), a data set of the library `datasets`, or WebDataset shards as CLIP_benchmark keeps them. Each
 combination of mode, language and set of templates gives one JSON object with CLIP_benchmark's keys, figures in [0, 1];
-what was published for a data set of that name (published.json) is printed beside it.
+what was published for a data set of that name (published.json) is printed beside it. EVALUATION.md says more.
 
 What is computed is kept in `--cache`, batch by batch, under a name that says all that it depends on: a run that was
 interrupted goes on where it was, and one that is repeated reads what is there without loading the model.
@@ -326,7 +326,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dataset-name", help="in the result; the last part of --data if not given")
     add("--split", default="test", help="of datasets or shards")
     add("--dataset-config", help="of datasets")
-    add("--listing", help="file in the folder that says what pictures show; captions.json, .jsonl or .csv if not given")
+    add("--listing", help="file on what the pictures show; captions.json, .jsonl or .csv in --data if not given")
     add("--image-column", default="image", help="of datasets or the listing")
     add("--label-column", default="label")
     add("--caption-column", default="caption", help="a text, a list of texts, or either for each language")

@@ -121,7 +121,7 @@ def _files(paths: list[Path], **known: Any) -> Pictures:
 
 def read_listing(folder: Path, listing: str | None, columns: "Columns", task: str, languages: list[str]) -> Pictures:
     """Pictures of a folder with a JSON, JSONL or CSV file on what they show; several rows may be on one picture."""
-    path = folder / listing if listing else next((folder / name for name in LISTINGS if (folder / name).exists()), None)
+    path = Path(listing) if listing else next((folder / name for name in LISTINGS if (folder / name).exists()), None)
     if path is None or not path.is_file():
         raise ValueError(f"{folder} must have one of {LISTINGS}, or `--listing` must name a file, got {listing!r}.")
     column = columns.label if task == "classification" else columns.caption

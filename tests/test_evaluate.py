@@ -318,7 +318,7 @@ def test_listings_may_be_lines_or_a_table_with_a_row_for_each_text(folders, tmp_
 
 def test_examples_of_the_repository_in_three_languages(run):
     pictures = ROOT / "examples" / "pictures"
-    columns = ["--listing", "examples.json", "--image-column", "file", "--language", "en", "zh", "ja"]
+    columns = ["--listing", pictures / "examples.json", "--image-column", "file", "--language", "en", "zh", "ja"]
     found = run("retrieval", pictures, *columns, "--caption-column", "name")
     assert [each["language"] for each in found] == ["en", "zh", "ja"]
     assert all(each["metrics"]["text_retrieval_recall@1"] > 0.6 for each in found)
