@@ -217,7 +217,7 @@ class Evaluation:
                 yield self._finite(self.model.embed_classes(self.processor, batch, templates), batch)
 
         about = {"names": digest(names), "templates": digest(templates)}
-        return torch.cat(self.keep("class name", about, len(names), produce))
+        return torch.cat(self.keep("name", about, len(names), produce))
 
     def captions(self, prompt: str) -> list[str]:
         """One for each picture."""
