@@ -6,16 +6,18 @@
 
 Written into DIR, which must be new or empty:
 
-* vision.pt2, vision.onnx: `pixel_values` float32 [B, 3, H, W] -> `image_embeds` float32 [B, width]. Sides are multiples of
-  the patch, at least two, square or not.
+* vision.pt2, vision.onnx: `pixel_values` float32 [B, 3, H, W] -> `image_embeds` float32 [B, width]. Sides are multiples
+  of the patch, at least two patches, square or not.
 * text.pt2, text.onnx: `input_ids`, `attention_mask` int64 [T, L], padded on either side -> `text_embeds` [T, width].
 * ....onnx.data beside each .onnx: its weights. One protobuf holds 2 GB, and each side of the 14B has more than 20.
 * vision.int8.onnx, text.int8.onnx with `--int8`: the layers' weights in 8 bits, activations quantised as they come.
 * the processor, which makes the inputs, with its code: `AutoProcessor.from_pretrained(DIR, trust_remote_code=True)`.
 * export.json: what was exported, `logit_scale`, sizes, and with `--check` how far the files are from the model.
 
-Weights are exported in float32, and one side is in memory at a time. Besides torch and transformers it needs
-`pip install onnx onnxscript onnxruntime`; what was exported needs torch (.pt2) or onnxruntime (.onnx) alone.
+A .pt2 takes its inputs by position: `torch.export.load(file).module()(pixel_values)`. Weights are exported in float32,
+and one side is in memory at a time; quantising takes some three times the size of the .onnx. Besides torch and
+transformers it needs `pip install onnx onnxscript onnxruntime`; what was exported needs torch (.pt2) or onnxruntime
+(.onnx) alone.
 """
 
 import argparse
@@ -44,7 +46,7 @@ VISION_CLASS = "modeling_internvl.InternVLVisionModelWithProjection"
 MODES = ("InternVL-C", "InternVL-G")
 SIDES = ("vision", "text")
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-OPSET = 23  # the first with RMSNormalization and Attention, which run faster than what they are made of
+OPSET = 23  # the first with RMSNormalization and Attention: half the nodes
 RTOL, ATOL = 1e-4, 2e-5  # of the tests against the original's tensors
 ROUNDS = 5
 
@@ -482,7 +484,10 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--int8", action="store_true", help="ONNX with dynamically quantised layers too")
     parser.add_argument("--check", action="store_true", help="compare all files with the model")
     parser.add_argument("--report", type=Path, help="with --check: write export.json here too")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.report and not options.check:
+        parser.error("--report needs --check")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> None:
