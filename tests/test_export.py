@@ -208,6 +208,15 @@ def test_missing_packages_are_named_before_anything_is_written(tmp_path, monkeyp
     assert not (tmp_path / "new").exists()
 
 
+def test_the_readme_has_the_table_that_was_measured():
+    start, end = "<!-- results:export -->\n", "\n<!-- /results:export -->"
+    readme = (ROOT / "README.md").read_text("utf-8")
+    if start not in readme:
+        pytest.skip("the README has no such table")
+    measured = json.loads((ROOT / "benchmarks" / "export.json").read_text("utf-8"))
+    assert readme.partition(start)[2].partition(end)[0] == export.table(measured)
+
+
 @pytest.mark.slow
 def test_the_command(tmp_path):
     command = [sys.executable, ROOT / "tools" / "export.py", "--out", tmp_path / "new", "--check"]
