@@ -15,7 +15,7 @@ Written into DIR, which must be new or empty:
 * export.json: what was exported, `logit_scale`, sizes, and with `--check` how far the files are from the model.
 
 A .pt2 takes its inputs by position: `torch.export.load(file).module()(pixel_values)`. Weights are exported in float32,
-and one side is in memory at a time; quantising takes some three times the size of the .onnx. Besides torch and
+one side after the other, in some twice their memory; `--check` and `--int8` take four times. Besides torch and
 transformers it needs `pip install onnx onnxscript onnxruntime`; what was exported needs torch (.pt2) or onnxruntime
 (.onnx) alone.
 """
