@@ -55,6 +55,12 @@ def saved(tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch):
+    """transformers 4.57 leaves `bf16` of one run in the environment of the next."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
 @pytest.fixture
 def arguments(saved, trained, tmp_path):
     def make(**changes):
@@ -399,15 +405,15 @@ def test_accumulation_is_the_mean_of_micro_batches(arguments):
 
 
 def test_mixed_precision_trains_float32_weights(arguments):
+    exact = finetune.make_trainer(arguments())
+    exact.train()
     trainer = finetune.make_trainer(arguments(bf16=True))
     before = trainer.model.qllama.model.layers[0].mlp.up_proj.weight.detach().clone()
     trainer.train()
     after = trainer.model.qllama.model.layers[0].mlp.up_proj.weight
     assert after.dtype == torch.float32 and not torch.equal(before, after)
-    exact = finetune.make_trainer(arguments())
-    exact.train()
     got, expected = logs(trainer)[0], logs(exact)[0]
-    assert got["loss"] != expected["loss"] and abs(got["loss"] - expected["loss"]) < 0.2
+    assert got["loss_itg"] != expected["loss_itg"] and abs(got["loss"] - expected["loss"]) < 0.2
 
 
 def test_wrong_names_are_learnt(arguments, tmp_path):
@@ -558,6 +564,9 @@ trainers = []
 make_trainer = finetune.make_trainer
 finetune.make_trainer = lambda arguments: trainers.append(make_trainer(arguments)) or trainers[-1]
 finetune.main(finetune.Arguments(**json.loads(sys.argv[2])))
+for module in trainers[0].model.modules():
+    if hasattr(module, "reshard"):
+        module.reshard()  # FSDP2 keeps the top together after an evaluation
 sharded = {name for name, p in trainers[0].model.named_parameters() if type(p.data).__name__ == "DTensor"}
 everything = {name for name, p in trainers[0].model.named_parameters()}
 assert sharded == (everything if sys.argv[3] == "fsdp" else set()), everything - sharded
