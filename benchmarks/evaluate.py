@@ -138,6 +138,7 @@ class Evaluation:
         placed = {"device_map": self.options.device_map} if self.options.device_map else {}
         dtype = "auto" if self.options.dtype == "auto" else getattr(torch, self.options.dtype)
         model = AutoModel.from_pretrained(self.options.model, dtype=dtype, **self.where, **placed).eval()
+        model.check_processor(self.processor)
         return model if placed else model.to(self.options.device)
 
     @cached_property

@@ -113,6 +113,7 @@ def load_processor_and_model(arguments: Arguments) -> tuple[Any, Any]:
         name = f"modeling_internvl.{CLASSES[arguments.objective]}"
         model_class = get_class_from_dynamic_module(name, arguments.model)
     model = model_class.from_pretrained(arguments.model, dtype=arguments.dtype, **where)
+    model.check_processor(processor)
     if not arguments.gradient_checkpointing:
         # The vision tower's is on unless told. Only transformers 5.23 knows the first name, and it warns of the second.
         (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
-from transformers import AutoConfig
+from transformers import AutoConfig, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from conftest import GOLDEN, ROOT, TOLERANCE, golden, golden_config, golden_model, repo_class, training_batch
@@ -925,3 +925,15 @@ def test_original_signatures():
         "attention_mask",
         "generation_config",
     ]
+
+
+@torch.no_grad()
+def test_a_rank_that_is_ready_goes_on_with_the_others(model):
+    """With `synced_gpus` its cache grows and its ids do not; its steps are to run, whatever they give."""
+    qllama, cache = model.qllama, DynamicCache(config=model.config.qllama_config)
+    qllama(IDS[:, :6], past_key_values=cache)
+    for _ in range(3):
+        inputs = qllama.prepare_inputs_for_generation(IDS[:, :4], past_key_values=cache)
+        assert inputs["input_ids"].tolist() == IDS[:, 3:4].tolist()
+        assert qllama(**inputs).logits.shape[:2] == (len(IDS), 1)
+    assert cache.get_seq_length() == 9
