@@ -1,8 +1,9 @@
 """Measure the tiny checkpoint on Twemoji, the artist it was never shown, and write what was measured.
 
-    python tools/evaluate_tiny.py     # prints the table; writes tiny/results.json and the tables of both READMEs
+    python tools/evaluate_tiny.py              # prints the table; writes tiny/results.json, the tables of both READMEs
+                                               # and the model-index of tiny/README.md
     python tools/evaluate_tiny.py --int8       # prints the table of the model in int8 (torchao); writes nothing
-    python tools/evaluate_tiny.py --tables     # writes only the tables, from tiny/results.json
+    python tools/evaluate_tiny.py --tables     # writes only tables and model-index, from tiny/results.json
     python tools/evaluate_tiny.py --weights    # what MATCH_WEIGHT was chosen by: training pictures, augmented
 
 Every figure is over all concepts of the dataset, one held-out picture each:
@@ -29,6 +30,7 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor, TorchAoConfig
 
 from emoji_data import DEFAULT_CACHE, LANGUAGES, EmojiData, load
+from model_index import write_model_index
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tiny" / "results.json"
@@ -187,11 +189,12 @@ def table(results: dict) -> str:
 
 
 def write_tables(results: dict) -> None:
-    """Put the table between the marks of both model cards."""
+    """Put the table between the marks of both model cards, and the figures into the metadata of the tiny one."""
     for path in CARDS:
         before, _, rest = path.read_text("utf-8").partition(START)
         _, _, after = rest.partition(END)
         path.write_text(f"{before}{START}\n{table(results)}\n{END}{after}", "utf-8")
+    write_model_index(CARDS[1], results)
 
 
 @torch.inference_mode()

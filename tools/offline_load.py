@@ -1,0 +1,110 @@
+"""Load a repository with the network switched off, and print as JSON what it gives.
+
+    python tools/offline_load.py FOLDER_OR_ID [--subfolder tiny] [--revision R] [--code-revision R]
+    python tools/offline_load.py FOLDER --empty
+
+FOLDER_OR_ID is a folder, or an id that lies in the Hub's cache (HF_HUB_CACHE). Every Auto class of transformers that a
+user calls is called; pictures and texts are made here, so that two places can be compared. `--empty` is for weights
+that are too large to load or not here: the model is built without memory and compared with the index, and with the
+headers of those shards that are here. tools/publish.py runs this in a process of its own.
+"""
+
+import argparse
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any, NoReturn
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # transformers reads it when it is imported
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
+from write_index import INDEX, empty_model
+
+TEXTS = ["panda", "a  double  space", "熊猫", "パンダの顔"]
+
+
+def refuse_network() -> None:
+    """Whatever asks for the network from now on gets an error, not an answer from a cache behind it."""
+
+    def refused(*arguments: Any, **options: Any) -> NoReturn:
+        raise OSError("nothing here may use the network")
+
+    for name in ("connect", "connect_ex"):
+        setattr(socket.socket, name, refused)
+    socket.create_connection = socket.getaddrinfo = refused
+
+
+def pictures() -> list[Image.Image]:
+    """Two pictures that differ, neither of them square."""
+    waves = np.sin(np.arange(60 * 80 * 3).reshape(60, 80, 3) / 50)
+    return [Image.fromarray(np.uint8(127 * (1 + sign * waves))) for sign in (1, -1)]
+
+
+@torch.inference_mode()
+def results(place: str, **where: Any) -> dict[str, Any]:
+    """What config, model, processor and tokenizer give, in float32."""
+    config = AutoConfig.from_pretrained(place, trust_remote_code=True, **where)
+    model = AutoModel.from_pretrained(place, dtype=torch.float32, trust_remote_code=True, **where).eval()
+    processor = AutoProcessor.from_pretrained(place, trust_remote_code=True, **where)
+    tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=True, **where)
+    pixels = processor(images=pictures()).pixel_values
+    ids = model.generate(pixels, **processor(text="English caption:", task="caption"), max_new_tokens=5)
+    return {
+        "model_type": config.model_type,
+        "model": type(model).__name__,
+        "code": [type(each).__module__ for each in (config, model, processor, tokenizer)],
+        "ids": tokenizer(TEXTS)["input_ids"],
+        "image_embeds": model.embed_image(pixels, mode="InternVL-G").tolist(),
+        "text_embeds": model.embed_text(**processor(text=TEXTS)).tolist(),
+        "captions": processor.batch_decode(ids, skip_special_tokens=True),
+    }
+
+
+def empty_results(folder: Path) -> dict[str, Any]:
+    """The model without its weights: whether index and shards name what it has, and which shards are not here."""
+    state = empty_model(folder).state_dict()
+    index = json.loads((folder / INDEX).read_text())["weight_map"]
+    shards = sorted(set(index.values()))
+    complaints = [f"{INDEX}: {name}" for name in sorted(set(index) ^ set(state))]
+    for shard in shards:
+        if (folder / shard).is_file():
+            complaints += shard_complaints(folder / shard, {name for name in index if index[name] == shard}, state)
+    if (folder / "tokenizer.model").is_file():
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        processor(images=pictures(), text=TEXTS)
+    missing = [name for name in [*shards, "tokenizer.model"] if not (folder / name).is_file()]
+    return {"tensors": len(state), "missing": missing, "complaints": complaints}
+
+
+def shard_complaints(path: Path, wanted: set[str], state: dict[str, torch.Tensor]) -> list[str]:
+    """What a shard's header says otherwise than the index and the model. Its data are not read."""
+    with safe_open(path, "pt") as shard:
+        shapes = {name: shard.get_slice(name).get_shape() for name in shard.keys()}
+    wrong = sorted(set(shapes) ^ wanted)
+    wrong += [name for name in sorted(set(shapes) & set(state)) if shapes[name] != list(state[name].shape)]
+    return [f"{path.name}: {name}" for name in wrong]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("place", help="a folder, or an id in the Hub's cache")
+    parser.add_argument("--subfolder")
+    parser.add_argument("--revision")
+    parser.add_argument("--code-revision")
+    parser.add_argument("--empty", action="store_true", help="build the model without weights, and look at the index")
+    arguments = parser.parse_args()
+    refuse_network()
+    if arguments.empty:
+        return print(json.dumps(empty_results(Path(arguments.place))))
+    names = ("subfolder", "revision", "code_revision")
+    where = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    print(json.dumps(results(arguments.place, **where)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""Put what belongs on the Hugging Face Hub into a folder, check that it loads from there, and upload it when told to.
+
+    python tools/publish.py --to FOLDER                      # the 14B's repository, with tiny/ as a subfolder
+    python tools/publish.py --to FOLDER --checkpoint tiny    # a repository of the tiny checkpoint, at its root
+    python tools/publish.py --to FOLDER ... --upload ORG/NAME
+
+Nothing leaves this machine without `--upload`. What lies in the folder:
+
+* the 14B's: all that git tracks, for the card names most of it and its commands run there, and the published weights
+  (`*.safetensors`, `tokenizer.model`), if they were brought into the clone. Left out are `.ci`, and `.gitignore`: the
+  Hub would follow it and leave the weights out of the upload.
+* a flat one, for what knows a path or an id but no subfolder (pipelines, sentence-transformers): the checkpoint's
+  files at the root, the root's code, those JSON files of the root that do not describe the 14B, and the examples and
+  tools that its card names.
+* `.gitattributes` in both, from tools/hub_gitattributes. It is not at the root of this repository because its filters
+  would stop `git add` wherever git-lfs is not installed, and store pointers instead of tiny/'s weights where it is.
+
+Large files are hard links where the disk allows it. The folder must be empty, not there, or made by this script before:
+then it is made anew. The check runs in processes of its own, without network and with an empty cache of code.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.repocard import metadata_load
+
+ROOT = Path(__file__).resolve().parents[1]
+MARK = ".published.json"  # lists what was put into the folder; it is not uploaded
+LEFT_OUT = (".ci/", ".gitignore")
+WEIGHTS = ("*.safetensors", "tokenizer.model")
+INDEX = "model.safetensors.index.json"
+FLAT_FOLDERS = ("examples/", "tools/")
+FLAT_FILES = ("LICENSE", "requirements.txt")
+LINK_FROM = 10_000_000  # bytes: a link to a small file would let an edit there change the original
+LINK = re.compile(r"\]\(([^)\s#]+)[^)]*\)")
+
+
+# --------------------------------------------------------------------------------------------- what belongs there
+
+
+def tracked() -> list[str]:
+    """Paths that git tracks: what was committed or added, and nothing that happens to lie in the clone."""
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != 0 or not done.stdout:
+        raise ValueError(f"{ROOT} must be a git repository, which says what belongs to it. {done.stderr.strip()}")
+    return [name for name in done.stdout.split("\0") if name]
+
+
+def full_files() -> dict[str, Path]:
+    """Path in the repository -> file, for the 14B."""
+    names = [name for name in tracked() if not name.startswith(LEFT_OUT)]
+    names += [path.name for pattern in WEIGHTS for path in sorted(ROOT.glob(pattern))]
+    return {name: ROOT / name for name in names}
+
+
+def flat_files(checkpoint: str) -> dict[str, Path]:
+    """Path in the repository -> file, for a checkpoint at its root."""
+    own = {name.removeprefix(f"{checkpoint}/"): ROOT / name for name in tracked() if name.startswith(f"{checkpoint}/")}
+    if "config.json" not in own:
+        raise ValueError(f"`checkpoint` must be a folder of the repository with a config.json, got {checkpoint!r}.")
+    shared = {name: ROOT / name for name in tracked() if belongs_to_flat(name)}
+    return shared | own
+
+
+def belongs_to_flat(name: str) -> bool:
+    if "/" in name:
+        return name.startswith(FLAT_FOLDERS)
+    # The root's configs have namesakes in the checkpoint, which replace them; its index may have none.
+    return name in FLAT_FILES or name.endswith(".py") or (name.endswith(".json") and name != INDEX)
+
+
+def flat_card(text: str) -> str:
+    """The checkpoint's card, with the sentence on where its code lies as it is in a flat repository."""
+    for old, new in (("The code lies one folder up:", "The code lies beside it:"), (', subfolder="tiny"', "")):
+        if text.count(old) != 1:
+            raise ValueError(f"tiny/README.md must hold {old!r} once: it is not true of a flat repository.")
+        text = text.replace(old, new)
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------ assembling
+
+
+def assemble(folder: str | Path, checkpoint: str | None = None) -> list[str]:
+    """
+    Put a repository together.
+
+    Args:
+        folder (`str` or `Path`): where; empty, not there, or made by an earlier call.
+        checkpoint (`str`, *optional*): a folder of this repository whose weights are to lie at the root, such as
+            "tiny"; without it the 14B's repository is made.
+
+    Returns:
+        `list[str]`: the paths in it, sorted.
+
+    Raises:
+        `ValueError`: the folder holds something else, the checkpoint is none, the clone is no git repository, or the
+            card shows or links what would not be there.
+    """
+    folder = Path(folder)
+    files = full_files() if checkpoint is None else flat_files(checkpoint)
+    make_room(folder)
+    written = sorted([*files, ".gitattributes"])
+    (folder / MARK).write_text(json.dumps(written, indent=1))  # first, so that what an interruption leaves is ours
+    for name, source in files.items():
+        place(source, folder / name)
+    place(ROOT / "tools" / "hub_gitattributes", folder / ".gitattributes")
+    card = folder / "README.md"
+    if checkpoint is not None:
+        card.write_text(flat_card(card.read_text("utf-8")), "utf-8")
+    absent = sorted(name for name in shown_by(card) if not (folder / name).exists())
+    if absent:
+        raise ValueError(f"The card shows or links what is not there: {', '.join(absent)}.")
+    return written
+
+
+def make_room(folder: Path) -> None:
+    """Make the folder, or empty it of what an earlier call put there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / MARK
+    ours = {MARK, *json.loads(mark.read_text())} if mark.is_file() else set()
+    foreign = sorted(path for path in files_in(folder) if path not in ours)
+    if foreign:
+        raise ValueError(f"{folder} must be empty or made by this script, and holds {foreign[0]}.")
+    for path in sorted(folder.iterdir()):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def files_in(folder: Path) -> list[str]:
+    found = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    return [path.relative_to(folder).as_posix() for path in found]
+
+
+def place(source: Path, target: Path) -> None:
+    """Link a large file, copy a small one."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.stat().st_size >= LINK_FROM:
+        try:
+            return os.link(source.resolve(), target)  # resolved: the Hub's cache holds links to its files
+        except OSError:
+            pass  # another disk, or one that has no links
+    shutil.copy(source, target)
+
+
+def shown_by(card: Path) -> set[str]:
+    """Files of the repository that a card links, or shows as a picture or an example."""
+    links = {link for link in LINK.findall(card.read_text("utf-8")) if "://" not in link}
+    metadata: dict[str, Any] = metadata_load(card) or {}
+    return links | {example["src"] for example in metadata.get("widget", []) if "://" not in example["src"]}
+
+
+# --------------------------------------------------------------------------------------------------------- checking
+
+
+def load_offline(place: str | Path, *options: str) -> dict[str, Any]:
+    """What tools/offline_load.py prints about a place, in a new process with an empty cache of code."""
+    with tempfile.TemporaryDirectory() as modules:
+        settings = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": modules, "PYTHONDONTWRITEBYTECODE": "1"}
+        script = Path(__file__).resolve().parent / "offline_load.py"
+        command = [sys.executable, str(script), str(place), *options]
+        done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, cwd=modules)
+    if done.returncode != 0:
+        raise RuntimeError(f"{place} does not load without network:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check(folder: str | Path, checkpoint: str | None = None) -> list[str]:
+    """
+    Load an assembled repository without network, and compare it with the clone.
+
+    Args:
+        folder (`str` or `Path`): what [`assemble`] made.
+        checkpoint (`str`, *optional*): as there.
+
+    Returns:
+        `list[str]`: files that the repository's index and tokenizer ask for and that are not here: the 14B's weights,
+            if the clone has none.
+
+    Raises:
+        `RuntimeError`: something does not load, gives other values than the clone, or is named otherwise in the index.
+    """
+    folder = Path(folder).resolve()
+    where = ["--subfolder", "tiny"] if checkpoint is None else []
+    found, wanted = load_offline(folder, *where), load_offline(ROOT, "--subfolder", checkpoint or "tiny")
+    for name in found:
+        if name != "code" and found[name] != wanted[name]:
+            raise RuntimeError(f"{folder} gives another `{name}` than {ROOT}: {found[name]} instead of {wanted[name]}.")
+    if checkpoint is not None:
+        return []
+    empty = load_offline(folder, "--empty")
+    if empty["complaints"]:
+        raise RuntimeError(
+            f"{len(empty['complaints'])} tensors are not as the model has them: {empty['complaints'][:5]}."
+        )
+    return empty["missing"]
+
+
+# -------------------------------------------------------------------------------------------------------- uploading
+
+
+def upload(folder: str | Path, repo_id: str, api: Any = None) -> Any:
+    """
+    Upload an assembled repository. If it was interrupted, calling it again sends what is not there yet.
+
+    Args:
+        folder (`str` or `Path`): what [`assemble`] made.
+        repo_id (`str`): "ORG/NAME"; made as a private repository if there is none.
+        api (`HfApi`, *optional*): what talks to the Hub.
+
+    Returns:
+        what `HfApi.upload_folder` returns.
+
+    Raises:
+        `ValueError`: the folder was not made by [`assemble`], or holds something else by now.
+    """
+    folder = Path(folder)
+    mark = folder / MARK
+    made = set(json.loads(mark.read_text())) if mark.is_file() else set()
+    differing = sorted(made ^ (set(files_in(folder)) - {MARK}))
+    if not made or differing:
+        raise ValueError(f"{folder} must be as `assemble` made it, and differs in {differing[:3]}.")
+    api = HfApi() if api is None else api
+    api.create_repo(repo_id, private=True, exist_ok=True)
+    return api.upload_folder(
+        repo_id=repo_id, folder_path=str(folder), ignore_patterns=[MARK], commit_message="Upload model and code"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--to", type=Path, required=True, help="folder to put the repository together in")
+    parser.add_argument("--checkpoint", help="make a flat repository of this folder's checkpoint, such as tiny")
+    parser.add_argument("--upload", metavar="REPO_ID", help="upload it; without this nothing leaves the machine")
+    parser.add_argument("--without-weights", action="store_true", help="upload although weights are missing here")
+    arguments = parser.parse_args()
+    names = assemble(arguments.to, arguments.checkpoint)
+    size = sum((arguments.to / name).stat().st_size for name in names)
+    print(f"{arguments.to}: {len(names)} files, {size / 1e6:.1f} MB")
+    missing = check(arguments.to, arguments.checkpoint)
+    print("It loads without network and gives the values of this clone.")
+    if missing:
+        print(f"Not here: {', '.join(missing)}. Without them the repository's root does not load.")
+    if arguments.upload is None:
+        return print("Nothing was uploaded: that takes --upload ORG/NAME.")
+    if missing and not arguments.without_weights:
+        sys.exit("Not uploaded: --without-weights is for a repository on the Hub that has them already.")
+    print(upload(arguments.to, arguments.upload))
+
+
+if __name__ == "__main__":
+    main()
