@@ -113,6 +113,9 @@ class InternVLModule(InputModule):
     Args:
         model (`InternVLModel`): the model.
         processor (`InternVLProcessor`): of the same checkpoint.
+
+    Raises:
+        ValueError: the processor is another checkpoint's.
     """
 
     # mteb reads in this file, at `modality_config`, what a model of the Hub takes.
@@ -123,6 +126,7 @@ class InternVLModule(InputModule):
 
     def __init__(self, model: Any, processor: Any):
         super().__init__()
+        model.check_processor(processor)
         self.model = model
         self.processor = processor
 
@@ -365,12 +369,15 @@ class InternVLReranker(InternVLModule):
         return features
 
     @torch.inference_mode()
-    def look_once(self, pairs: Sequence[Any], batch_size: int) -> Iterator[tuple[list[int], list[Any]]]:
+    def look_once(
+        self, pairs: Sequence[Any], batch_size: int, device: torch.device
+    ) -> Iterator[tuple[list[int], list[Any]]]:
         """Runs the vision tower over the different pictures of pairs, `batch_size` at a time.
 
         Args:
             pairs (sequence of pairs): as in `preprocess`.
             batch_size (`int`): pictures whose tokens are in memory at the same time.
+            device (`torch.device`): where the pixels go.
 
         Yields:
             `(list[int], list)`: indices of the pairs of some pictures, and these pairs with what the model saw, which
@@ -380,7 +387,7 @@ class InternVLReranker(InternVLModule):
         pictures, picture_of_pair = _distinct([picture for picture, _ in known])
         for start in range(0, len(pictures), batch_size):
             pixels = self.processor(images=pictures[start : start + batch_size], task=self.task).pixel_values
-            seen = self.model.look_at(pixels.to(self.model.device), queries=False)
+            seen = self.model.look_at(pixels.to(device), queries=False)
             one_each = [seen._replace(image_states=states) for states in seen.image_states.split(1)]
             rows = [row for row, place in enumerate(picture_of_pair) if start <= place < start + batch_size]
             yield rows, [(one_each[picture_of_pair[row] - start], known[row][1]) for row in rows]
@@ -426,9 +433,11 @@ class InternVLCrossEncoder(CrossEncoder):
         if options.get("pool") is not None or isinstance(options.get("device"), list) or not pairs:
             outputs = {"convert_to_numpy": convert_to_numpy, "convert_to_tensor": convert_to_tensor}
             return super().predict(inputs, batch_size=batch_size, **outputs, **options)
+        if options.get("device") is not None and not hasattr(self[0].model, "hf_device_map"):
+            self.to(options["device"])
         self.eval()
         rows, scores = [], []
-        for some, seen_pairs in self[0].look_once(pairs, batch_size):
+        for some, seen_pairs in self[0].look_once(pairs, batch_size, self.device):
             rows += some
             scores.append(super().predict(seen_pairs, batch_size=batch_size, convert_to_tensor=True, **options))
         ordered = torch.cat(scores)[np.argsort(rows)]

@@ -1,5 +1,6 @@
 """sentence_transformers_internvl.py and the JSON files beside it: the repository in sentence-transformers and mteb."""
 
+import json
 import shutil
 import warnings
 from pathlib import Path
@@ -265,19 +266,26 @@ def test_saved_model_comes_back_in_a_fresh_process(repository, embedder, tmp_pat
 POOL = """
 import sys, numpy, torch
 from sentence_transformers import SentenceTransformer
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 if __name__ == "__main__":
-    model = SentenceTransformer(sys.argv[1], trust_remote_code=True, model_kwargs={"dtype": torch.float32})
+    repository, picture, *texts = sys.argv[1:]
+    reranker = get_class_from_dynamic_module("sentence_transformers_internvl.InternVLCrossEncoder", repository)
+    options = {"trust_remote_code": True, "device": "cpu", "model_kwargs": {"dtype": torch.float32}}
+    model = SentenceTransformer(repository, **options)
     pool = model.start_multi_process_pool(["cpu"])
-    numpy.save("embeds.npy", model.encode(sys.argv[2:], pool=pool, chunk_size=3, mode="InternVL-G"))
+    embeds = model.encode([*texts, picture], pool=pool, chunk_size=3, mode="InternVL-G")
     model.stop_multi_process_pool(pool)
+    scores = reranker(repository, **options).predict([(picture, text) for text in texts], device=["cpu"])
+    numpy.savez("found.npz", embeds=embeds, scores=scores)
 """
 
 
 @pytest.mark.slow
-def test_processes_of_a_pool_embed_the_same(repository, embedder, tmp_path):
-    inputs = [*TEXTS, *PICTURES]
-    run_python(POOL, tmp_path, repository, *inputs)
-    np.testing.assert_allclose(np.load(tmp_path / "embeds.npy"), embedder.encode(inputs, mode="InternVL-G"), **CLOSE)
+def test_processes_of_a_pool_compute_the_same(repository, embedder, cross_encoder, tmp_path):
+    run_python(POOL, tmp_path, repository, PICTURES[0], *TEXTS)
+    found = np.load(tmp_path / "found.npz")
+    np.testing.assert_allclose(found["embeds"], embedder.encode([*TEXTS, PICTURES[0]], mode="InternVL-G"), **CLOSE)
+    np.testing.assert_allclose(found["scores"], cross_encoder.predict([(PICTURES[0], text) for text in TEXTS]), **CLOSE)
 
 
 # Training
@@ -319,6 +327,34 @@ def test_cached_ranking_loss_has_the_same_gradients(embedder):
     cached = contrastive_loss(embedder, losses.CachedMultipleNegativesRankingLoss(embedder, mini_batch_size=2))
     torch.testing.assert_close(cached.detach(), plain, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(embedder[0].model.text_projection.grad, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_trainer_learns_and_its_checkpoint_comes_back(repository, tmp_path):
+    from datasets import Dataset
+    from datasets import Image as ImageFeature
+
+    own = new_embedder(repository)
+    data = Dataset.from_dict({"anchor": TEXTS, "positive": PICTURES}).cast_column("positive", ImageFeature())
+    arguments = sentence_transformers.SentenceTransformerTrainingArguments(
+        output_dir=str(tmp_path / "out"),
+        max_steps=3,
+        per_device_train_batch_size=4,
+        learning_rate=1e-4,
+        save_steps=3,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+    )
+    trainer = sentence_transformers.SentenceTransformerTrainer(
+        own, arguments, data, loss=losses_module().MultipleNegativesRankingLoss(own)
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert float(losses[-1]) < 0.8 * float(losses[0])
+    again = new_embedder(tmp_path / "out" / "checkpoint-3")
+    for inputs in (TEXTS, PICTURES):
+        np.testing.assert_allclose(again.encode(inputs), own.encode(inputs), **CLOSE)
 
 
 def test_a_part_of_a_mixed_batch_is_refused(embedder):
@@ -504,7 +540,10 @@ def mteb():
     return pytest.importorskip("mteb")
 
 
-def retrieval_task(mteb, direction):
+META = {"name": "OpenGVLab/InternVL-14B-224px", "revision": "main", "modalities": ["image", "text"]}
+
+
+def retrieval_task(mteb, direction, top_ranked=None):
     """Four names and their pictures, as an in-memory task of mteb."""
     from datasets import Dataset
     from mteb.mocks.mock_tasks.retrieval import MockAny2AnyRetrievalI2TTask, MockAny2AnyRetrievalT2ITask
@@ -519,6 +558,7 @@ def retrieval_task(mteb, direction):
             data["queries"] = Dataset.from_dict({"id": [f"q{i}" for i in range(4)]} | queries)
             data["corpus"] = Dataset.from_dict({"id": [f"d{i}" for i in range(4)]} | corpus)
             data["relevant_docs"] = {f"q{i}": {f"d{i}": 1} for i in range(4)}
+            data["top_ranked"] = top_ranked
 
     return Emoji()
 
@@ -528,8 +568,32 @@ def test_mteb_evaluates_retrieval(mteb, embedder, direction, tmp_path):
     from mteb.models import SentenceTransformerEncoderWrapper
 
     encoder = SentenceTransformerEncoderWrapper(embedder)
-    meta = {"name": "OpenGVLab/InternVL-14B-224px", "revision": "main", "modalities": ["image", "text"]}
-    encoder.mteb_model_meta = encoder.mteb_model_meta.model_copy(update=meta)
+    encoder.mteb_model_meta = encoder.mteb_model_meta.model_copy(update=META)
     assert encoder.mteb_model_meta.embed_dim == 128 and encoder.mteb_model_meta.max_tokens == 80
     result = mteb.evaluate(encoder, retrieval_task(mteb, direction), cache=None, show_progress_bar=False)
     assert result.task_results[0].get_score() == 1.0
+
+
+def test_mteb_evaluates_re_ranking(mteb, cross_encoder, model, processor):
+    """The score is that of the model's own probabilities: every name's picture among all four."""
+    from mteb.models import CrossEncoderWrapper
+
+    encoder = CrossEncoderWrapper(cross_encoder)
+    encoder.mteb_model_meta = encoder.mteb_model_meta.model_copy(update=META)
+    task = retrieval_task(mteb, "t2i", top_ranked={f"q{i}": [f"d{j}" for j in range(4)] for i in range(4)})
+    result = mteb.evaluate(encoder, task, cache=None, show_progress_bar=False)
+    with torch.no_grad():
+        pixels, names = processor(images=PICTURES).pixel_values, processor(text=NAMES, task="match")
+        odds = model.match(pixels, **names, all_pairs=True).diff(dim=-1)[..., 0].T  # [names, pictures]
+    ranks = (odds >= odds.diagonal()[:, None]).sum(1)
+    assert 1 < ranks.max()
+    expected = (1 / torch.log2(ranks + 1.0)).mean()
+    assert abs(result.task_results[0].get_score() - float(expected)) < 1e-4
+
+
+def test_mteb_reads_the_kinds_of_inputs_from_the_settings(mteb):
+    """Of a model of the Hub it takes them from this file; without it, it would drop the pictures."""
+    from mteb.models import ModelMeta
+
+    settings = json.loads((ROOT / "sentence_bert_config.json").read_text())
+    assert ModelMeta._detect_modalities_from_sbert_config(settings) == ["image", "text"]
