@@ -136,10 +136,13 @@ class InternVLConfig(PretrainedConfig):
         num_query_token (`int`): learnable queries; also set on the QLLaMA config.
         label_smoothing (`float`): of the contrastive training loss, in [0, 1).
         cross_attention_frequency (`int`): also set on the QLLaMA config.
-        use_backbone_lora, use_qllama_lora (`int`): ranks of the LoRA adapters of a fine-tuned checkpoint; 0 is none.
+        use_backbone_lora, use_qllama_lora (`int`): ranks of the LoRA adapters of a checkpoint that the original's code
+            fine-tuned; 0 is none. `from_pretrained` adds them to the weights and sets these to 0.
         force_image_size (`int`, *optional*): side that the position table was resized to; also set on vision_config.
         caption_prompt_ids (`list[int]`, *optional*): prompt that `generate` uses when it is given none; the ids
             depend on the tokenizer, hence their place here. `<s>` alone if not given.
+        embed_prefix_ids (`list[int]`, *optional*): `<s>` and the prefix of texts to be embedded, `summarize:`; by them
+            a text without it and another checkpoint's tokenizer are noticed. Not given, they are not.
         contrastive_only (`bool`): leave out what only InternVL-G, matching and captions need; may be given to
             `from_pretrained`, to load less of a whole checkpoint.
         initializer_range (`float`): standard deviation of freshly initialised weights of the heads.
@@ -166,6 +169,7 @@ class InternVLConfig(PretrainedConfig):
         use_qllama_lora: int = 0,
         force_image_size: int | None = None,
         caption_prompt_ids: list[int] | None = None,
+        embed_prefix_ids: list[int] | None = None,
         contrastive_only: bool = False,
         initializer_range: float = 0.02,
         tie_word_embeddings: bool = False,
@@ -190,6 +194,7 @@ class InternVLConfig(PretrainedConfig):
         self.use_qllama_lora = use_qllama_lora
         self.force_image_size = force_image_size
         self.caption_prompt_ids = caption_prompt_ids
+        self.embed_prefix_ids = embed_prefix_ids
         self.contrastive_only = contrastive_only
         self.initializer_range = initializer_range
         self._share_with_sub_configs()
@@ -220,11 +225,12 @@ class InternVLConfig(PretrainedConfig):
         for name in ("use_backbone_lora", "use_qllama_lora"):
             rank = getattr(self, name)
             require(name, rank, isinstance(rank, int) and rank >= 0, "a LoRA rank, 0 for none")
-        ids = self.caption_prompt_ids
         vocab_size = self.qllama_config.vocab_size
-        listed = isinstance(ids, (list, tuple)) and len(ids) > 0
-        known = ids is None or (listed and all(isinstance(i, int) and 0 <= i < vocab_size for i in ids))
-        require("caption_prompt_ids", ids, known, f"a list of ids below {vocab_size=}")
+        for name in ("caption_prompt_ids", "embed_prefix_ids"):
+            ids = getattr(self, name)
+            listed = isinstance(ids, (list, tuple)) and len(ids) > 0
+            known = ids is None or (listed and all(isinstance(i, int) and 0 <= i < vocab_size for i in ids))
+            require(name, ids, known, f"a list of ids below {vocab_size=}")
         require("contrastive_only", self.contrastive_only, isinstance(self.contrastive_only, bool), "True or False")
         require_spread(self.initializer_range)
 
@@ -232,6 +238,16 @@ class InternVLConfig(PretrainedConfig):
     def hidden_size(self) -> int:
         """Width of the language tower, under the name that generic tools look for."""
         return self.qllama_config.hidden_size
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the pictures that the vision tower's positions are for."""
+        return self.vision_config.position_grid * self.vision_config.patch_size
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return self.vision_config.patch_size
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PretrainedConfig:
         """The config that transformers' generation and caches are to read: QLLaMA's."""

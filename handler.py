@@ -244,6 +244,7 @@ class EndpointHandler:
         placed = {"device_map": "auto"} if torch.cuda.is_available() else {}
         self.model = AutoModel.from_pretrained(folder, dtype="auto", **options, **placed).eval()
         self.processor = AutoProcessor.from_pretrained(folder, **options)
+        self.model.check_processor(self.processor)
         self.tasks: dict[str, Callable] = {
             "zero-shot": self.zero_shot,
             "embed": self.embed,

@@ -15,25 +15,31 @@ The base classes at the top serve all three modeling files.
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from copy import copy
+from copy import copy, deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PretrainedConfig, PreTrainedModel, __version__
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, __version__
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.quantizers import AutoQuantizationConfig
+from transformers.utils import logging
 
 from .configuration_intern_vit import InternVisionConfig
+
+logger = logging.get_logger(__name__)
 
 # What differs between the supported versions of transformers.
 VERSION = tuple(int(part) for part in __version__.split(".")[:2])
@@ -43,6 +49,10 @@ DEFAULT_DTYPE = "auto" if VERSION >= (5, 0) else torch.float32
 # digit of a name as "*", so that `fc1` and `fc2` have to share one style there.
 GATHERED = "colwise_rep" if VERSION < (5, 1) else "colwise_gather_output"
 VISION_MLP = {"fc*": GATHERED} if VERSION < (5, 0) else {"fc1": "colwise", "fc2": "rowwise"}
+
+# The config's names for the ranks of the original's LoRA adapters, and what these are multiplied with: alpha / r.
+LORA_RANKS = ("use_backbone_lora", "use_qllama_lora")
+LORA_SCALING = 2.0
 
 # What a checkpoint of the joint model has beside the vision tower, as patterns of names.
 NOT_INTERN_VIT = [r"^qllama\.", r"^clip_projector2?\.", r"^itm_head\.", r"^(query_tokens|text_projection|logit_scale)$"]
@@ -237,6 +247,9 @@ class InternPreTrainedModel(PreTrainedModel):
         Raises:
             `ValueError`: names the tensors that are missing, superfluous or of another shape. Before anything is read:
                 what is wrong with `device_map` or `max_memory`, or the size that so many processes cannot share.
+
+        A checkpoint with adapters of the original's fine-tuning (`use_backbone_lora`, `use_qllama_lora`) is read into
+        RAM whole, and its adapters are added to its weights.
         """
         if strict:
             kwargs["ignore_mismatched_sizes"] = True  # transformers' own error names no tensor; ours below does
@@ -245,10 +258,15 @@ class InternPreTrainedModel(PreTrainedModel):
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = with_skip_list(kwargs["quantization_config"], cls._keep_unquantized)
         try:
+            plain = cls._without_adapters(args, kwargs)
             with parameters_of_the_model_itself():
-                model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+                model, info = super().from_pretrained(*plain[0], output_loading_info=True, **plain[1])
         except SafetensorError as error:
             raise OSError(f"{_damaged_files(args[0], kwargs.get('subfolder', ''))}: {error}") from error
+        if plain[0] != args:  # transformers was not told where all this comes from
+            model.name_or_path = model.config.name_or_path = str(args[0])
+            if model.can_generate():
+                model.generation_config = _generation_config(args[0], kwargs) or model.generation_config
         kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
         problems = {kind: info[kind] for kind in kinds if info.get(kind)}
         if strict and problems:
@@ -279,6 +297,31 @@ class InternPreTrainedModel(PreTrainedModel):
             if isinstance(dtype, str):
                 dtype = cls._config_for(checkpoint, kwargs).dtype if dtype == "auto" else getattr(torch, dtype)
             check_budgets(cls._empty_model(checkpoint, kwargs), max_memory, dtype or torch.float32)
+
+    @classmethod
+    def _without_adapters(cls, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Arguments that load the same: if the checkpoint has adapters, its weights with them added."""
+        if args[0] is None or kwargs.get("state_dict") is not None:
+            return args, kwargs
+        config = cls._config_for(args[0], kwargs)
+        fields = vars(config)
+        if not set(LORA_RANKS) & set(fields):  # the vision tower's own config, made from that of the joint model
+            fields, _ = PretrainedConfig.get_config_dict(args[0], **_hub_arguments(kwargs))
+        if not any(fields.get(name) for name in LORA_RANKS):
+            return args, kwargs
+        device_map = kwargs.get("device_map")
+        if VERSION < (5, 0) and isinstance(device_map, dict) and "disk" in device_map.values():
+            # 4.57 offloads nothing but files.
+            raise ValueError(
+                "`device_map` offloads to the disk, which needs a checkpoint without adapters: save it first."
+            )
+        state = read_checkpoint(args[0], **_hub_arguments(kwargs))
+        if not any(".lora_" in name for name in state):
+            return args, kwargs  # adapters that were never trained change nothing
+        config = deepcopy(config)
+        for name in set(LORA_RANKS) & set(vars(config)):
+            setattr(config, name, 0)
+        return (None, *args[1:]), kwargs | {"config": config, "state_dict": merge_adapters(state)}
 
     @classmethod
     def _config_for(cls, checkpoint: Any, kwargs: dict[str, Any]) -> Any:
@@ -368,8 +411,19 @@ class InternVisionEmbeddings(nn.Module):
         if shape[2] % patch or shape[3] % patch or 0 in shape:
             raise ValueError(f"The sides of `pixel_values` must be multiples of {patch}, got {shape[2]} x {shape[3]}.")
 
+    def warn_of_another_size(self, pixel_values: torch.Tensor) -> None:
+        """Once for each size: another one may be meant, or the processor may be another checkpoint's."""
+        side = round((self.position_embedding.shape[1] - 1) ** 0.5) * self.patch_size
+        height, width = pixel_values.shape[-2:]
+        if (height, width) != (side, side) and not torch.compiler.is_compiling():
+            logger.warning_once(
+                f"The pictures have {height} x {width} pixels and the checkpoint's positions are for {side} x {side}:"
+                " they are interpolated. If that is not meant, the processor is another checkpoint's."
+            )
+
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         self.check_pixels(pixel_values)
+        self.warn_of_another_size(pixel_values)
         patches = self.patch_embedding(pixel_values.to(self.class_embedding.dtype))  # [B, C, H, W]
         height, width = patches.shape[-2:]
         tokens = patches.flatten(2).transpose(1, 2)  # [B, H * W, C]
@@ -621,7 +675,10 @@ def check_budgets(model: PreTrainedModel, max_memory: dict[Any, Any], dtype: tor
     Raises:
         `ValueError`: the budget of an accelerator is not 0, which leaves it out, and too small for the largest block.
     """
-    from accelerate.utils import convert_file_size_to_int
+    try:
+        from accelerate.utils import convert_file_size_to_int
+    except ImportError as error:
+        raise ImportError("`device_map` needs accelerate: pip install accelerate") from error
 
     sizes = {name: sum(tensor.numel() for tensor in block.parameters()) for name, block in blocks_of(model).items()}
     largest = max(sizes, key=lambda name: sizes[name])
@@ -633,6 +690,61 @@ def check_budgets(model: PreTrainedModel, max_memory: dict[Any, Any], dtype: tor
                 f"`max_memory` gives {int(given):,} bytes to device {device}, and the largest block, {largest}, needs"
                 f" {needed:,} in {dtype}. Give it more, or 0 to leave it out."
             )
+
+
+def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of `from_pretrained` that say where a checkpoint lies."""
+    names = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
+    return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+
+
+def _generation_config(checkpoint: Any, kwargs: dict[str, Any]) -> GenerationConfig | None:
+    try:
+        return GenerationConfig.from_pretrained(checkpoint, **_hub_arguments(kwargs))
+    except OSError:  # the checkpoint has none
+        return None
+
+
+def read_checkpoint(checkpoint: Any, subfolder: str = "", **hub_arguments: Any) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint in a folder or on the Hub, by name."""
+    if not os.path.isdir(checkpoint):
+        patterns = ["*model*.safetensors", "*pytorch_model*.bin"]
+        checkpoint = snapshot_download(checkpoint, allow_patterns=patterns, **hub_arguments)
+    folder = Path(checkpoint, subfolder)
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise OSError(f"{folder} holds no weights, neither model*.safetensors nor pytorch_model*.bin.")
+    state: dict[str, torch.Tensor] = {}
+    for file in files:
+        pickled = file.suffix == ".bin"
+        state |= torch.load(file, map_location="cpu", weights_only=True, mmap=True) if pickled else load_file(file)
+    return state
+
+
+def merge_adapters(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    The plain weights of a checkpoint of the original's fine-tuning with LoRA (arXiv:2106.09685), which had PEFT wrap a
+    tower: W + 2 B A, alpha being 2 r, and names without what PEFT adds; newer PEFT calls what it adapts `base_layer`.
+
+    Raises:
+        `ValueError`: half an adapter, or one without the weights that it adapts.
+    """
+    plain: dict[str, torch.Tensor] = {}
+    adapters: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in state.items():
+        name = re.sub(r"(^|\.)base_model\.model\.", r"\1", name)
+        half = re.fullmatch(r"(.+)\.lora_([AB])\.default\.weight", name)
+        if half:
+            adapters.setdefault(half[1], {})[half[2]] = tensor
+        else:
+            plain[name.replace(".base_layer.", ".")] = tensor
+    for module, halves in adapters.items():
+        weight = plain.get(f"{module}.weight")
+        if weight is None or set(halves) != {"A", "B"}:
+            raise ValueError(f"The checkpoint's adapter of {module} is not whole: it has {sorted(halves)}.")
+        change = halves["B"].float() @ halves["A"].float()
+        plain[f"{module}.weight"] = torch.add(weight.float(), change, alpha=LORA_SCALING).to(weight.dtype)
+    return plain
 
 
 def with_skip_list(quantization_config: Any, modules: Iterable[str]) -> Any:

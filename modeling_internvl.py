@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, logging
 
 from .configuration_intern_vit import InternVisionConfig  # noqa: F401 - transformers 4.57 copies direct imports only
@@ -51,6 +52,7 @@ NOT_FOR_TEXT = [*NOT_FOR_CONTRAST, r"^vision_model\.", r"^clip_projector\.", r"^
 NOT_FOR_PICTURES = [*NOT_FOR_CONTRAST, r"^qllama\.", r"^text_projection$", r"^logit_scale$"]
 DEFAULT_NEW_TOKENS = 32
 MAX_PADDING = 0.1  # of the real tokens of a batch that is made here
+MAX_SPARE_IDS = 64  # rows of the embedding table without a piece, which some add for even shapes
 
 
 @dataclass
@@ -61,14 +63,18 @@ class InternVLOutput(ModelOutput):
     Attributes:
         logits_per_image (`torch.Tensor`): [images, texts], cosine similarities times `exp(logit_scale)`.
         logits_per_text (`torch.Tensor`): [texts, images], its transpose.
+        last_hidden_state (`torch.Tensor`): [images, 1 + N, vision width], the vision tokens, of pictures alone.
         image_embeds (`torch.Tensor`): [images, clip_embed_dim], of length 1.
         text_embeds (`torch.Tensor`): [texts, clip_embed_dim], of length 1.
+        pooler_output (`torch.Tensor`): `image_embeds` of pictures alone, under the name that pipelines look for.
     """
 
     logits_per_image: torch.Tensor | None = None
     logits_per_text: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
     image_embeds: torch.Tensor | None = None
     text_embeds: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
 
 
 @dataclass
@@ -318,6 +324,35 @@ class TextSide:
     qllama: Any
     text_projection: nn.Parameter
 
+    def check_processor(self, processor: Any) -> None:
+        """
+        Refuse a processor that does not belong to this checkpoint: its texts and pictures would be taken, and mean
+        something else.
+
+        Raises:
+            `TypeError`: it is no InternVLProcessor.
+            `ValueError`: another vocabulary, other special ids, another prefix, or another picture size.
+        """
+        if not hasattr(processor, "image_processor") or not hasattr(processor, "default_task"):
+            # A tokenizer would leave the recipe out without a word.
+            raise TypeError(f"`processor` must be an InternVLProcessor, got {type(processor).__name__}.")
+        tokenizer, config = processor.tokenizer, self.config.qllama_config
+        if not 0 <= config.vocab_size - len(tokenizer) <= MAX_SPARE_IDS:
+            sizes = f"{len(tokenizer):,} pieces, and the model {config.vocab_size:,} ids"
+            raise ValueError(f"The tokenizer is another checkpoint's: it has {sizes}.")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(tokenizer, name) != getattr(config, name):
+                ids = f"{getattr(tokenizer, name)}, the model's {getattr(config, name)}"
+                raise ValueError(f"The tokenizer is another checkpoint's: its `{name}` is {ids}.")
+        prefix = tokenizer.convert_tokens_to_ids(tokenizer.tokenize("summarize:"))
+        expected = self.config.embed_prefix_ids
+        if expected is not None and [config.bos_token_id, *prefix] != list(expected):
+            raise ValueError(f"The tokenizer is another checkpoint's: `summarize:` is {prefix}, not {expected[1:]}.")
+        size, cropped = self.config.image_size, processor.image_processor.crop_size
+        if hasattr(self, "vision_model") and (cropped["height"], cropped["width"]) != (size, size):
+            sizes = f"{cropped['height']} x {cropped['width']} pixels, and the model sees {size} x {size}"
+            raise ValueError(f"The processor is another checkpoint's: its pictures have {sizes}.")
+
     def _checked_text(self, input_ids: Any, attention_mask: Any) -> torch.Tensor:
         return check_token_ids("input_ids", input_ids, attention_mask, self.config.qllama_config.vocab_size)
 
@@ -334,7 +369,7 @@ class TextSide:
     def _pool_states(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """States [B, L', C] with the real tokens first -> the last real one, projected [B, clip_embed_dim]"""
         last = mask.sum(dim=1) - 1  # [B]
-        pooled = states[torch.arange(len(states), device=states.device), last.to(states.device)]  # [B, C]
+        pooled = states[torch.arange(states.shape[0], device=states.device), last.to(states.device)]  # [B, C]
         return pooled @ self.text_projection.to(pooled.device)
 
     def _ends(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -342,17 +377,32 @@ class TextSide:
         last = mask.long().cumsum(1).argmax(1, keepdim=True)
         return input_ids.gather(1, last).flatten() == self.config.qllama_config.eos_token_id
 
-    def _warn_without_end(self, input_ids: torch.Tensor, mask: torch.Tensor) -> None:
-        if has_values(input_ids) and not bool(self._ends(input_ids, mask).all()):
+    def _begins(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Which rows [B] begin with the prefix; all of them if the config does not say what it is."""
+        # Its last id may merge with what follows it.
+        prefix = torch.tensor((self.config.embed_prefix_ids or [])[:-1], device=input_ids.device, dtype=input_ids.dtype)
+        first = mask.long().argmax(1, keepdim=True)  # [B, 1]
+        places = first + torch.arange(len(prefix), device=input_ids.device)
+        return (input_ids.gather(1, places.clamp(max=input_ids.shape[1] - 1)) == prefix).all(dim=1)
+
+    def _warn_of_another_recipe(self, input_ids: torch.Tensor, mask: torch.Tensor) -> None:
+        if not has_values(input_ids):
+            return
+        if not bool(self._ends(input_ids, mask).all()):
             logger.warning_once(
                 "A text does not end with `</s>`: its embedding is taken where the checkpoint was not trained to put"
                 " it. Set `tokenizer.add_eos_token = True`, or use the processor."
+            )
+        if not bool(self._begins(input_ids, mask).all()):
+            logger.warning_once(
+                "A text does not begin with `summarize:`: the checkpoint was not trained to embed it. Put it in front,"
+                " or use the processor."
             )
 
     def _text_embeds(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """Checked ids [B, L] -> [B, clip_embed_dim], not normalised."""
         mask = self._checked_text(input_ids, attention_mask)
-        self._warn_without_end(input_ids, mask)
+        self._warn_of_another_recipe(input_ids, mask)
         return self._pool_text(input_ids, mask)
 
     @under_hook
@@ -392,10 +442,10 @@ class TextSide:
             `torch.Tensor`: [C, clip_embed_dim], of length 1, without gradients.
 
         Raises:
-            `ValueError`, `TypeError`: no name, no template, a template without one place for the name.
+            `ValueError`, `TypeError`: no name, no template, a template without one place for the name, or a processor
+                that [`check_processor`] refuses.
         """
-        if not hasattr(processor, "default_task"):  # a tokenizer would leave the recipe out without a word
-            raise TypeError(f"`processor` must be an InternVLProcessor, got {type(processor).__name__}.")
+        self.check_processor(processor)
         for what, texts in (("names", names), ("templates", templates)):
             if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
                 raise TypeError(f"`{what}` must be a list of texts, at least one, got {texts!r}.")
@@ -486,6 +536,11 @@ class ImageSide:
             return pixel_values.image_states
         return self.vision_model(pixel_values).last_hidden_state
 
+    def _seen(self, pixel_values: torch.Tensor | InternVLSeen) -> InternVLSeen:
+        if isinstance(pixel_values, InternVLSeen):
+            return pixel_values
+        return InternVLSeen(self._image_states(pixel_values))
+
     def _image_embeds(self, pixel_values: torch.Tensor | InternVLSeen, mode: str | None) -> torch.Tensor:
         """[B, 3, H, W] -> [B, clip_embed_dim], not normalised."""
         self._checked_mode(mode)
@@ -565,7 +620,7 @@ class InternVLTextModelWithProjection(InternVLPreTrainedModel, TextSide):
             `ValueError`, `TypeError`: ids of a wrong shape, dtype or range, a mask of another shape, an empty row.
         """
         mask = self._checked_text(input_ids, attention_mask)
-        self._warn_without_end(input_ids, mask)
+        self._warn_of_another_recipe(input_ids, mask)
         states = self._text_states(input_ids, mask)
         output = InternVLTextOutput(self._pool_states(states, mask), put_back(states, mask))
         return output.to_tuple() if return_dict is False else output
@@ -672,7 +727,7 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
 
     def _query_states(self, image_states: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """Run the queries over pictures: [B, 1 + N, vision width] -> [B, num_query_token, C]"""
-        queries = self.query_tokens.expand(len(image_states), -1, -1)
+        queries = self.query_tokens.expand(image_states.shape[0], -1, -1)
         return self.qllama.model(
             inputs_embeds=queries,
             encoder_hidden_states=image_states,
@@ -800,13 +855,12 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
         self._require_queries("`generate`")
         if pixel_values is None:
             raise ValueError("`pixel_values` must be given: there is nothing to write about.")
-        if not isinstance(pixel_values, InternVLSeen):
-            pixel_values = InternVLSeen(self._image_states(pixel_values))
-        image_states = pixel_values.image_states
+        seen = self._seen(pixel_values)
+        image_states = seen.image_states
         input_ids, mask = self._prompt(input_ids, attention_mask, len(image_states), image_states.device)
         mask = self._with_queries(mask)
         prefix = DynamicCache(config=self.config.qllama_config)
-        states = self._read_prompts(pixel_values, input_ids, mask, prefix)
+        states = self._read_prompts(seen, input_ids, mask, prefix)
         return self.qllama.generate(
             input_ids[:, :0],  # nothing is written yet; transformers 4.57 would look for it on the meta device
             inputs_embeds=mask.unsqueeze(-1).to(self.dtype),  # only its length counts: what is written comes after it
@@ -907,6 +961,7 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
         return_dict: bool | None = None,
         image: torch.Tensor | None = None,
         text: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
     ) -> tuple | InternVLOutput:
         """
         Compare pictures and texts, or embed one of them.
@@ -919,6 +974,10 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
             return_dict (`bool`, *optional*): `False` for a plain tuple.
             image, text: the original names of `pixel_values` and `input_ids`; with them a plain tuple
                 `(logits_per_image, logits_per_text)` is returned, as the original did.
+            output_hidden_states (`bool`, *optional*): see pictures, as the vision tower of another model, LLaVA for
+                one: a tuple is returned, the vision tower's `BaseModelOutputWithPooling` with all `hidden_states`, and
+                a `BaseModelOutput` with the outputs of the queries [I, num_query_token, C]. The pictures may then come
+                first, without a name.
 
         Returns:
             [`InternVLOutput`]
@@ -926,6 +985,12 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
         Raises:
             `ValueError`, `TypeError`: no input, an unknown mode, or an input of a wrong shape, dtype or range.
         """
+        if output_hidden_states:
+            if pixel_values is None and isinstance(input_ids, torch.Tensor) and input_ids.is_floating_point():
+                input_ids, pixel_values = None, input_ids
+            if pixel_values is None or not all(each is None for each in (input_ids, attention_mask, image, text)):
+                raise ValueError("`output_hidden_states` is for pictures alone: `pixel_values`, and no text.")
+            return self._see(pixel_values)
         if image is None and text is None:
             output = self._compare(input_ids, pixel_values, attention_mask, mode)
             return output.to_tuple() if return_dict is False else output
@@ -933,6 +998,11 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
             raise ValueError("`image` and `text` go together, and without `pixel_values` and `input_ids`.")
         output = self._compare(text, image, attention_mask, mode)
         return output.logits_per_image, output.logits_per_text
+
+    def _see(self, pixel_values: torch.Tensor) -> tuple[BaseModelOutputWithPooling, BaseModelOutput]:
+        self._require_queries("`output_hidden_states`")
+        vision = self.vision_model(pixel_values, output_hidden_states=True)
+        return vision, BaseModelOutput(last_hidden_state=self._query_states(vision.last_hidden_state))
 
     def _compare(
         self,
@@ -944,16 +1014,22 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
         mode = self._checked_mode(mode)
         if input_ids is None and pixel_values is None:
             raise ValueError("At least one of `input_ids` and `pixel_values` must be given.")
-        image_embeds = text_embeds = None
+        image_states = image_embeds = text_embeds = None
         if pixel_values is not None:
-            image_embeds = F.normalize(self._image_embeds(pixel_values, mode), dim=-1)
+            seen = self._seen(pixel_values)
+            image_states = seen.image_states
+            image_embeds = F.normalize(self._image_embeds(seen, mode), dim=-1)
         if input_ids is not None:
             text_embeds = F.normalize(self._text_embeds(input_ids, attention_mask), dim=-1)
-        if image_embeds is None or text_embeds is None:
-            return InternVLOutput(image_embeds=image_embeds, text_embeds=text_embeds)
+        if text_embeds is None:
+            return InternVLOutput(last_hidden_state=image_states, image_embeds=image_embeds, pooler_output=image_embeds)
+        if image_embeds is None:
+            return InternVLOutput(text_embeds=text_embeds)
         scale = self.logit_scale.exp().to(image_embeds.device)
         logits = scale * image_embeds @ text_embeds.to(image_embeds.device).T
-        return InternVLOutput(logits, logits.T, image_embeds, text_embeds)
+        return InternVLOutput(
+            logits_per_image=logits, logits_per_text=logits.T, image_embeds=image_embeds, text_embeds=text_embeds
+        )
 
 
 class InternVL_C(InternVLModel):  # noqa: N801 - the name that CLIP_benchmark imports

@@ -451,7 +451,9 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
         seen = int(past_key_values.get_seq_length())
         given = 0 if inputs_embeds is None else inputs_embeds.shape[1]
         is_prompt = inputs_embeds is not None and seen < given
-        step = inputs_embeds[:, seen:] if is_prompt else input_ids[:, seen - given :]  # type: ignore[index]
+        # With `synced_gpus` a rank that is ready goes on with the others: its cache grows, its ids do not.
+        first = min(seen - given, input_ids.shape[1] - 1)
+        step = inputs_embeds[:, seen:] if is_prompt else input_ids[:, first:]  # type: ignore[index]
         position_ids = None
         if past_key_values.is_compileable:
             # torch.compile compiles a step once if all steps have the same shapes and strides: so a mask over the whole

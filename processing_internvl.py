@@ -17,7 +17,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+
+try:
+    from PIL import Image, ImageCms, ImageOps
+except ImportError as error:  # the loader's own message would name a package "PIL", which is not on PyPI
+    raise ImportError("InternVL's processor needs Pillow: pip install pillow") from error
 from transformers import BatchFeature, ProcessorMixin
 
 try:
@@ -71,6 +75,7 @@ class InternVLProcessor(ProcessorMixin):
         image_processor_class = "CLIPImageProcessor"
 
     def __init__(self, image_processor, tokenizer, max_length=80, chat_template=None):
+        _check_tokenizer(tokenizer)
         super().__init__(_with_pil_backend(image_processor), tokenizer, chat_template=chat_template)
         self.max_length = _checked_length(max_length)
         self.default_task = "embed"
@@ -181,6 +186,14 @@ class InternVLProcessor(ProcessorMixin):
             input_ids.append(ids + pad if side == "right" else pad + ids)
             attention_mask.append(mask + hole if side == "right" else hole + mask)
         return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def _check_tokenizer(tokenizer):
+    """Refuse what has not the ends and the padding of a text; whether it is the checkpoint's is the model's to say."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if not isinstance(getattr(tokenizer, name, None), int):
+            found = f"{type(tokenizer).__name__} without `{name}`"
+            raise ValueError(f"`tokenizer` must be the checkpoint's, with <s>, </s> and padding, got a {found}.")
 
 
 def _with_pil_backend(image_processor):
@@ -347,8 +360,6 @@ def _to_rgb(picture, name):
 
 
 def _lab_to_rgb(picture):
-    from PIL import ImageCms
-
     profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
     return ImageCms.profileToProfile(picture, *profiles, outputMode="RGB")
 

@@ -16,6 +16,10 @@ from pathlib import Path
 import sentencepiece
 from transformers import PreTrainedTokenizer
 
+PREFIX = "summarize:"
+# Pipelines that call a tokenizer to have texts embedded, and know nothing of what that takes here.
+EMBEDDING_PIPELINES = ("zero-shot-image-classification", "feature-extraction")
+
 
 class InternVLTokenizer(PreTrainedTokenizer):
     """SentencePiece tokenizer: ``<s>`` first, ``</s>`` last on request, padded on the right with id 0.
@@ -33,9 +37,13 @@ class InternVLTokenizer(PreTrainedTokenizer):
         add_eos_token (`bool`, *optional*): whether sequences end with ``</s>``; default False. Text features are read
             at ``</s>``, so embeddings need True and prompts for generation False. Both may be assigned at any time.
         added_ends (`dict[str, bool]`, *optional*): the two settings as `save_pretrained` stores them; not for callers.
+        default_task (`str`, *optional*): "embed" makes every call give what embeddings need: ``summarize:`` before the
+            text unless it is there, ``</s>`` after it. Pipelines that embed texts load their tokenizer so; one that is
+            handed a tokenizer needs one that was loaded so.
 
     Raises:
-        ValueError: `vocab_file` is None, which is what loading a folder without ``tokenizer.model`` comes to.
+        ValueError: `vocab_file` is None, which is what loading a folder without ``tokenizer.model`` comes to; or
+            `default_task` is neither None nor "embed".
         FileNotFoundError: there is no such file.
         RuntimeError: the file is no SentencePiece model.
     """
@@ -54,8 +62,12 @@ class InternVLTokenizer(PreTrainedTokenizer):
         add_bos_token=None,
         add_eos_token=None,
         added_ends=None,
+        default_task=None,
         **kwargs,
     ):
+        if default_task not in (None, "embed"):
+            raise ValueError(f'`default_task` must be None or "embed", got {default_task!r}.')
+        self.default_task = default_task
         if vocab_file is None:
             raise ValueError("`vocab_file` must be the path of a SentencePiece model (tokenizer.model), got None.")
         if not os.path.isfile(vocab_file):
@@ -78,6 +90,20 @@ class InternVLTokenizer(PreTrainedTokenizer):
             added_ends=self.added_ends,
             **kwargs,
         )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers; in a pipeline that embeds texts `default_task` is "embed"."""
+        tokenizer = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if kwargs.get("_from_pipeline") in EMBEDDING_PIPELINES:
+            tokenizer.default_task = "embed"
+        return tokenizer
+
+    def __call__(self, text=None, *args, **kwargs):
+        """As in transformers; what `default_task` adds is added to each text."""
+        if self.default_task == "embed":
+            text = _with_prefix(text)
+        return super().__call__(text, *args, **kwargs)
 
     @property
     def added_ends(self) -> dict[str, bool]:
@@ -125,10 +151,14 @@ class InternVLTokenizer(PreTrainedTokenizer):
                 run.append(token)
         return "".join(texts) + self.sp_model.decode(run)
 
+    @property
+    def _ends_in_eos(self) -> bool:
+        return bool(self.add_eos_token) or self.default_task == "embed"
+
     def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None) -> list[int]:
-        """Puts ``<s>`` before and ``</s>`` after each sequence, as far as `add_bos_token` and `add_eos_token` say."""
+        """Puts ``<s>`` before and ``</s>`` after each sequence, as far as the settings say."""
         start = [self.bos_token_id] if self.add_bos_token else []
-        end = [self.eos_token_id] if self.add_eos_token else []
+        end = [self.eos_token_id] if self._ends_in_eos else []
         first = start + list(token_ids_0) + end
         return first if token_ids_1 is None else first + start + list(token_ids_1) + end
 
@@ -136,7 +166,7 @@ class InternVLTokenizer(PreTrainedTokenizer):
         """1 where `build_inputs_with_special_tokens` puts ``<s>`` or ``</s>``, 0 elsewhere."""
         if already_has_special_tokens:
             return super().get_special_tokens_mask(token_ids_0, token_ids_1, already_has_special_tokens=True)
-        start, end = [1] * bool(self.add_bos_token), [1] * bool(self.add_eos_token)
+        start, end = [1] * bool(self.add_bos_token), [1] * self._ends_in_eos
         first = start + [0] * len(token_ids_0) + end
         return first if token_ids_1 is None else first + start + [0] * len(token_ids_1) + end
 
@@ -157,6 +187,14 @@ class InternVLTokenizer(PreTrainedTokenizer):
         elif not (target.exists() and os.path.samefile(self.vocab_file, target)):
             shutil.copyfile(self.vocab_file, target)
         return (str(target),)
+
+
+def _with_prefix(text):
+    if isinstance(text, str):
+        return text if text.lstrip().startswith(PREFIX) else PREFIX + text
+    if isinstance(text, (list, tuple)) and all(isinstance(item, str) for item in text):
+        return [_with_prefix(item) for item in text]
+    raise TypeError(f'`text` must be a str or a list of str with `default_task="embed"`, got {type(text).__name__}.')
 
 
 __all__ = ["InternVLTokenizer"]

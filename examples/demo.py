@@ -50,6 +50,7 @@ class Demo:
     """Runs the model over the examples; every method returns plain rows to print and to draw."""
 
     def __init__(self, model, processor, examples: list[Example], mode: str):
+        model.check_processor(processor)
         self.model, self.processor, self.examples, self.mode = model, processor, examples, mode
         pictures = [example.picture for example in examples]
         self.pixels = processor(images=pictures).pixel_values.to(model.device, model.dtype)

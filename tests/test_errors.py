@@ -418,6 +418,7 @@ BAD_FIELDS = {
         **dict.fromkeys(("use_backbone_lora", "use_qllama_lora"), (-1, 1.5, "8", None)),
         "force_image_size": (0, -14, 57, "56"),
         "caption_prompt_ids": ([], [-1], [VOCABULARY], ["a"], 5, "abc", [1.5]),
+        "embed_prefix_ids": ([], [-1], [VOCABULARY], ["a"], 5, "abc", [1.5]),
         "initializer_range": NOT_NEGATIVE,
         "tie_word_embeddings": (True,),
     },

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
-from transformers import AutoConfig
+from transformers import AutoConfig, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from conftest import GOLDEN, ROOT, TOLERANCE, golden, golden_config, golden_model, repo_class, training_batch
@@ -201,8 +201,10 @@ def test_forward(model, expected, mode):
 @torch.no_grad()
 def test_forward_with_one_input(model):
     image = model(pixel_values=PIXELS)
-    assert list(image) == ["image_embeds"]
+    assert list(image) == ["last_hidden_state", "image_embeds", "pooler_output"]
     assert_close(image.image_embeds, model.embed_image(PIXELS), **EXACT)
+    assert_close(image.pooler_output, image.image_embeds, **EXACT)
+    assert_close(image.last_hidden_state, model.vision_model(PIXELS).last_hidden_state, **EXACT)
     text = model(input_ids=IDS, attention_mask=MASK)
     assert list(text) == ["text_embeds"]
     assert_close(text.text_embeds, model.embed_text(IDS), **EXACT)
@@ -214,7 +216,8 @@ def test_tuples(model):
     fields = (output.logits_per_image, output.logits_per_text, output.image_embeds, output.text_embeds)
     for actual, expected in (
         (model(IDS, PIXELS, return_dict=False), fields),
-        (model(pixel_values=PIXELS, return_dict=False), (output.image_embeds,)),
+        (model(pixel_values=PIXELS, return_dict=False), model(pixel_values=PIXELS).to_tuple()),
+        (model(input_ids=IDS, return_dict=False), (output.text_embeds,)),
         (model(image=PIXELS, text=IDS, mode="InternVL-C"), (output.logits_per_image, output.logits_per_text)),
         (model.vision_model(PIXELS, return_dict=False), model.vision_model(PIXELS).to_tuple()),
         (model.qllama(IDS, use_cache=False, return_dict=False), (model.qllama(IDS).logits,)),
@@ -922,3 +925,15 @@ def test_original_signatures():
         "attention_mask",
         "generation_config",
     ]
+
+
+@torch.no_grad()
+def test_a_rank_that_is_ready_goes_on_with_the_others(model):
+    """With `synced_gpus` its cache grows and its ids do not; its steps are to run, whatever they give."""
+    qllama, cache = model.qllama, DynamicCache(config=model.config.qllama_config)
+    qllama(IDS[:, :6], past_key_values=cache)
+    for _ in range(3):
+        inputs = qllama.prepare_inputs_for_generation(IDS[:, :4], past_key_values=cache)
+        assert inputs["input_ids"].tolist() == IDS[:, 3:4].tolist()
+        assert qllama(**inputs).logits.shape[:2] == (len(IDS), 1)
+    assert cache.get_seq_length() == 9

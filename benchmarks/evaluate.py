@@ -1,0 +1,473 @@
+"""Evaluate a checkpoint as users of CLIP models do: zero-shot classification, retrieval, captions.
+
+    python benchmarks/evaluate.py --task retrieval --data examples/pictures --listing examples/pictures/examples.json \\
+        --image-column file --caption-column name --language en zh ja --dtype float32
+    python benchmarks/evaluate.py --model . --device-map auto --task classification --data wds_imagenetv2 \\
+        --output "{dataset}_{model}_{language}.json"
+
+Without `--model` it is the tiny checkpoint of this repository. `--data` is a folder (a sub-folder for each class, or
+pictures with a listing), a data set of the library `datasets`, or WebDataset shards as CLIP_benchmark keeps them. Each
+combination of mode, language and set of templates gives one JSON object with CLIP_benchmark's keys, figures in [0, 1];
+what was published for a data set of that name (published.json) is printed beside it. EVALUATION.md says more.
+
+What is computed is kept in `--cache`, batch by batch, under a name that says all that it depends on: a run that was
+interrupted goes on where it was, and one that is repeated reads what is there without loading the model.
+"""
+
+import argparse
+import json
+import os
+import re
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import evaluation_metrics as metrics
+import torch
+import torch.nn.functional as F
+import transformers
+from evaluation_data import (
+    Columns,
+    Pictures,
+    choose_classnames,
+    choose_templates,
+    digest,
+    named_files,
+    read_pictures,
+    stamp,
+)
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModel, AutoProcessor
+
+ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = Path(__file__).with_name("published.json")
+MODES = ("InternVL-C", "InternVL-G")
+TASKS = {"classification": "zeroshot_classification", "retrieval": "zeroshot_retrieval", "captioning": "captioning"}
+# As in the published evaluation.
+CROPS = {"classification": "center", "retrieval": "squash", "captioning": "squash"}
+PROMPTS = {"en": "English caption:"}
+WITHOUT_SPACES = ("zh", "cn", "ja", "jp", "th")
+OTHER_NAMES = {"zh": "cn", "ja": "jp"}  # of languages, in published.json
+TEXTS = 512  # in a shard of the cache
+WEIGHTS = ("*.json", "*.safetensors", "*.model")
+VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+# --------------------------------------------------------------------------------------------------------- cache
+
+
+def cached(folder: Path, about: dict, total: int, produce: Callable[[int], Iterator], unit: str) -> list:
+    """
+    The rows that `produce` makes, kept in shards. What is there already is read, and the rest is made.
+
+    Args:
+        folder: of the cache; the shards lie in a sub-folder that is named after `about`.
+        about: everything that the rows depend on.
+        total: how many rows there are.
+        produce: given how many rows are there, an iterator over tensors or lists of the following rows.
+        unit: what a row is, for the progress bar.
+
+    Returns:
+        The shards, in order.
+    """
+    folder = folder / f"{unit}s-{digest(about)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "about.json").write_text(json.dumps(about, indent=1, ensure_ascii=False), "utf-8")
+    shards = []
+    done = 0
+    for path in sorted(folder.glob("*.pt")):
+        if int(path.stem) != done:
+            raise ValueError(f"{folder} lacks the shard {done:09d}.pt. Delete the folder to compute it anew.")
+        shards.append(torch.load(path, weights_only=True))
+        done += len(shards[-1])
+    with tqdm(total=total, initial=done, unit=unit, disable=done == total) as bar:
+        for rows in produce(done) if done < total else ():
+            _write(rows, folder / f"{done:09d}.pt")
+            shards.append(rows)
+            done += len(rows)
+            bar.update(len(rows))
+    return shards
+
+
+def _write(rows: Any, path: Path) -> None:
+    """A shard is there as a whole or not at all."""
+    unfinished = path.with_suffix(f".{os.getpid()}.part")
+    torch.save(rows, unfinished)
+    unfinished.replace(path)
+
+
+def weights_stamp(model: str, where: dict) -> Any:
+    """What changes with the code or the weights of a checkpoint."""
+    root = Path(model)
+    if not root.is_dir():
+        return AutoConfig.from_pretrained(model, **where)._commit_hash
+    weights = root / where.get("subfolder", "")
+    files = {*root.glob("*.py"), *(path for kind in WEIGHTS for path in weights.glob(kind))}
+    return [stamp(path) for path in sorted(files)]
+
+
+# ----------------------------------------------------------------------------------------------------- embedding
+
+
+class Evaluation:
+    """
+    Embeds the pictures and texts of a run, or captions the pictures.
+
+    Args:
+        options: what `parse` returns.
+        pictures: what is evaluated.
+    """
+
+    def __init__(self, options: argparse.Namespace, pictures: Pictures):
+        self.options, self.pictures = options, pictures
+        where = {"subfolder": options.subfolder, "revision": options.revision, "trust_remote_code": True}
+        self.where = {name: value for name, value in where.items() if value}
+        self.lengths = {name: getattr(options, name) for name in ("num_beams", "min_new_tokens", "max_new_tokens")}
+        self.about = {
+            "model": weights_stamp(options.model, self.where),
+            "dtype": options.dtype,
+            "device": options.device_map or options.device,
+            "versions": VERSIONS,
+        }
+
+    @cached_property
+    def model(self) -> Any:
+        placed = {"device_map": self.options.device_map} if self.options.device_map else {}
+        dtype = "auto" if self.options.dtype == "auto" else getattr(torch, self.options.dtype)
+        model = AutoModel.from_pretrained(self.options.model, dtype=dtype, **self.where, **placed).eval()
+        model.check_processor(self.processor)
+        return model if placed else model.to(self.options.device)
+
+    @cached_property
+    def processor(self) -> Any:
+        return AutoProcessor.from_pretrained(self.options.model, **self.where)
+
+    def keep(self, unit: str, about: dict, total: int, produce: Callable[[int], Iterator]) -> list:
+        return cached(self.options.cache, self.about | about, total, produce, unit)
+
+    def pixels(self, start: int) -> Iterator[torch.Tensor]:
+        """Batches [B, 3, H, W] of the pictures from `start` on; the next one is prepared meanwhile, by threads."""
+        size, processor = self.options.batch_size, self.processor  # loaded here: threads would load it several times
+        waiting: deque[list[Future]] = deque()
+        with ThreadPoolExecutor(self.options.workers) as pool:
+            for begin in range(start, len(self.pictures.names), size):
+                rows = range(begin, min(begin + size, len(self.pictures.names)))
+                waiting.append([pool.submit(self._prepare, processor, row) for row in rows])
+                if len(waiting) > 1:
+                    yield self._collect(waiting.popleft())
+            while waiting:
+                yield self._collect(waiting.popleft())
+
+    def _prepare(self, processor: Any, row: int) -> torch.Tensor:
+        try:
+            return processor(images=self.pictures.open(row), crop=self.options.crop).pixel_values
+        except Exception as error:  # PIL raises OSError, SyntaxError, struct.error and more for damaged files
+            raise ValueError(f"The picture {self.pictures.names[row]} cannot be read: {error}") from error
+
+    def _collect(self, batch: list[Future]) -> torch.Tensor:
+        pixels = torch.cat([each.result() for each in batch])
+        # What is offloaded has no device to go to; there the hooks of accelerate move the inputs.
+        device = "cpu" if self.model.device.type == "meta" else self.model.device
+        return pixels.to(device, self.model.dtype)
+
+    def _finite(self, rows: torch.Tensor, names: list[str]) -> torch.Tensor:
+        """Rows of length 1, in float32: in 16 bits, more of them would tie."""
+        rows = rows.float().cpu()
+        bad = [name for name, row in zip(names, rows) if not row.isfinite().all()]
+        if bad:
+            raise ValueError(f"The embedding of {bad[0]} is not finite; try `--dtype bfloat16` or `--dtype float32`.")
+        return F.normalize(rows, dim=-1)
+
+    def images(self) -> dict[str, torch.Tensor]:
+        """For each mode [N, D], of length 1. The vision tower runs once for both."""
+        modes, names = self.options.mode, self.pictures.names
+
+        def produce(done: int) -> Iterator[torch.Tensor]:
+            for pixels in self.pixels(done):
+                seen = self.model.look_at(pixels, queries="InternVL-G" in modes)
+                rows = [self.model.embed_image(seen, mode, normalize=False) for mode in modes]
+                batch = names[done : done + len(pixels)]
+                yield torch.stack([self._finite(each, batch) for each in rows], dim=1)  # [B, modes, D]
+                done += len(pixels)
+
+        about = {"data": self.pictures.fingerprint, "crop": self.options.crop, "modes": modes}
+        shards = self.keep("picture", about, len(names), produce)
+        return dict(zip(modes, torch.cat(shards).unbind(1)))
+
+    def texts(self, texts: list[str]) -> torch.Tensor:
+        """[T, D], of length 1"""
+
+        def produce(done: int) -> Iterator[torch.Tensor]:
+            for start in range(done, len(texts), TEXTS):
+                batch = texts[start : start + TEXTS]
+                ids = self.processor(text=batch, task="embed", padding=False, return_tensors=None).input_ids
+                yield self._finite(self.model.embed_texts(ids, normalize=False), batch)
+
+        return torch.cat(self.keep("text", {"texts": digest(texts)}, len(texts), produce))
+
+    def classes(self, names: list[str], templates: list[str]) -> torch.Tensor:
+        """[C, D], of length 1: the text classifier."""
+        size = max(1, TEXTS // len(templates))
+
+        def produce(done: int) -> Iterator[torch.Tensor]:
+            for start in range(done, len(names), size):
+                batch = names[start : start + size]
+                yield self._finite(self.model.embed_classes(self.processor, batch, templates), batch)
+
+        about = {"names": digest(names), "templates": digest(templates)}
+        return torch.cat(self.keep("name", about, len(names), produce))
+
+    def captions(self, prompt: str) -> list[str]:
+        """One for each picture."""
+
+        def produce(done: int) -> Iterator[list[str]]:
+            for pixels in self.pixels(done):
+                inputs = self.processor(text=prompt, task="caption").to(pixels.device)
+                ids = self.model.generate(pixels, **inputs, **self.lengths, do_sample=False)
+                yield [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
+
+        about = {"data": self.pictures.fingerprint, "crop": self.options.crop, "prompt": prompt, **self.lengths}
+        shards = self.keep("caption", about, len(self.pictures.names), produce)
+        return [text for shard in shards for text in shard]
+
+
+# --------------------------------------------------------------------------------------------------------- tasks
+
+
+def classify(run: Evaluation, sets: dict[str, dict[str, list[str]]]) -> Iterator[dict]:
+    """A result for each language, set of templates and mode."""
+    images = run.images()
+    for language, templates in sets.items():
+        names = choose_classnames(run.pictures, language, run.options.classnames)
+        for name, texts in templates.items():
+            classes = run.classes(names, texts)
+            for mode, rows in images.items():
+                found = metrics.classification(rows, classes, run.pictures.labels or [])
+                yield result(run, mode, language, found, templates=name, classes=len(names))
+
+
+def retrieve(run: Evaluation) -> Iterator[dict]:
+    """A result for each language and mode."""
+    images = run.images()
+    for language in run.options.language:
+        groups = run.pictures.captions[language]
+        owners = [picture for picture, group in enumerate(groups) for _ in group]
+        texts = run.texts([text for group in groups for text in group])
+        for mode, rows in images.items():
+            yield result(run, mode, language, metrics.retrieval(rows, texts, owners), texts=len(texts))
+
+
+def caption(run: Evaluation) -> Iterator[dict]:
+    """A result for each language."""
+    options = run.options
+    for language in options.language:
+        prompt = options.prompt[language]
+        written = run.captions(prompt)
+        found = metrics.captioning(written, run.pictures.captions[language], options.tokenizer)
+        pairs = [{"image": name, "caption": text} for name, text in zip(run.pictures.names, written)]
+        how = {"tokenizer": options.tokenizer, "prompt": prompt, **run.lengths, "captions": pairs}
+        yield result(run, options.mode[0], language, found, **how)
+
+
+def result(run: Evaluation, mode: str, language: str, found: dict, **more: Any) -> dict:
+    """CLIP_benchmark's keys, then ours."""
+    options = run.options
+    theirs = {
+        "dataset": options.dataset_name,
+        "model": mode,
+        "pretrained": options.model,
+        "task": TASKS[options.task],
+        "metrics": found,
+        "language": language,
+    }
+    ours = {"mode": mode, "crop": options.crop, "pictures": len(run.pictures.names), **more}
+    known = published(options.dataset_name, TASKS[options.task], mode, language)
+    device = options.device_map or options.device
+    return theirs | ours | {"dtype": options.dtype, "device": device, "versions": VERSIONS, "published": known}
+
+
+def published(dataset: str, task: str, mode: str, language: str) -> dict | None:
+    """What was published for a data set of this name: its metrics, source and checkpoint; None where nothing was."""
+    known = json.loads(PUBLISHED.read_text("utf-8"))
+    wanted = re.sub(r"^wds[_/]", "", dataset).replace("/", "-")
+    languages = (language, OTHER_NAMES.get(language))
+    for each in known["results"]:
+        same = each["dataset"].replace("/", "-") == wanted and (each["task"], each["mode"]) == (task, mode)
+        if same and each["language"] in languages:
+            source = known["sources"][each["source"]]
+            return {"metrics": each["metrics"], "where": source["where"], "checkpoint": source["checkpoints"][mode]}
+    return None
+
+
+def show(found: dict) -> None:
+    """A result as a table, in per cent, beside what was published."""
+    beside = found["published"]["metrics"] if found["published"] else {}
+    title = [found["dataset"], found["task"], found["model"], found["language"], found.get("templates", "")]
+    print("\n" + " ".join(filter(None, title)) + f", {found['pictures']} pictures, crop {found['crop']}")
+    for name, value in found["metrics"].items():
+        other = beside.get(name)
+        line = f"  {name:28}" + ("       -" if value is None else f"{value:8.2%}")
+        print(line if other is None or value is None else f"{line}   published {other:7.2%}, {value - other:+.2%}")
+    if found["published"]:
+        print(f"  published with {found['published']['checkpoint']} ({found['published']['where']})")
+
+
+# ------------------------------------------------------------------------------------------------------- options
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--task", choices=TASKS, required=True)
+    add("--data", required=True, help="folder, or a name for datasets.load_dataset")
+    add("--source", choices=("auto", "folder", "datasets", "webdataset"), default="auto", help="what --data is")
+    add("--dataset-name", help="in the result; the last part of --data if not given")
+    add("--split", default="test", help="of datasets or shards")
+    add("--dataset-config", help="of datasets")
+    add("--listing", help="file on what the pictures show; captions.json, .jsonl or .csv in --data if not given")
+    add("--image-column", default="image", help="of datasets or the listing")
+    add("--label-column", default="label")
+    add("--caption-column", default="caption", help="a text, a list of texts, or either for each language")
+    add("--language", nargs="+", default=["en"], help="whose class names, templates and captions are used")
+    add(
+        "--classnames", nargs="+", default=[], help="FILE or LANGUAGE=FILE, one name a line, in the order of the labels"
+    )
+    add(
+        "--templates",
+        nargs="+",
+        default=[],
+        help="FILE or LANGUAGE=FILE, one a line with {c}; several for a language: one result each",
+    )
+    add("--model", help="folder or Hub id; this repository's tiny checkpoint if not given")
+    add("--subfolder", default="", help="of --model")
+    add("--revision", help="of --model")
+    add("--mode", nargs="+", choices=MODES, help="InternVL-C if not given; captions need InternVL-G")
+    add(
+        "--crop",
+        choices=("center", "squash"),
+        help="as in the published evaluation if not given: center for classification",
+    )
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    place.add_argument("--device-map", type=device_map, help='"auto", or JSON such as {"": 0, "qllama": 1}')
+    add("--batch-size", type=int, default=32)
+    add("--workers", type=int, default=4, help="threads that read pictures")
+    add("--num-beams", type=int, default=5)
+    add("--min-new-tokens", type=int, default=8)
+    add("--max-new-tokens", type=int, default=30)
+    add("--prompt", nargs="+", default=[], help="LANGUAGE=TEXT for captions; English has one")
+    add("--tokenizer", choices=metrics.TOKENIZERS, default="ptb", help="of the scores of captions")
+    add("--cache", type=Path, default=ROOT / ".cache" / "evaluation")
+    add("--output", help='file for each result, such as "{dataset}_{model}_{language}_{task}_{templates}.json"')
+    return complete(parser.parse_args(arguments))
+
+
+def device_map(text: str) -> str | dict:
+    return json.loads(text) if text.startswith("{") else text
+
+
+def complete(options: argparse.Namespace) -> argparse.Namespace:
+    """
+    Fill in what depends on other options.
+
+    Raises:
+        ValueError: options that contradict each other.
+    """
+    if options.model is None:
+        options.model, options.subfolder = str(ROOT), "tiny"
+    captioning = options.task == "captioning"
+    options.mode = options.mode or ["InternVL-G" if captioning else "InternVL-C"]
+    if captioning and options.mode != ["InternVL-G"]:
+        raise ValueError(f"`--mode` must be InternVL-G for captions, which the queries write, got {options.mode}.")
+    for name in ("batch_size", "workers"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"`--{name.replace('_', '-')}` must be at least 1, got {getattr(options, name)}.")
+    options.crop = options.crop or CROPS[options.task]
+    options.dataset_name = options.dataset_name or Path(options.data).resolve().name
+    for name in ("classnames", "templates"):
+        setattr(options, name, named_files(getattr(options, name), options.language))
+    prompts = dict(item.partition("=")[::2] for item in options.prompt)
+    if not set(prompts) <= set(options.language):
+        raise ValueError(f"`--prompt` must be LANGUAGE=TEXT with a language of `--language`, got {options.prompt}.")
+    options.prompt = PROMPTS | prompts
+    if captioning:
+        _check_captioning(options)
+    return options
+
+
+def _check_captioning(options: argparse.Namespace) -> None:
+    metrics.check_tokenizer(options.tokenizer)
+    for language in options.language:
+        if language not in options.prompt:
+            raise ValueError(f"`--prompt` must give a prompt for {language!r}, such as {language}=TEXT.")
+        if language in WITHOUT_SPACES and options.tokenizer != "characters":
+            raise ValueError(f"`--tokenizer` must be characters for {language!r}, got {options.tokenizer!r}.")
+
+
+def output_paths(options: argparse.Namespace, sets: dict[str, dict]) -> dict[tuple, Path]:
+    """Where each result goes, by mode, language and set of templates; two in one file are refused."""
+    paths = {}
+    for mode in options.mode:
+        for language, names in sets.items():
+            for name in names or [""]:
+                parts = {
+                    "dataset": options.dataset_name,
+                    "model": mode,
+                    "pretrained": options.model,
+                    "language": language,
+                }
+                parts |= {"task": TASKS[options.task], "templates": name}
+                safe = {key: value.strip("/").replace("/", "-") for key, value in parts.items()}
+                paths[mode, language, name] = Path(options.output.format(**safe))
+    if len(set(paths.values())) < len(paths):
+        raise ValueError(
+            f"`--output` must differ for the {len(paths)} results of this run: use {{model}} and the like."
+        )
+    return paths
+
+
+@torch.inference_mode()
+def main(arguments: list[str] | None = None) -> list[dict]:
+    """Evaluate, print and write. Returns the results."""
+    options = parse(arguments)
+    columns = Columns(options.image_column, options.label_column, options.caption_column)
+    known = (options.split, options.dataset_config, options.listing)
+    pictures = read_pictures(options.data, options.source, options.task, options.language, columns, *known)
+    sets: dict[str, dict] = {language: {} for language in options.language}
+    if options.task == "classification":
+        sets = {language: choose_templates(pictures, language, options.templates) for language in options.language}
+        for language in options.language:
+            choose_classnames(pictures, language, options.classnames)  # refuse before hours of work, not after
+    paths = output_paths(options, sets) if options.output else {}
+    run = Evaluation(options, pictures)
+    tasks = {
+        "classification": lambda: classify(run, sets),
+        "retrieval": lambda: retrieve(run),
+        "captioning": lambda: caption(run),
+    }
+    results = []
+    for found in tasks[options.task]():
+        show(found)
+        results.append(found)
+        if paths:
+            write(found, paths[found["model"], found["language"], found.get("templates", "")])
+    return results
+
+
+def write(found: dict, path: Path) -> None:
+    """A result, and its captions into a file of their own beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    captions = found.get("captions")
+    if captions:
+        text = json.dumps(captions, indent=1, ensure_ascii=False)
+        path.with_suffix(".captions.json").write_text(text + "\n", "utf-8")
+    figures = {name: value for name, value in found.items() if name != "captions"}
+    path.write_text(json.dumps(figures, ensure_ascii=False) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

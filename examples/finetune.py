@@ -1,0 +1,355 @@
+"""Fine-tune InternVL on pictures with captions, with transformers' Trainer.
+
+    python examples/finetune.py --model . --subfolder tiny --data FOLDER --output_dir out --bf16 --train lora
+    accelerate launch examples/finetune.py ...                                      # several GPUs (DDP)
+    accelerate launch --config_file examples/fsdp2.yaml examples/finetune.py ...    # weights in slices (FSDP2)
+
+All flags of `TrainingArguments` work beside those of `Arguments` below; `--help` lists them. `make_trainer(arguments)`
+is the same for use from Python.
+
+* A step compares the pictures of one micro-batch of all processes, `per_device_train_batch_size` times their number.
+  Which rows it has, the caption taken of each and the noise that its wrong texts are drawn with follow from `--seed`,
+  the epoch and the row alone. So any number of processes gives the same losses, as long as the product is the same.
+* Process r takes rows r, r + W, ... of the batch: so the first halves of all processes, which matching gives a wrong
+  text, are the first half of the whole. Rows that fill no batch are left out of an epoch, others in every epoch.
+* Gradient accumulation averages the losses of several micro-batches. Negatives come from one micro-batch only: a
+  contrast among 8 x 32 pictures is easier than one among 256.
+* What the objective does not use stays frozen: stage 2 has no loss on `clip_projector`, retrieval none on `lm_head`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import ceil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from finetune_data import Captions, Collator, EpochLoader, GlobalBatches, load_rows
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+from transformers import AutoModel, AutoProcessor, HfArgumentParser, Trainer, TrainingArguments
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.trainer_utils import get_last_checkpoint
+
+CLASSES = {"pretraining": "InternVLForPreTraining", "retrieval": "InternVLForRetrieval"}
+HEADS = ("clip_projector.", "clip_projector2.", "itm_head.", "text_projection", "logit_scale", "query_tokens")
+UNUSED = {"pretraining": ("clip_projector.",), "retrieval": ("qllama.lm_head.",)}
+# The targets of the original's LoRA.
+VISION_TARGETS = r"vision_model\.encoder\.layers\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
+QLLAMA_TARGETS = r"qllama\.model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+LOSSES = ("loss_itm", "loss_itc", "loss_itg")
+
+
+@dataclass
+class Arguments(TrainingArguments):
+    """What to train, on what, and how; with the fields of `TrainingArguments`."""
+
+    model: str = field(default=".", metadata={"help": "Folder or Hub id of the model."})
+    subfolder: str = field(default="", metadata={"help": "Of the model; `tiny` for the tiny checkpoint of a clone."})
+    dtype: str = field(default="float32", metadata={"help": "Of the weights in memory. Mixed precision is --bf16."})
+    objective: Literal["pretraining", "retrieval"] = field(
+        default="pretraining", metadata={"help": "Matching, contrast and captions; or matching and contrast."}
+    )
+    train: Literal["full", "heads", "lora"] = field(default="full", metadata={"help": "Which weights are trained."})
+    lora_vision: int = field(default=0, metadata={"help": "Rank of the adapters of the vision tower; 0 for none."})
+    lora_qllama: int = field(default=0, metadata={"help": "Rank of the adapters of QLLaMA; 0 for none."})
+    merge: bool = field(default=False, metadata={"help": "Also write the model with its adapters to out/merged."})
+    data: str = field(default="", metadata={"help": "A folder, a parquet file, a saved dataset, or a Hub id."})
+    split: str = field(default="train", metadata={"help": "The split to train on."})
+    held_out: str = field(default="", metadata={"help": "For evaluation: a split, or a number of rows not to train."})
+    image_column: str = field(default="image", metadata={"help": "Pictures, or paths of pictures."})
+    text_columns: list[str] = field(
+        default_factory=lambda: ["text"],
+        metadata={"help": "Captions, a column for each language. A row has a text, a list of texts, or none."},
+    )
+    prompts: list[str] = field(
+        default_factory=lambda: ["English caption:"],
+        metadata={"help": "What captions are asked for with: one prompt, or one for each text column."},
+    )
+    crop: Literal["center", "squash"] = field(default="center", metadata={"help": "How pictures become square."})
+    negatives: Literal["similar", "random"] = field(
+        default="similar",
+        metadata={"help": "Wrong texts: by their logits, which takes one more pass of both towers, or any."},
+    )
+    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in the output folder."})
+    report_to: list[str] = field(default_factory=lambda: ["none"], metadata={"help": "As in TrainingArguments."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False
+        if self.gradient_checkpointing_kwargs is None:
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        self.check()
+
+    def check(self) -> None:
+        """Refuse what would train something else than it seems to, or nothing."""
+        size, ranks = self.per_device_train_batch_size, (self.lora_vision, self.lora_qllama)
+        if not self.data or not self.output_dir:
+            raise ValueError("`data` and `output_dir` must be given.")
+        if self.objective == "pretraining" and size % 2:
+            raise ValueError(f"`per_device_train_batch_size` must be even: half match, half do not; got {size}.")
+        if self.n_gpu > 1:
+            raise ValueError(f"One process per GPU: start with `accelerate launch`, got {self.n_gpu} GPUs in one.")
+        if (self.train == "lora") != any(ranks) or min(ranks) < 0:
+            raise ValueError(f"`train='lora'` and a positive `lora_vision` or `lora_qllama` go together, got {ranks}.")
+        if self.merge and self.train != "lora":
+            raise ValueError(f"`merge` needs `train='lora'`, got {self.train!r}.")
+        if len(self.prompts) not in (1, len(self.text_columns)):
+            counts = f"{len(self.text_columns)} columns and {len(self.prompts)} prompts"
+            raise ValueError(f"`prompts` must be one, or one for each of `text_columns`, got {counts}.")
+
+
+# ----------------------------------------------------------------------------------------------------------- model
+
+
+def load_processor_and_model(arguments: Arguments) -> tuple[Any, Any]:
+    """The processor, and the model of the objective with all that is not trained frozen."""
+    where = {"subfolder": arguments.subfolder}
+    with arguments.main_process_first(desc="code of the model"):  # one process copies it, the others find it
+        processor = AutoProcessor.from_pretrained(arguments.model, trust_remote_code=True, **where)
+        name = f"modeling_internvl.{CLASSES[arguments.objective]}"
+        model_class = get_class_from_dynamic_module(name, arguments.model)
+    model = model_class.from_pretrained(arguments.model, dtype=arguments.dtype, **where)
+    model.check_processor(processor)
+    if not arguments.gradient_checkpointing:
+        # The vision tower's is on unless told. Only transformers 5.23 knows the first name, and it warns of the second.
+        (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
+    for name, parameter in model.named_parameters():
+        is_chosen = arguments.train == "full" or (arguments.train == "heads" and name.startswith(HEADS))
+        parameter.requires_grad_(is_chosen and not name.startswith(UNUSED[arguments.objective]))
+    return processor, get_peft_model(model, lora_config(arguments)) if arguments.train == "lora" else model
+
+
+def lora_config(arguments: Arguments) -> LoraConfig:
+    """Adapters of the original's kind: alpha is twice the rank, dropout 0.05."""
+    wanted = {VISION_TARGETS: arguments.lora_vision, QLLAMA_TARGETS: arguments.lora_qllama}
+    ranks = {targets: rank for targets, rank in wanted.items() if rank}
+    return LoraConfig(
+        r=max(ranks.values()),
+        lora_alpha=2 * max(ranks.values()),
+        lora_dropout=0.05,
+        target_modules="|".join(ranks),
+        rank_pattern=ranks,
+        alpha_pattern={targets: 2 * rank for targets, rank in ranks.items()},
+    )
+
+
+def merge(arguments: Arguments, folder: str) -> None:
+    """Write the model with the adapters of the output folder added to its weights, as any other model."""
+    where = {"subfolder": arguments.subfolder, "trust_remote_code": True}
+    base = AutoModel.from_pretrained(arguments.model, dtype=arguments.dtype, **where)
+    PeftModel.from_pretrained(base, arguments.output_dir).merge_and_unload().save_pretrained(folder)
+    AutoProcessor.from_pretrained(arguments.model, **where).save_pretrained(folder)
+
+
+# -------------------------------------------------------------------------------------------------------- training
+
+
+class FineTuner(Trainer):
+    """The Trainer, with batches of all processes, hard negatives, the losses apart, and retrieval as evaluation."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.model_accepts_loss_kwargs = False  # losses are means, which accumulation has to divide
+        self.parts: list[torch.Tensor] = []  # the losses of the micro-batches since the last log
+        if self.is_fsdp_enabled:  # FSDP2 shards no scalar; `_save` writes it as it was
+            inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+            scale = inner.logit_scale
+            inner.logit_scale = torch.nn.Parameter(scale.detach().reshape(1), requires_grad=scale.requires_grad)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Not prepared by accelerate, which would deal the rows to the processes in its own way."""
+        size = self.args.per_device_train_batch_size * self.args.world_size
+        return EpochLoader(
+            self.train_dataset,
+            batch_sampler=GlobalBatches(len(self.train_dataset), size, self.args.seed),
+            collate_fn=Collator(self.train_dataset, self.processing_class, self.args),
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+        )
+
+    @property
+    def bare_model(self) -> Any:
+        """The model for calls other than `forward`, which do no more than read weights."""
+        model = self.accelerator.unwrap_model(self.model)
+        for name in ("embed_image", "embed_text", "generate"):
+            if isinstance(model, FSDPModule) and name not in vars(model):
+                register_fsdp_forward_method(model, name)
+        return model
+
+    def in_order(self, local: torch.Tensor) -> torch.Tensor:
+        """Rows r, r + W, ... of every process r -> all rows in their order."""
+        return self.accelerator.gather(local).unflatten(0, (self.args.world_size, -1)).transpose(0, 1).flatten(0, 1)
+
+    # ------------------------------------------------------------------------------------------------- a step
+
+    def compute_loss(
+        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        batch = dict(inputs)
+        share, scores = batch.pop("caption_share"), batch.pop("scores")
+        if self.args.negatives == "similar":
+            scores = scores + self.similarities(batch)
+        wrong = scores.argmax(dim=1)
+        for name in ("input_ids", "attention_mask"):
+            batch[f"negative_{name}"] = batch.pop(f"all_{name}")[wrong]
+        output = model(**batch)
+        losses = [output.loss_itm, output.loss_itc]
+        if output.loss_itg is not None:
+            # The mean of the processes' means would weigh tokens by how many there are beside them.
+            losses.append(output.loss_itg * share)
+        self.parts.append(torch.stack(losses).detach())
+        return (sum(losses), output) if return_outputs else sum(losses)
+
+    @torch.no_grad()
+    def similarities(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Logits of own pictures and all texts [B, W * B], without dropout."""
+        model = self.bare_model.eval()
+        with self.accelerator.autocast():
+            images = model.embed_image(batch["pixel_values"])
+            texts = model.embed_text(batch["summarize_input_ids"], batch["summarize_attention_mask"])
+        scale = model.logit_scale.detach()
+        scale = scale.full_tensor() if isinstance(scale, DTensor) else scale
+        model.train()
+        return scale.exp() * images.float() @ self.in_order(texts.float()).T
+
+    def log(self, logs: dict[str, float], *arguments: Any) -> None:
+        """With the means of the losses since the last log, over all processes."""
+        if self.parts and "loss" in logs:
+            means = self.accelerator.reduce(torch.stack(self.parts).mean(dim=0), "mean").tolist()
+            logs |= dict(zip(LOSSES, means))
+            self.parts = []
+        super().log(logs, *arguments)
+
+    # ------------------------------------------------------------------------------------------- the evaluation
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Captions | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Recall among the held-out pictures and their different texts, in mode InternVL-G, and exact captions."""
+        captions = eval_dataset or self.eval_dataset
+        self.bare_model.eval()
+        with self.accelerator.autocast():
+            found = self.recall(captions)
+            if self.args.objective == "pretraining":
+                found["caption_exact"] = self.exact_captions(captions)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def own_batches(self, count: int) -> list[list[int]]:
+        """
+        This process's share of `count` rows in batches. Every process has as many: under FSDP all must call the model
+        equally often. So the last ones may be rows that another process has too, counted from 0 again.
+        """
+        total = ceil(count / self.args.world_size) * self.args.world_size
+        own = range(self.args.process_index, total, self.args.world_size)
+        size = self.args.per_device_eval_batch_size
+        return [list(own[start : start + size]) for start in range(0, len(own), size)]
+
+    def embed(self, count: int, call: Callable[[list[int]], torch.Tensor]) -> torch.Tensor:
+        """The embeddings [count, width] that `call` gives for lists of rows."""
+        batches = [call([row % count for row in rows]).float() for rows in self.own_batches(count)]
+        return self.in_order(torch.cat(batches))[:count]
+
+    def pixels(self, captions: Captions, rows: list[int]) -> torch.Tensor:
+        pictures = [captions.picture(row) for row in rows]
+        return self.processing_class(images=pictures, crop=self.args.crop).pixel_values.to(self.args.device)
+
+    def recall(self, captions: Captions) -> dict[str, float]:
+        """The share of pictures, and of texts, with a right one among the first 1, 5 and 10."""
+        of_row = [{text for texts in captions.of_row(row) for text in texts} for row in range(len(captions))]
+        texts = sorted(set().union(*of_row))
+        right = torch.tensor([[text in own for text in texts] for own in of_row])  # [pictures, texts]
+        model, processor, device = self.bare_model, self.processing_class, self.args.device
+        images = self.embed(len(of_row), lambda rows: model.embed_image(self.pixels(captions, rows), mode="InternVL-G"))
+        wanted = self.embed(
+            len(texts),
+            lambda rows: model.embed_text(**processor(text=[texts[row] for row in rows], task="embed").to(device)),
+        )
+        logits = (images @ wanted.T).cpu()
+        return {
+            f"{name}_r{k}": hits(logits if name == "image_to_text" else logits.T, right, k)
+            for name, right in (("image_to_text", right), ("text_to_image", right.T))
+            for k in (1, 5, 10)
+        }
+
+    def exact_captions(self, captions: Captions) -> float:
+        """The share of captions, one of each picture in each of its languages, that are one of the right texts."""
+        counts = torch.zeros(2, device=self.args.device)
+        for rows in self.own_batches(len(captions)):
+            pixels = self.pixels(captions, [row % len(captions) for row in rows])
+            for column, prompt in enumerate(captions.prompts):
+                written = self.write(pixels, prompt)
+                for row, text in zip(rows, written):
+                    known = captions.of_row(row)[column] if row < len(captions) else []
+                    counts += torch.tensor([text.strip() in known, bool(known)], device=counts.device)
+        right, count = self.accelerator.reduce(counts).tolist()
+        return right / count
+
+    def write(self, pixels: torch.Tensor, prompt: str) -> list[str]:
+        """Greedy captions."""
+        end = self.processing_class.tokenizer.eos_token_id
+        # Under FSDP nobody may stop before the others, who need everyone's weights: so an end that is never written.
+        options = {"eos_token_id": len(self.processing_class.tokenizer)} if self.is_fsdp_enabled else {}
+        tokens = self.processing_class(text=prompt, task="caption").to(pixels.device)
+        rows = self.bare_model.generate(pixels, **tokens, num_beams=1, do_sample=False, **options).tolist()
+        rows = [row[: row.index(end)] if end in row else row for row in rows]
+        return self.processing_class.batch_decode(rows, skip_special_tokens=True)
+
+    # ---------------------------------------------------------------------------------------------------- saving
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if state_dict is not None and "logit_scale" in state_dict:
+            state_dict["logit_scale"] = state_dict["logit_scale"].reshape(())
+        super()._save(output_dir, state_dict)
+
+
+def hits(logits: torch.Tensor, right: torch.Tensor, k: int) -> float:
+    """The share of rows with one of the right columns [rows, columns] among the k of the largest logits."""
+    best = logits.topk(min(k, logits.shape[1])).indices
+    return right.gather(1, best).any(dim=1).float().mean().item()
+
+
+def make_trainer(arguments: Arguments) -> FineTuner:
+    """Everything that `arguments` name: `make_trainer(arguments).train()` fine-tunes."""
+    with arguments.main_process_first(desc="the data"):
+        rows, held_out = load_rows(arguments)
+    processor, model = load_processor_and_model(arguments)
+    return FineTuner(
+        model=model,
+        args=arguments,
+        train_dataset=Captions(rows, arguments),
+        eval_dataset=None if held_out is None else Captions(held_out, arguments),
+        processing_class=processor,
+    )
+
+
+def checkpoint_to_resume(arguments: Arguments) -> str | None:
+    """The last checkpoint of the output folder; without `resume` there must be none."""
+    folder = Path(arguments.output_dir)
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if last and not arguments.resume:
+        raise ValueError(f"`output_dir` holds {last}: add `--resume` to go on from it, or name another folder.")
+    return last
+
+
+def main(arguments: Arguments) -> None:
+    checkpoint = checkpoint_to_resume(arguments)
+    trainer = make_trainer(arguments)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    if trainer.eval_dataset is not None:
+        trainer.evaluate()
+    trainer.save_state()
+    if arguments.merge and arguments.should_save:
+        merge(arguments, str(Path(arguments.output_dir) / "merged"))
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])

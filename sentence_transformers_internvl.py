@@ -1,0 +1,445 @@
+"""InternVL-14B in sentence-transformers: embeddings of texts and pictures, and re-ranking of pairs.
+
+`SentenceTransformer(repo, trust_remote_code=True)` finds [`InternVLEmbedder`] through modules.json. Re-ranking needs a
+class of its own, because one repository has one modules.json:
+
+    cross_encoder = get_class_from_dynamic_module("sentence_transformers_internvl.InternVLCrossEncoder", repo)
+    model = cross_encoder(repo, trust_remote_code=True)
+
+Written for sentence-transformers 5.7 and 6.2. The model itself does not need this file, and does not import it.
+
+Where this file differs from sentence-transformers' own `Transformer` module, and why:
+
+* The recipes of the texts come from the repository's processor; a tokenizer leaves out `summarize:` and `</s>`.
+* A batch may mix texts and pictures.
+* A picture of many pairs is seen once, however many texts it is compared with.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import CrossEncoder
+from sentence_transformers.base.modality import infer_modality
+from sentence_transformers.base.modules import InputModule
+from transformers import AutoConfig, AutoModel, AutoProcessor
+
+MODES = ("InternVL-C", "InternVL-G")
+ADDRESSES = ("http://", "https://", "data:")
+PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tiff", ".webp")
+
+
+# Inputs
+
+
+def _kind_and_value(item: Any, name: str) -> tuple[str, Any]:
+    """What an input is, "text" or "image", and the text or picture itself."""
+    value = _unwrapped(item)
+    if isinstance(value, dict) and len(value) == 1:
+        kind, value = next(iter(value.items()))
+    else:
+        kind = "image" if isinstance(value, os.PathLike) else infer_modality(value)
+    if kind not in ("text", "image"):
+        raise ValueError(f"`{name}` must be one text or one picture, got {kind} in a {type(item).__name__}.")
+    if kind == "image" and isinstance(value, str) and value.startswith(ADDRESSES):
+        raise ValueError(f"`{name}` must be a picture or its path, got an address; nothing is fetched: {value[:60]!r}.")
+    if kind == "text" and value is item and _looks_like_path(value):
+        warnings.warn(f"`{name}` is read as a text: there is no picture {value!r}.", stacklevel=2)
+    return kind, value
+
+
+def _looks_like_path(text: Any) -> bool:
+    return isinstance(text, str) and text.lower().endswith(PICTURE_ENDINGS) and not any(map(str.isspace, text))
+
+
+def _unwrapped(item: Any) -> Any:
+    """The only part of a chat message, as {"text": ...} or {"image": ...}; anything else as it is."""
+    if isinstance(item, list) and len(item) == 1:
+        item = item[0]
+    if not isinstance(item, dict) or "content" not in item:
+        return item
+    parts = item["content"]
+    if isinstance(parts, (list, tuple)) and len(parts) == 1 and isinstance(parts[0], dict):
+        return {key: value for key, value in parts[0].items() if key != "type"}
+    return {"text": parts} if isinstance(parts, str) else item
+
+
+def _picture_and_text(pair: Any, name: str) -> tuple[Any, Any]:
+    """A pair in this order, whatever its own."""
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+        raise TypeError(f"`{name}` must be a pair of a picture and a text, got {type(pair).__name__}.")
+    if _is_seen(pair[0]):
+        return pair[0], pair[1]
+    first, second = (_kind_and_value(item, f"{name}[{index}]") for index, item in enumerate(pair))
+    if first[0] == second[0]:
+        raise ValueError(f"`{name}` must be a picture and a text, got twice {first[0]}.")
+    return (first[1], second[1]) if first[0] == "image" else (second[1], first[1])
+
+
+def _is_seen(item: Any) -> bool:
+    """Whether it is what the model's `look_at` returned for a picture."""
+    return hasattr(item, "image_states")
+
+
+def _distinct(pictures: Sequence[Any]) -> tuple[list[Any], list[int]]:
+    """The different pictures, and for every given one its place among them. Pictures are told apart as objects."""
+    places: dict[Any, int] = {}
+    kept: list[Any] = []
+    place_of_each = []
+    for picture in pictures:
+        key = os.fspath(picture) if isinstance(picture, (str, os.PathLike)) else id(picture)
+        if key not in places:
+            places[key] = len(kept)
+            kept.append(picture)
+        place_of_each.append(places[key])
+    return kept, place_of_each
+
+
+def _checked_mode(mode: Any) -> str:
+    if mode not in MODES:
+        raise ValueError(f"`mode` must be one of {MODES}, got {mode!r}.")
+    return mode
+
+
+# Modules
+
+
+class InternVLModule(InputModule):
+    """The repository's model and processor as a module; what embedder and re-ranker have in common.
+
+    Args:
+        model (`InternVLModel`): the model.
+        processor (`InternVLProcessor`): of the same checkpoint.
+
+    Raises:
+        ValueError: the processor is another checkpoint's.
+    """
+
+    # mteb reads in this file, at `modality_config`, what a model of the Hub takes.
+    config_file_name = "sentence_bert_config.json"
+    config_keys = ["modality_config"]
+    modality_config = {"text": {"method": "embed_text"}, "image": {"method": "embed_image"}}
+    task: str
+
+    def __init__(self, model: Any, processor: Any):
+        super().__init__()
+        model.check_processor(processor)
+        self.model = model
+        self.processor = processor
+
+    @classmethod
+    def load(
+        cls,
+        model_name_or_path: str,
+        subfolder: str = "",
+        token: bool | str | None = None,
+        cache_folder: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        trust_remote_code: bool = False,
+        model_kwargs: dict[str, Any] | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        config_kwargs: dict[str, Any] | None = None,
+        backend: str = "torch",
+        **kwargs: Any,
+    ) -> "InternVLModule":
+        """Loads model and processor; sentence-transformers calls it.
+
+        Args:
+            model_name_or_path (`str`): folder or id of the repository.
+            model_kwargs, processor_kwargs, config_kwargs (`dict`, *optional*): for `from_pretrained` of the model
+                (`dtype`, `device_map`, ...), the processor (`max_length`) and the config (`contrastive_only`).
+            backend (`str`): "torch".
+            kwargs: what sentence-transformers gives to modules of other kinds; not used.
+
+        Raises:
+            ValueError: another backend.
+        """
+        if backend != "torch":
+            raise ValueError(f'`backend` must be "torch" for this model, got {backend!r}.')
+        hub = {"subfolder": subfolder, "token": token, "cache_dir": cache_folder, "revision": revision}
+        hub |= {"local_files_only": local_files_only, "trust_remote_code": trust_remote_code}
+        processor_options = hub | (processor_kwargs or {})
+        # The name under which a CrossEncoder hands over its `max_length`.
+        max_length = processor_options.pop("model_max_length", None)
+        config = AutoConfig.from_pretrained(model_name_or_path, **(hub | (config_kwargs or {})))
+        model = AutoModel.from_pretrained(model_name_or_path, config=config, **(hub | (model_kwargs or {})))
+        module = cls(model, AutoProcessor.from_pretrained(model_name_or_path, **processor_options))
+        if max_length is not None:
+            module.max_seq_length = max_length
+        return module
+
+    def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
+        """Writes model, processor, their code, and the settings of this module; always as safetensors."""
+        self.model.save_pretrained(output_path)
+        self.processor.save_pretrained(output_path)
+        self.save_config(output_path)
+
+    @property
+    def modalities(self) -> list[str]:
+        """What an input may be. A "message" holds one text or one picture; a batch of both kinds counts as such."""
+        return ["text", "image", "message"]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's tokenizer. Calling it yields ids without the recipe."""
+        return self.processor.tokenizer
+
+    @property
+    def max_seq_length(self) -> int:
+        """Longest text in ids, `<s>`, prefix and `</s>` included. Longer ones are cut, with a warning."""
+        return self.processor.max_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int) -> None:
+        self.processor.max_length = value
+
+    def _text_features(self, texts: Sequence[str], prompt: str | None, options: dict[str, Any]) -> dict[str, Any]:
+        texts = [prompt + text for text in texts] if prompt else list(texts)
+        return dict(self.processor(text=texts, task=self.task, **options))
+
+
+class InternVLEmbedder(InternVLModule):
+    """Embeds texts and pictures into one space.
+
+    Args:
+        model, processor: see [`InternVLModule`].
+        mode (`str`): how pictures are embedded if a call does not say: "InternVL-C" or "InternVL-G". In
+            `SentenceTransformer(..., model_kwargs={"mode": ...})`, saved with the model, and `encode(..., mode=...)`
+            for one call.
+
+    Raises:
+        ValueError: another mode.
+    """
+
+    config_keys = ["mode", "modality_config"]
+    forward_kwargs = {"mode"}
+    task = "embed"
+
+    def __init__(self, model: Any, processor: Any, mode: str = "InternVL-C"):
+        super().__init__(model, processor)
+        self.mode = _checked_mode(mode)
+
+    @classmethod
+    def load(  # type: ignore[override]
+        cls, model_name_or_path: str, *, model_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> "InternVLEmbedder":
+        """As [`InternVLModule.load`]; `model_kwargs` may also hold the `mode`."""
+        places = ("subfolder", "token", "cache_folder", "revision", "local_files_only")
+        config = cls.load_config(model_name_or_path, **{name: kwargs[name] for name in places if name in kwargs})
+        model_kwargs = {"mode": config.get("mode", "InternVL-C")} | (model_kwargs or {})
+        mode = _checked_mode(model_kwargs.pop("mode"))
+        module = super().load(model_name_or_path, model_kwargs=model_kwargs, **kwargs)
+        module.mode = mode
+        return module
+
+    def get_embedding_dimension(self) -> int:
+        """Width of the embeddings: 768 for the published checkpoint."""
+        return self.model.config.clip_embed_dim
+
+    def preprocess(
+        self,
+        inputs: Sequence[Any],
+        prompt: str | None = None,
+        processing_kwargs: dict[str, dict[str, Any]] | None = None,
+        max_length: int | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Prepares B inputs, T of them texts and I pictures.
+
+        Args:
+            inputs (sequence): texts, PIL images, paths of pictures, [H, W, C] arrays or tensors; or dicts
+                {"text": ...} and {"image": ...}. In any order.
+            prompt (`str`, *optional*): put in front of the texts, behind `summarize:`.
+            processing_kwargs (`dict`, *optional*): {"text": ..., "image": ...}, options of the processor's calls, such
+                as {"image": {"crop": "squash"}}.
+            max_length (`int`, *optional*): longest text in ids.
+            kwargs: `task` and `mode`, which sentence-transformers hands to every module; not needed here.
+
+        Returns:
+            `dict`: `input_ids` and `attention_mask` [T, L]; `pixel_values` [I, 3, H, W]; and in a mixed batch `order`
+            [B], which brings texts and pictures one after the other into the order of the inputs.
+
+        Raises:
+            ValueError, TypeError: what is neither a text nor a picture, an empty or unreadable one.
+        """
+        options = processing_kwargs or {}
+        found = [_kind_and_value(item, f"inputs[{index}]") for index, item in enumerate(inputs)]
+        texts, pictures = ([value for kind, value in found if kind == wanted] for wanted in ("text", "image"))
+        features: dict[str, Any] = {}
+        if texts:
+            features |= self._text_features(texts, prompt, {"max_length": max_length} | options.get("text", {}))
+        if pictures:
+            features |= self.processor(images=pictures, task=self.task, **options.get("image", {}))
+        if texts and pictures:
+            is_picture = torch.tensor([kind == "image" for kind, _ in found])
+            features["order"] = is_picture.byte().argsort(stable=True).argsort()
+        return features
+
+    def forward(self, features: dict[str, Any], mode: str | None = None, **kwargs: Any) -> dict[str, Any]:
+        """Adds `sentence_embedding` [B, width], of length 1, to the features of `preprocess`.
+
+        Args:
+            features (`dict`): as `preprocess` returned them.
+            mode (`str`, *optional*): for pictures; the module's own if not given.
+            kwargs: for modules of other kinds; not used.
+
+        Raises:
+            ValueError: a part of a mixed batch: losses that split batches need texts and pictures apart.
+        """
+        embeds = []
+        if "input_ids" in features:
+            embeds.append(self.model.embed_text(features["input_ids"], features["attention_mask"]))
+        if "pixel_values" in features:
+            embeds.append(self.model.embed_image(features["pixel_values"], mode=self.mode if mode is None else mode))
+        together = torch.cat(embeds)
+        order = features.get("order")
+        if order is not None:
+            if len(order) != len(together):
+                raise ValueError(f"`features` must be a whole mixed batch, got {len(together)} of {len(order)} rows.")
+            together = together[order]
+        features["sentence_embedding"] = together
+        return features
+
+
+class InternVLReranker(InternVLModule):
+    """Scores how well a text fits a picture, by the checkpoint's matching head.
+
+    Args:
+        model, processor: see [`InternVLModule`].
+    """
+
+    task = "match"
+
+    def preprocess(
+        self,
+        inputs: Sequence[Any],
+        prompt: str | None = None,
+        processing_kwargs: dict[str, dict[str, Any]] | None = None,
+        max_length: int | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Prepares B pairs with I different pictures.
+
+        Args:
+            inputs (sequence of pairs): a text and a picture, in any order, each as in [`InternVLEmbedder.preprocess`].
+                Pictures are different when they are different objects or paths.
+            prompt (`str`, *optional*): put in front of the texts.
+            processing_kwargs, max_length, kwargs: see [`InternVLEmbedder.preprocess`].
+
+        Returns:
+            `dict`: `input_ids` and `attention_mask` [B, L]; `picture_of_pair` [B], below I; and `pixel_values`
+            [I, 3, H, W], or `seen` if `look_once` has replaced the pictures by what the model saw.
+
+        Raises:
+            ValueError, TypeError: what is no such pair, an empty text, an unreadable picture.
+        """
+        options = processing_kwargs or {}
+        pairs = [_picture_and_text(pair, f"inputs[{index}]") for index, pair in enumerate(inputs)]
+        texts = [text for _, text in pairs]
+        pictures, picture_of_pair = _distinct([picture for picture, _ in pairs])
+        features = self._text_features(texts, prompt, {"max_length": max_length} | options.get("text", {}))
+        features["picture_of_pair"] = torch.tensor(picture_of_pair)
+        if _is_seen(pictures[0]):
+            features["seen"] = pictures[0]._replace(image_states=torch.cat([seen.image_states for seen in pictures]))
+        else:
+            features |= self.processor(images=pictures, task=self.task, **options.get("image", {}))
+        return features
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Adds `scores` [B, 1], float32, to the features: the log-odds of a match, whose sigmoid is its probability.
+
+        Args:
+            features (`dict`): as `preprocess` returned them.
+            kwargs: for modules of other kinds; not used.
+        """
+        seen = features.get("seen")
+        if seen is None:
+            seen = self.model.look_at(features["pixel_values"], queries=False)
+        text = features["input_ids"], features["attention_mask"]
+        if len(seen.image_states) == 1:
+            logits = self.model.match(seen, *text, all_pairs=True)[0]  # [B, 2]
+        else:
+            states = seen.image_states[features["picture_of_pair"]]
+            logits = self.model.match(seen._replace(image_states=states), *text)
+        features["scores"] = (logits[:, 1:] - logits[:, :1]).float()
+        return features
+
+    @torch.inference_mode()
+    def look_once(
+        self, pairs: Sequence[Any], batch_size: int, device: torch.device
+    ) -> Iterator[tuple[list[int], list[Any]]]:
+        """Runs the vision tower over the different pictures of pairs, `batch_size` at a time.
+
+        Args:
+            pairs (sequence of pairs): as in `preprocess`.
+            batch_size (`int`): pictures whose tokens are in memory at the same time.
+            device (`torch.device`): where the pixels go.
+
+        Yields:
+            `(list[int], list)`: indices of the pairs of some pictures, and these pairs with what the model saw, which
+            `preprocess` takes, in place of the picture.
+        """
+        known = [_picture_and_text(pair, f"inputs[{index}]") for index, pair in enumerate(pairs)]
+        pictures, picture_of_pair = _distinct([picture for picture, _ in known])
+        for start in range(0, len(pictures), batch_size):
+            pixels = self.processor(images=pictures[start : start + batch_size], task=self.task).pixel_values
+            seen = self.model.look_at(pixels.to(device), queries=False)
+            one_each = [seen._replace(image_states=states) for states in seen.image_states.split(1)]
+            rows = [row for row, place in enumerate(picture_of_pair) if start <= place < start + batch_size]
+            yield rows, [(one_each[picture_of_pair[row] - start], known[row][1]) for row in rows]
+
+
+class InternVLCrossEncoder(CrossEncoder):
+    """A `CrossEncoder` of pictures and texts that is loaded from the repository of the joint model.
+
+    `predict` and `rank` give the probability of a match; with `activation_fn=torch.nn.Identity()` its log-odds. What
+    `save_pretrained` writes is loaded by the plain `CrossEncoder(folder, trust_remote_code=True)` too.
+    """
+
+    def _load_default_modules(self, model_name_or_path: str, **kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
+        """Called for repositories that hold no CrossEncoder, as that of the joint model."""
+        return [InternVLReranker.load(model_name_or_path, **kwargs)], {}
+
+    def predict(
+        self,
+        inputs: Any,
+        *,
+        batch_size: int = 32,
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        **options: Any,
+    ) -> Any:
+        """As `CrossEncoder.predict`. The vision tower runs once for every picture, not for every pair.
+
+        Args:
+            inputs: a pair of a text and a picture, in any order, or a list of them.
+            batch_size (`int`): pictures, and pairs, that are computed at the same time.
+            convert_to_numpy, convert_to_tensor (`bool`): as in `CrossEncoder.predict`.
+            options: the other arguments of `CrossEncoder.predict`. With several processes (`pool`, a list as `device`)
+                a picture is seen once in every batch.
+
+        Returns:
+            One score for a pair; for a list an array, tensor or list of B of them.
+
+        Raises:
+            ValueError, TypeError: what is no such pair, an empty text, an unreadable picture.
+        """
+        is_single = self.is_singular_input(inputs)
+        pairs = [inputs] if is_single else list(inputs)
+        if options.get("pool") is not None or isinstance(options.get("device"), list) or not pairs:
+            outputs = {"convert_to_numpy": convert_to_numpy, "convert_to_tensor": convert_to_tensor}
+            return super().predict(inputs, batch_size=batch_size, **outputs, **options)
+        if options.get("device") is not None and not hasattr(self[0].model, "hf_device_map"):
+            self.to(options["device"])
+        self.eval()
+        rows, scores = [], []
+        for some, seen_pairs in self[0].look_once(pairs, batch_size, self.device):
+            rows += some
+            scores.append(super().predict(seen_pairs, batch_size=batch_size, convert_to_tensor=True, **options))
+        ordered = torch.cat(scores)[np.argsort(rows)]
+        found = ordered if convert_to_tensor else ordered.cpu().numpy() if convert_to_numpy else list(ordered)
+        return found[0] if is_single else found
