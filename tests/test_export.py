@@ -1,6 +1,7 @@
 """tools/export.py: what it writes gives the model's values, at other sizes than it was traced at, without our code."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -40,6 +41,15 @@ def exported(folder, repository, **options):
     folder.mkdir()
     export.quieten()
     return export.export(checkpoint, folder, **options)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loggers_as_they_were():
+    """A command may silence the process that it has to itself; here other tests listen for warnings."""
+    levels = {logger: logger.level for logger in (logging.getLogger(), logging.getLogger("torch.onnx"))}
+    yield
+    for logger, level in levels.items():
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,9 @@ def copy_repository(config: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     names = [path.name for path in ROOT.glob("*.json") if path.name != INDEX]  # not what tiny/ says about its training
     tokenizer = config / TOKENIZER
-    files = [*ROOT.glob("*.py"), *(config / name for name in names)]
+    # What no checkpoint has of its own, the root has for all: the settings of sentence-transformers.
+    configs = [config / name if (config / name).is_file() else ROOT / name for name in names]
+    files = [*ROOT.glob("*.py"), *configs]
     for path in (*files, tokenizer if tokenizer.is_file() else ROOT / "tiny" / TOKENIZER):
         shutil.copy(path, folder / path.name)
 
