@@ -592,7 +592,7 @@ def test_mteb_evaluates_re_ranking(mteb, cross_encoder, model, processor):
 
 
 def test_mteb_reads_the_kinds_of_inputs_from_the_settings(mteb):
-    """Of a model of the Hub it takes them from this file; without it, it would drop the pictures."""
+    """Of a model of the Hub it takes them from this file; without it, it would refuse tasks with pictures."""
     from mteb.models import ModelMeta
 
     settings = json.loads((ROOT / "sentence_bert_config.json").read_text())
