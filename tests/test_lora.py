@@ -1,6 +1,7 @@
 """Checkpoints of the original's LoRA fine-tuning load merged: `use_backbone_lora`, `use_qllama_lora`, PEFT's names."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -213,3 +214,16 @@ def test_merging_by_hand():
     assert set(merged) == {"qllama.model.layers.0.self_attn.q_proj.weight", "logit_scale"}
     expected = torch.tensor([[3.0, 4.0, 6.0], [0.0, 1.0, 0.0], [-2.0, -4.0, -5.0]])
     assert torch.equal(merged["qllama.model.layers.0.self_attn.q_proj.weight"], expected)
+
+
+def test_it_loads_by_id(checkpoint, tmp_path):
+    """From a cache that lies as the Hub's client leaves it, without network."""
+    folder, _, expected = checkpoint
+    commit = "a" * 40
+    cached = tmp_path / "models--org--tuned"
+    shutil.copytree(folder, cached / "snapshots" / commit, ignore=shutil.ignore_patterns("__pycache__"))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    model = load("org/tuned", dtype=torch.float32, cache_dir=tmp_path)
+    assert_outputs(model, expected)
+    assert model.name_or_path == "org/tuned"
