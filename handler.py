@@ -34,6 +34,8 @@ find the fitting status in `RequestError.status`: 400 for what cannot be read, 4
 import base64
 import binascii
 import io
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,11 @@ MAX_BEAMS = 8
 MAX_PROMPT_TOKENS = 80
 # Formats with many readers and no interpreter behind them; PIL would hand EPS to Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+# What their readers raise for damaged files: nearly always the first two, and whatever a format provokes.
+DAMAGED = (
+    OSError, ValueError, ArithmeticError, EOFError, LookupError, MemoryError, RuntimeError, SyntaxError, TypeError,
+    struct.error, zlib.error,
+)  # fmt: skip
 MODES = ("InternVL-C", "InternVL-G")
 MATCH_WEIGHT = 0.2  # what tools/evaluate_tiny.py re-ranks with
 PARAMETERS = {
@@ -193,12 +200,12 @@ def decoded_picture(item: bytes | Image.Image, name: str) -> Image.Image:
         picture = Image.open(io.BytesIO(item), formats=FORMATS)  # reads the header, no pixels yet
     except Image.DecompressionBombError:
         raise RequestError(413, f"`{name}` may have {MAX_PIXELS} pixels.") from None
-    except Exception:  # the readers raise whatever their formats provoke
+    except DAMAGED:
         raise RequestError(422, f"`{name}` is none of {', '.join(FORMATS)}.") from None
     check_size(picture, name)
     try:
         picture.load()
-    except Exception as error:
+    except (*DAMAGED, Image.DecompressionBombError) as error:
         raise RequestError(422, f"`{name}` cannot be decoded: {type(error).__name__}.") from None
     return picture
 
