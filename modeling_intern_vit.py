@@ -258,12 +258,12 @@ class InternPreTrainedModel(PreTrainedModel):
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = with_skip_list(kwargs["quantization_config"], cls._keep_unquantized)
         try:
-            plain = cls._without_adapters(args, kwargs)
+            plain_args, plain_kwargs = cls._without_adapters(args, kwargs)
             with parameters_of_the_model_itself():
-                model, info = super().from_pretrained(*plain[0], output_loading_info=True, **plain[1])
+                model, info = super().from_pretrained(*plain_args, output_loading_info=True, **plain_kwargs)
         except SafetensorError as error:
             raise OSError(f"{_damaged_files(args[0], kwargs.get('subfolder', ''))}: {error}") from error
-        if plain[0] != args:  # transformers was not told where all this comes from
+        if plain_args is not args:  # transformers was not told where all this comes from
             model.name_or_path = model.config.name_or_path = str(args[0])
             if model.can_generate():
                 model.generation_config = _generation_config(args[0], kwargs) or model.generation_config

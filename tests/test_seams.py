@@ -1,6 +1,7 @@
 """What is noticed where parts meet: missing packages, another checkpoint's tokenizer, another size, another recipe."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def warnings_of(model, monkeypatch):
     messages = []
     for name in ("modeling_internvl", "modeling_intern_vit"):
         cls = type(model) if name == "modeling_internvl" else type(model.vision_model)
-        logger = __import__("sys").modules[cls.__module__].logger
+        logger = sys.modules[cls.__module__].logger
         monkeypatch.setattr(logger, "warning_once", messages.append)
     return messages
 

@@ -394,8 +394,8 @@ def table(report: dict[str, Any]) -> str:
     lines += [
         "",
         "Against the model: noise and random ids in many shapes, and the example pictures and their names. Time is",
+        "that of a few examples, as a multiple of the model's in torch.",
     ]
-    lines += ["that of a few examples, as a multiple of the model's in torch."]
     found = [f"{name} {share:.3f}" for name, share in report["zero_shot"].items()]
     if found:
         lines += ["", f"Share of example pictures to which their own name is the nearest: {', '.join(found)}."]
