@@ -103,10 +103,9 @@ def make_repository(folder: Path, flat: bool = False, weights: str = "random") -
     tiny.mkdir(parents=True)
     for name in CODE:
         shutil.copy(ROOT / name, folder / name)
-    if not flat:
-        for path in ROOT.glob("*.json"):
-            if path.name != INDEX:
-                shutil.copy(path, folder / path.name)
+    for path in ROOT.glob("*.json"):  # those that a checkpoint has of its own replace the root's
+        if path.name != INDEX:
+            shutil.copy(path, folder / path.name)
     wanted = [path for path in (ROOT / "tiny").iterdir() if weights == "trained" or "safetensors" not in path.name]
     for path in wanted:
         shutil.copy(path, tiny / path.name)

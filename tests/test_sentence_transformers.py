@@ -1,7 +1,6 @@
 """sentence_transformers_internvl.py and the JSON files beside it: the repository in sentence-transformers and mteb."""
 
 import json
-import shutil
 import warnings
 from pathlib import Path
 
@@ -13,12 +12,11 @@ from PIL import Image
 from transformers import AutoProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from conftest import ROOT, load, make_repository, run_python
+from conftest import ROOT, load, run_python
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
 from sentence_transformers import CrossEncoder, SentenceTransformer  # noqa: E402
 
-SETTINGS = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
 CODE_FILE = "sentence_transformers_internvl.py"
 NAMES = ["panda", "lion", "pizza", "rocket"]
 PICTURES = [str(ROOT / "examples" / "pictures" / f"{name}.png") for name in NAMES]
@@ -29,23 +27,14 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory):
-    """Code, trained tiny weights and the settings of sentence-transformers side by side. Not to be changed."""
-    folder = make_repository(tmp_path_factory.mktemp("hub") / "repository", flat=True, weights="trained")
-    for name in SETTINGS:
-        shutil.copy(ROOT / name, folder / name)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(repository):
+def model(trained):
     """The repository's own model, float32."""
-    return load(repository, dtype=torch.float32).eval()
+    return load(trained, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
-def processor(repository):
-    return load(repository, AutoProcessor)
+def processor(trained):
+    return load(trained, AutoProcessor)
 
 
 def new_embedder(folder, **options):
@@ -61,8 +50,8 @@ def new_cross_encoder(folder, **options):
 
 
 @pytest.fixture(scope="module")
-def shared_embedder(repository):
-    return new_embedder(repository)
+def shared_embedder(trained):
+    return new_embedder(trained)
 
 
 @pytest.fixture
@@ -76,8 +65,8 @@ def embedder(shared_embedder):
 
 
 @pytest.fixture(scope="module")
-def cross_encoder(repository):
-    return new_cross_encoder(repository)
+def cross_encoder(trained):
+    return new_cross_encoder(trained)
 
 
 def ids_of(processor, text):
@@ -164,24 +153,24 @@ def test_chat_messages_with_one_part(embedder):
     np.testing.assert_allclose(embedder.encode(messages), embedder.encode([TEXTS[0], TEXTS[1], PICTURES[2]]), **CLOSE)
 
 
-def test_mode_is_chosen_at_loading_or_for_a_call(repository, embedder, model, processor, tmp_path):
+def test_mode_is_chosen_at_loading_or_for_a_call(trained, embedder, model, processor, tmp_path):
     paths = opaque(tmp_path)
     one, other = (image_embeds(model, processor, paths, mode).numpy() for mode in MODES)
     assert np.abs(one - other).max() > 1e-2
-    loaded = new_embedder(repository, model_kwargs=FLOAT32 | {"mode": "InternVL-G"})
+    loaded = new_embedder(trained, model_kwargs=FLOAT32 | {"mode": "InternVL-G"})
     np.testing.assert_allclose(loaded.encode(paths), other, **CLOSE)
     np.testing.assert_allclose(loaded.encode_document(paths, mode="InternVL-C"), one, **CLOSE)
     np.testing.assert_allclose(embedder.encode_query(paths, mode="InternVL-G"), other, **CLOSE)
     np.testing.assert_allclose(embedder.encode(paths), one, **CLOSE)
     with pytest.raises(ValueError, match="`mode` must be one of .*'InternVL-X'"):
-        new_embedder(repository, model_kwargs={"mode": "InternVL-X"})
+        new_embedder(trained, model_kwargs={"mode": "InternVL-X"})
     with pytest.raises(ValueError, match="`mode` must be one of .*'InternVL-X'"):
         embedder.encode(paths, mode="InternVL-X")
     with pytest.raises(ValueError, match="mdoe"):
         embedder.encode(paths, mdoe="InternVL-G")
 
 
-def test_long_texts_are_cut_with_a_warning(embedder, repository, model, processor):
+def test_long_texts_are_cut_with_a_warning(embedder, trained, model, processor):
     text = "very " * 100 + "long"
     ids = ids_of(processor, text)
     assert ids.shape[1] > 80
@@ -193,13 +182,13 @@ def test_long_texts_are_cut_with_a_warning(embedder, repository, model, processo
         with torch.no_grad():
             np.testing.assert_allclose(found, model.embed_text(cut)[0].numpy(), **CLOSE)
     for name in ("max_length", "model_max_length"):
-        assert new_embedder(repository, processor_kwargs={name: 20}).max_seq_length == 20
+        assert new_embedder(trained, processor_kwargs={name: 20}).max_seq_length == 20
 
 
-def test_prompts_stand_before_texts_only(repository, embedder):
+def test_prompts_stand_before_texts_only(trained, embedder):
     expected = embedder.encode(["find: " + text for text in TEXTS])
     np.testing.assert_allclose(embedder.encode(TEXTS, prompt="find: "), expected, **CLOSE)
-    prompted = new_embedder(repository, prompts={"query": "find: "})
+    prompted = new_embedder(trained, prompts={"query": "find: "})
     np.testing.assert_allclose(prompted.encode_query(TEXTS), expected, **CLOSE)
     np.testing.assert_allclose(prompted.encode_document(TEXTS), embedder.encode(TEXTS), **CLOSE)
     np.testing.assert_allclose(prompted.encode_query(PICTURES), embedder.encode(PICTURES), **CLOSE)
@@ -214,7 +203,7 @@ def test_crop_is_an_option_of_the_processor(embedder, processor, model, tmp_path
     assert np.abs(found - embedder.encode(tmp_path / "wide.png")).max() > 1e-2
 
 
-def test_the_usual_options(embedder, repository):
+def test_the_usual_options(embedder, trained):
     texts, pictures = embedder.encode(TEXTS), embedder.encode(PICTURES)
     tensors = embedder.encode(TEXTS, convert_to_tensor=True)
     assert torch.equal(tensors, torch.from_numpy(texts))
@@ -222,15 +211,15 @@ def test_the_usual_options(embedder, repository):
     np.testing.assert_allclose(embedder.similarity(texts, pictures), texts @ pictures.T, **CLOSE)
     np.testing.assert_allclose(embedder.similarity_pairwise(texts, pictures), (texts * pictures).sum(1), **CLOSE)
     np.testing.assert_allclose(embedder.encode(TEXTS, truncate_dim=16), texts[:, :16], **CLOSE)
-    np.testing.assert_allclose(new_embedder(repository, truncate_dim=16).encode(PICTURES), pictures[:, :16], **CLOSE)
+    np.testing.assert_allclose(new_embedder(trained, truncate_dim=16).encode(PICTURES), pictures[:, :16], **CLOSE)
     if hasattr(embedder, "get_embedding_dimension"):
         assert embedder.get_embedding_dimension() == 128
     assert embedder.similarity_fn_name == "cosine" and embedder.max_seq_length == 80
     assert embedder.tokenizer is embedder[0].processor.tokenizer
 
 
-def test_a_type_and_only_the_needed_parts(repository, embedder):
-    half = new_embedder(repository, model_kwargs={"dtype": torch.bfloat16}, config_kwargs={"contrastive_only": True})
+def test_a_type_and_only_the_needed_parts(trained, embedder):
+    half = new_embedder(trained, model_kwargs={"dtype": torch.bfloat16}, config_kwargs={"contrastive_only": True})
     assert half.dtype == torch.bfloat16 and not hasattr(half[0].model, "query_tokens")
     for inputs in (TEXTS, PICTURES):
         found, expected = half.encode(inputs), embedder.encode(inputs)
@@ -249,8 +238,8 @@ numpy.savez("embeds.npz", found=model.encode(sys.argv[1:]), modes=numpy.array([m
 """
 
 
-def test_saved_model_comes_back_in_a_fresh_process(repository, embedder, tmp_path):
-    loaded = new_embedder(repository, model_kwargs=FLOAT32 | {"mode": "InternVL-G"}, prompts={"query": "find: "})
+def test_saved_model_comes_back_in_a_fresh_process(trained, embedder, tmp_path):
+    loaded = new_embedder(trained, model_kwargs=FLOAT32 | {"mode": "InternVL-G"}, prompts={"query": "find: "})
     loaded.max_seq_length = 40
     loaded.save_pretrained(str(tmp_path / "saved"))
     inputs = [*TEXTS, *PICTURES]
@@ -281,8 +270,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_processes_of_a_pool_compute_the_same(repository, embedder, cross_encoder, tmp_path):
-    run_python(POOL, tmp_path, repository, PICTURES[0], *TEXTS)
+def test_processes_of_a_pool_compute_the_same(trained, embedder, cross_encoder, tmp_path):
+    run_python(POOL, tmp_path, trained, PICTURES[0], *TEXTS)
     found = np.load(tmp_path / "found.npz")
     np.testing.assert_allclose(found["embeds"], embedder.encode([*TEXTS, PICTURES[0]], mode="InternVL-G"), **CLOSE)
     np.testing.assert_allclose(found["scores"], cross_encoder.predict([(PICTURES[0], text) for text in TEXTS]), **CLOSE)
@@ -330,11 +319,11 @@ def test_cached_ranking_loss_has_the_same_gradients(embedder):
 
 
 @pytest.mark.slow
-def test_trainer_learns_and_its_checkpoint_comes_back(repository, tmp_path):
+def test_trainer_learns_and_its_checkpoint_comes_back(trained, tmp_path):
     from datasets import Dataset
     from datasets import Image as ImageFeature
 
-    own = new_embedder(repository)
+    own = new_embedder(trained)
     data = Dataset.from_dict({"anchor": TEXTS, "positive": PICTURES}).cast_column("positive", ImageFeature())
     arguments = sentence_transformers.SentenceTransformerTrainingArguments(
         output_dir=str(tmp_path / "out"),
@@ -399,14 +388,14 @@ def test_an_absent_picture_is_read_as_a_text_with_a_warning(embedder):
         embedder.encode(["a picture of absent.png", {"text": "absent.png"}])
 
 
-def test_other_backends_are_refused(repository):
+def test_other_backends_are_refused(trained):
     with pytest.raises(ValueError, match='`backend` must be "torch"'):
-        new_embedder(repository, backend="onnx")
+        new_embedder(trained, backend="onnx")
 
 
-def test_code_is_not_run_without_trust(repository):
+def test_code_is_not_run_without_trust(trained):
     with pytest.raises(ValueError, match="trust_remote_code"):
-        new_embedder(repository, trust_remote_code=False)
+        new_embedder(trained, trust_remote_code=False)
 
 
 MISSING = """
@@ -429,8 +418,8 @@ except ImportError as error:
 """
 
 
-def test_a_missing_package_is_named_and_the_model_needs_none(repository, tmp_path):
-    assert "pip install sentence_transformers" in run_python(MISSING, tmp_path, repository).stdout
+def test_a_missing_package_is_named_and_the_model_needs_none(trained, tmp_path):
+    assert "pip install sentence_transformers" in run_python(MISSING, tmp_path, trained).stdout
 
 
 # Re-ranking
