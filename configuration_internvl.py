@@ -181,6 +181,10 @@ class InternVLConfig(PretrainedConfig):
         # The original configs store these two; here the class and the language tower are their only sources.
         kwargs.pop("model_type", None)
         kwargs.pop("hidden_size", None)
+        # transformers has an unrelated `InternVLModel`, which its pipelines would take, with random weights, whenever
+        # this one does not load or has no such task. `auto_map` says what to load.
+        if kwargs.get("architectures") == ["InternVLModel"]:
+            kwargs["architectures"] = None
         attn_implementation = kwargs.pop("attn_implementation", None)
         super().__init__(tie_word_embeddings=False, **kwargs)
         self.vision_config = _sub_config("vision_config", vision_config, InternVisionConfig)

@@ -9,7 +9,8 @@ Nothing is fetched and no file is read: a URL or a path is no picture. Of an ani
 One example for each task; P stands for a picture:
 
 * "zero-shot", the task if none is named: which label is it? As the Hub's clients ask, best first, per picture.
-  `templates` (texts with `{}`; `hypothesis_template` for one), `mode` and `top_k` are optional.
+  `templates` (texts with `{}`; `hypothesis_template` for one), `mode` and `top_k` are optional; labels may also be
+  one text, "panda, lion".
   {"inputs": P, "parameters": {"candidate_labels": ["panda", "lion"], "templates": ["a photo of a {}"], "top_k": 1}}
   -> [{"label": "panda", "score": 0.99}]; for a list of pictures a list of such lists
 * "embed": embeddings of length 1, one for each picture and each text; `mode` is optional.
@@ -144,6 +145,17 @@ def read_texts(name: str, value: Any) -> list[str]:
     return list(texts)
 
 
+def read_labels(parameters: dict[str, Any]) -> list[str]:
+    """A list of labels, or one text with commas between them, as the Hub's widget sends them."""
+    given = parameters.get("candidate_labels")
+    if isinstance(given, str):
+        given = [label.strip() for label in given.split(",")]
+    labels = read_texts("candidate_labels", given)
+    if not labels:
+        raise RequestError(422, '`candidate_labels` must be given for task "zero-shot", such as ["panda", "lion"].')
+    return labels
+
+
 def read_templates(parameters: dict[str, Any]) -> list[str]:
     if "templates" in parameters and "hypothesis_template" in parameters:
         raise RequestError(422, "`templates` and `hypothesis_template` are the same: give one of them.")
@@ -189,7 +201,8 @@ def from_base64(text: str, name: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise RequestError(400, f"`{name}` is no base64. URLs are not fetched and files are not read.") from None
+        hint = 'URLs are not fetched, files are not read, and texts go into {"inputs": {"texts": ...}}.'
+        raise RequestError(400, f"`{name}` is no base64 of a picture. {hint}") from None
 
 
 def decoded_picture(item: bytes | Image.Image, name: str) -> Image.Image:
@@ -278,11 +291,11 @@ class EndpointHandler:
 
     def zero_shot(self, images: list[Image.Image], texts: list[str], parameters: dict[str, Any]) -> list[list[dict]]:
         require(images, texts, "zero-shot", image=True, text=False)
-        labels = read_texts("candidate_labels", parameters.get("candidate_labels"))
+        labels = read_labels(parameters)
         templates = read_templates(parameters)
-        if not labels or len(labels) * len(templates) > MAX_TEXTS:
-            status, count = (413 if labels else 422), len(labels) * len(templates)
-            raise RequestError(status, f"`candidate_labels` times `templates` must be 1 to {MAX_TEXTS}, got {count}.")
+        if len(labels) * len(templates) > MAX_TEXTS:
+            count = len(labels) * len(templates)
+            raise RequestError(413, f"`candidate_labels` times `templates` may be {MAX_TEXTS} texts, got {count}.")
         top_k = integer(parameters, "top_k", None, MAX_TEXTS)
         mode = one_of("mode", parameters.get("mode", MODES[0]), MODES)
         embeds = self.text_embeds([template.replace("{}", label) for label in labels for template in templates])

@@ -288,6 +288,11 @@ def _listed(images):
 
 def _load_picture(item, name):
     if isinstance(item, (str, os.PathLike)):
+        if not os.path.exists(item):
+            path = os.fspath(item)
+            raise FileNotFoundError(
+                f"`{name}` must be a picture or its path, and there is no {path!r}. A text is `text`."
+            )
         with Image.open(item) as picture:
             return _to_rgb(picture, name)
     if isinstance(item, torch.Tensor):

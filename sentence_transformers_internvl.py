@@ -151,7 +151,8 @@ class InternVLModule(InputModule):
         Args:
             model_name_or_path (`str`): folder or id of the repository.
             model_kwargs, processor_kwargs, config_kwargs (`dict`, *optional*): for `from_pretrained` of the model
-                (`dtype`, `device_map`, ...), the processor (`max_length`) and the config (`contrastive_only`).
+                (`dtype`, `device_map`, ...), the processor (`max_length`) and the config (`contrastive_only`). A
+                `subfolder` among the model's is that of all three: sentence-transformers has no other place for it.
             backend (`str`): "torch".
             kwargs: what sentence-transformers gives to modules of other kinds; not used.
 
@@ -160,13 +161,19 @@ class InternVLModule(InputModule):
         """
         if backend != "torch":
             raise ValueError(f'`backend` must be "torch" for this model, got {backend!r}.')
-        hub = {"subfolder": subfolder, "token": token, "cache_dir": cache_folder, "revision": revision}
+        model_options = model_kwargs or {}
+        hub = {
+            "subfolder": model_options.get("subfolder", subfolder),
+            "token": token,
+            "cache_dir": cache_folder,
+            "revision": revision,
+        }
         hub |= {"local_files_only": local_files_only, "trust_remote_code": trust_remote_code}
         processor_options = hub | (processor_kwargs or {})
         # The name under which a CrossEncoder hands over its `max_length`.
         max_length = processor_options.pop("model_max_length", None)
         config = AutoConfig.from_pretrained(model_name_or_path, **(hub | (config_kwargs or {})))
-        model = AutoModel.from_pretrained(model_name_or_path, config=config, **(hub | (model_kwargs or {})))
+        model = AutoModel.from_pretrained(model_name_or_path, config=config, **(hub | model_options))
         module = cls(model, AutoProcessor.from_pretrained(model_name_or_path, **processor_options))
         if max_length is not None:
             module.max_seq_length = max_length

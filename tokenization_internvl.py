@@ -69,7 +69,10 @@ class InternVLTokenizer(PreTrainedTokenizer):
             raise ValueError(f'`default_task` must be None or "embed", got {default_task!r}.')
         self.default_task = default_task
         if vocab_file is None:
-            raise ValueError("`vocab_file` must be the path of a SentencePiece model (tokenizer.model), got None.")
+            raise ValueError(
+                "`vocab_file` must be the path of a SentencePiece model, got None: there is no tokenizer.model. Was it "
+                'left out of the download, or is the checkpoint in a subfolder (`subfolder="tiny"` in a clone)?'
+            )
         if not os.path.isfile(vocab_file):
             raise FileNotFoundError(f"`vocab_file` must be the path of a SentencePiece model, got {str(vocab_file)!r}.")
         self.vocab_file = str(vocab_file)

@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import re
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -327,8 +328,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dataset-name", help="in the result; the last part of --data if not given")
     add("--split", default="test", help="of datasets or shards")
     add("--dataset-config", help="of datasets")
-    add("--listing", help="file on what the pictures show; captions.json, .jsonl or .csv in --data if not given")
-    add("--image-column", default="image", help="of datasets or the listing")
+    add(
+        "--listing",
+        help="file on what the pictures show; captions or metadata (.json, .jsonl, .csv) in --data if not given",
+    )
+    add("--image-column", default="image", help="of datasets or the listing, where file_name will do too")
     add("--label-column", default="label")
     add("--caption-column", default="caption", help="a text, a list of texts, or either for each language")
     add("--language", nargs="+", default=["en"], help="whose class names, templates and captions are used")
@@ -470,4 +474,7 @@ def write(found: dict, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as mistake:  # their texts name the argument, the file or the model
+        sys.exit(f"{type(mistake).__name__}: {mistake}")

@@ -19,7 +19,7 @@ from PIL import Image
 
 SHIPPED = Path(__file__).resolve().parent / "templates"
 SHARD_PICTURES = ("png", "jpg", "jpeg", "webp")
-LISTINGS = ("captions.json", "captions.jsonl", "captions.csv")
+LISTINGS = ("captions.json", "captions.jsonl", "captions.csv", "metadata.jsonl", "metadata.csv")
 
 
 @dataclass
@@ -128,11 +128,12 @@ def read_listing(folder: Path, listing: str | None, columns: "Columns", task: st
     texts: dict[Path, dict[str, list[str]]] = {}
     for number, row in enumerate(_rows(path), 1):
         where = f"{path}, entry {number}"
-        if columns.image not in row or column not in row:
-            raise ValueError(f"{where} must have {columns.image!r} and {column!r}, got {list(row)}.")
-        if not isinstance(row[columns.image], str):
-            raise ValueError(f"{where} must name a picture, got {row[columns.image]!r}.")
-        picture = folder / row[columns.image]
+        image = columns.image if columns.image in row else "file_name"  # the name that `datasets` gives it
+        if image not in row or column not in row:
+            raise ValueError(f"{where} must have {columns.image!r} and {column!r}, got {list(row)}; see `--*-column`.")
+        if not isinstance(row[image], str):
+            raise ValueError(f"{where} must name a picture, got {row[image]!r}.")
+        picture = folder / row[image]
         if not picture.is_file():
             raise ValueError(f"{where} names the picture {picture}, which does not exist.")
         known = texts.setdefault(picture, {language: [] for language in languages})
@@ -193,7 +194,10 @@ def read_dataset(
     except ImportError as error:
         raise ImportError("`--source datasets` needs `pip install datasets`.") from error
     saved = any((Path(name) / file).exists() for file in ("dataset_info.json", "dataset_dict.json"))
-    data = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, config)
+    try:
+        data = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, config)
+    except OSError as error:  # a name that is nowhere, or no network to ask the Hub
+        raise ValueError(f"`--data` must be a folder or a data set of the Hub, got {name!r}: {error}") from error
     if isinstance(data, dict):
         if split not in data:
             raise ValueError(f"`--split` must be one of {list(data)} for {name}, got {split!r}.")

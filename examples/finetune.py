@@ -17,6 +17,8 @@ is the same for use from Python.
 * What the objective does not use stays frozen: stage 2 has no loss on `clip_projector`, retrieval none on `lm_head`.
 """
 
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import ceil
@@ -25,6 +27,7 @@ from typing import Any, Literal
 
 import torch
 from finetune_data import Captions, Collator, EpochLoader, GlobalBatches, load_rows
+from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -39,6 +42,11 @@ UNUSED = {"pretraining": ("clip_projector.",), "retrieval": ("qllama.lm_head.",)
 # The targets of the original's LoRA.
 VISION_TARGETS = r"vision_model\.encoder\.layers\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
 QLLAMA_TARGETS = r"qllama\.model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+# Files of a repository that neither model nor processor writes.
+COMPANIONS = (
+    "handler.py", "requirements.txt", "sentence_transformers_internvl.py", "modules.json",
+    "config_sentence_transformers.json", "sentence_bert_config.json",
+)  # fmt: skip
 LOSSES = ("loss_itm", "loss_itc", "loss_itg")
 
 
@@ -137,12 +145,23 @@ def lora_config(arguments: Arguments) -> LoraConfig:
     )
 
 
+def copy_companions(arguments: Arguments, folder: str) -> None:
+    """Put what sentence-transformers and endpoints look for beside a checkpoint, from the repository of the model."""
+    source = Path(arguments.model)
+    if not source.is_dir():
+        source = Path(snapshot_download(arguments.model, allow_patterns=COMPANIONS))
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copy(source / name, folder)
+
+
 def merge(arguments: Arguments, folder: str) -> None:
     """Write the model with the adapters of the output folder added to its weights, as any other model."""
     where = {"subfolder": arguments.subfolder, "trust_remote_code": True}
     base = AutoModel.from_pretrained(arguments.model, dtype=arguments.dtype, **where)
     PeftModel.from_pretrained(base, arguments.output_dir).merge_and_unload().save_pretrained(folder)
     AutoProcessor.from_pretrained(arguments.model, **where).save_pretrained(folder)
+    copy_companions(arguments, folder)
 
 
 # -------------------------------------------------------------------------------------------------------- training
@@ -308,6 +327,8 @@ class FineTuner(Trainer):
         if state_dict is not None and "logit_scale" in state_dict:
             state_dict["logit_scale"] = state_dict["logit_scale"].reshape(())
         super()._save(output_dir, state_dict)
+        if self.args.train != "lora":  # adapters are no model
+            copy_companions(self.args, output_dir or self.args.output_dir)
 
 
 def hits(logits: torch.Tensor, right: torch.Tensor, k: int) -> float:
@@ -331,18 +352,28 @@ def make_trainer(arguments: Arguments) -> FineTuner:
 
 
 def checkpoint_to_resume(arguments: Arguments) -> str | None:
-    """The last checkpoint of the output folder; without `resume` there must be none."""
+    """The last checkpoint of the output folder: with `resume` there must be one, without it none."""
     folder = Path(arguments.output_dir)
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if last and not arguments.resume:
-        raise ValueError(f"`output_dir` holds {last}: add `--resume` to go on from it, or name another folder.")
+        raise ValueError(f"`output_dir` holds {last}: add `--resume True` to go on, or name another folder.")
+    if arguments.resume and not last:
+        raise ValueError(f"`resume` needs a checkpoint-N in `output_dir`, and {folder} has none.")
     return last
 
 
-def main(arguments: Arguments) -> None:
+def set_up(arguments: Arguments) -> tuple[FineTuner, str | None]:
+    """The trainer, and the checkpoint that it goes on from."""
     checkpoint = checkpoint_to_resume(arguments)
-    trainer = make_trainer(arguments)
+    return make_trainer(arguments), checkpoint
+
+
+def run(trainer: FineTuner, checkpoint: str | None) -> None:
+    """Train, save and evaluate."""
+    arguments = trainer.args
     trainer.train(resume_from_checkpoint=checkpoint)
+    if checkpoint and checkpoint.endswith(f"-{trainer.state.global_step}") and arguments.should_log:
+        print(f"{checkpoint} is the end of --num_train_epochs or --max_steps: nothing was trained.")
     trainer.save_model()
     if trainer.eval_dataset is not None:
         trainer.evaluate()
@@ -351,5 +382,13 @@ def main(arguments: Arguments) -> None:
         merge(arguments, str(Path(arguments.output_dir) / "merged"))
 
 
+def main(arguments: Arguments) -> None:
+    run(*set_up(arguments))
+
+
 if __name__ == "__main__":
-    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
+    try:
+        made = set_up(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
+    except (ValueError, OSError) as error:  # in the arguments, the data or the model: no traceback helps there
+        sys.exit(f"{type(error).__name__}: {error}")
+    run(*made)

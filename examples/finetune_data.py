@@ -32,6 +32,8 @@ def load_rows(arguments: Any) -> tuple[Dataset, Dataset | None]:
         if name not in splits:
             raise ValueError(f"`data` has the splits {list(splits)}, and no {name!r}.")
     if number:
+        if number >= len(splits[arguments.split]):
+            raise ValueError(f"`held_out` must leave some of {len(splits[arguments.split])} rows, got {number}.")
         parts = splits[arguments.split].train_test_split(number, seed=arguments.seed)
         return parts["train"], parts["test"]
     return splits[arguments.split], splits.get(arguments.held_out)

@@ -103,6 +103,7 @@ def make_repository(folder: Path, flat: bool = False, weights: str = "random") -
     tiny.mkdir(parents=True)
     for name in CODE:
         shutil.copy(ROOT / name, folder / name)
+    shutil.copy(ROOT / "requirements.txt", folder)
     for path in ROOT.glob("*.json"):  # those that a checkpoint has of its own replace the root's
         if path.name != INDEX:
             shutil.copy(path, folder / path.name)

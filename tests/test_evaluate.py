@@ -316,6 +316,19 @@ def test_listings_may_be_lines_or_a_table_with_a_row_for_each_text(folders, tmp_
     assert found.captions == {"en": [["a fox", "ein Fuchs"], ["a lion, asleep"]]}
 
 
+def test_a_folder_that_datasets_reads_is_read(folders, tmp_path):
+    shutil.copytree(folders / "things", tmp_path / "x")
+    (tmp_path / "x" / "captions.json").unlink()
+    (tmp_path / "x" / "metadata.jsonl").write_text('{"file_name": "fox/0.png", "text": "a fox"}\n')
+    found = data.read_pictures(str(tmp_path / "x"), "auto", "retrieval", ["en"], data.Columns("image", "label", "text"))
+    assert found.names == [str(tmp_path / "x" / "fox" / "0.png")] and found.captions == {"en": [["a fox"]]}
+
+
+def test_a_name_that_is_nowhere_is_named(run):
+    with pytest.raises(ValueError, match="`--data` must be a folder or a data set of the Hub, got 'no/such'"):
+        run("retrieval", "no/such")
+
+
 def test_examples_of_the_repository_in_three_languages(run):
     pictures = ROOT / "examples" / "pictures"
     columns = ["--listing", pictures / "examples.json", "--image-column", "file", "--language", "en", "zh", "ja"]

@@ -150,6 +150,8 @@ def test_weights_lie_beside_the_graph(both):
     import onnx
 
     for name in ("vision.onnx", "text.onnx", "vision.int8.onnx", "text.int8.onnx"):
+        modes = {(both[0] / each).stat().st_mode for each in (name, f"{name}.data")}
+        assert len(modes) == 1, "who may read one of the two files may read the other"
         graph = onnx.load(both[0] / name, load_external_data=False).graph
         outside = [each for each in graph.initializer if each.data_location == onnx.TensorProto.EXTERNAL]
         assert {entry.value for each in outside for entry in each.external_data if entry.key == "location"} == {

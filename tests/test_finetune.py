@@ -245,6 +245,7 @@ def test_retrieval_takes_odd_batches(arguments):
     [
         ({"split": "validation"}, r"has the splits \['train', 'test'\], and no 'validation'"),
         ({"held_out": "dev"}, "and no 'dev'"),
+        ({"held_out": "12"}, "must leave some of 12 rows, got 12"),
         ({"image_column": "picture"}, "and no 'picture'"),
         ({"text_columns": ["fr"], "prompts": ["Légende:"]}, "and no 'fr'"),
         ({"per_device_train_batch_size": 14}, "14 rows, got 12"),
@@ -271,9 +272,11 @@ def test_a_batch_of_one_text_is_refused(captions, processor):
 
 def test_an_output_folder_with_checkpoints_is_not_overwritten(arguments, tmp_path):
     (tmp_path / "out" / "checkpoint-3").mkdir(parents=True)
-    with pytest.raises(ValueError, match="checkpoint-3: add `--resume`"):
+    with pytest.raises(ValueError, match="checkpoint-3: add `--resume True`"):
         finetune.checkpoint_to_resume(arguments())
     assert finetune.checkpoint_to_resume(arguments(resume=True)).endswith("checkpoint-3")
+    with pytest.raises(ValueError, match="`resume` needs a checkpoint"):
+        finetune.checkpoint_to_resume(arguments(resume=True, output_dir=str(tmp_path / "new")))
 
 
 # ------------------------------------------------------------------------------------------------ what is trained
@@ -533,6 +536,10 @@ def test_what_is_saved_loads_in_a_fresh_process_and_merging_changes_nothing(argu
         assert (other[1] - base[1]).abs().max() > 0.05, "the training must have changed something"
     for one, other in zip(adapted[1:], merged[1:]):
         assert_close(one, other, **TOLERANCE)
+    for folder in (tmp_path / "a", tmp_path / "b" / "merged"):
+        for name in finetune.COMPANIONS:
+            assert (folder / name).read_bytes() == (trained / name).read_bytes()
+    assert not (tmp_path / "b" / "modules.json").exists(), "adapters are no model"
     names = load_file(tmp_path / "a" / "model.safetensors")
     assert names.keys() == load(trained).state_dict().keys() and names["logit_scale"].shape == ()
 

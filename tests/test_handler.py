@@ -253,6 +253,10 @@ BAD_REQUESTS = {
         {"inputs": {"images": [P, P], "texts": ["a", "b"]}, "parameters": {"task": "rerank"}}, 422, "2 pictures",
     ),
     "no labels": ({"inputs": P}, 422, "`candidate_labels`"),
+    "no label between commas": (
+        {"inputs": P, "parameters": {"candidate_labels": "panda,,lion"}}, 422, "candidate_labels[1]",
+    ),
+    "texts as inputs": ({"inputs": ["a panda"], "parameters": {"task": "embed"}}, 400, '{"texts": ...}'),
     "empty labels": ({"inputs": P, "parameters": {"candidate_labels": []}}, 422, "`candidate_labels`"),
     "blank label": ({"inputs": P, "parameters": {"candidate_labels": ["a", " "]}}, 422, "candidate_labels[1]"),
     "labels that are numbers": ({"inputs": P, "parameters": {"candidate_labels": [1, 2]}}, 422, "`candidate_labels`"),

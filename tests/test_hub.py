@@ -17,9 +17,10 @@ from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
+from transformers import AutoProcessor
 from transformers.pipelines import SUPPORTED_TASKS
 
-from conftest import INDEX, ROOT, run_python
+from conftest import INDEX, ROOT, load, run_python
 
 sys.path.insert(0, str(ROOT / "tools"))
 import model_index
@@ -159,6 +160,36 @@ def test_only_own_folders_are_made_anew(clone, tmp_path):
     with pytest.raises(ValueError, match="later.txt"):
         publish.assemble(folder)
     assert (folder / "later.txt").exists() and (folder / "README.md").exists()
+
+
+def test_a_checkpoint_from_elsewhere_gets_code_and_a_card(clone, tmp_path):
+    mine = tmp_path / "mine"
+    (mine / "checkpoint-3").mkdir(parents=True)
+    names = ("config.json", "model.safetensors", "tokenizer.model", "trainer_state.json", "training_args.bin", "old.py")
+    for name in (*names, "checkpoint-3/optimizer.pt"):
+        (mine / name).write_text(f"my {name}")
+    folder = tmp_path / "to"
+    names = publish.assemble(folder, str(mine))
+    own = {"config.json", "model.safetensors", "tokenizer.model"}
+    shared = {"sentence_transformers_x.py", "modules.json", "LICENSE", "README.md", ".gitattributes"}
+    assert contents(folder) == set(names) == own | shared
+    assert (folder / "config.json").read_text() == "my config.json"
+    assert "# mine" in (folder / "README.md").read_text() and metadata_load(folder / "README.md")["library_name"]
+    (mine / "README.md").write_text("my card")
+    publish.assemble(folder, str(mine))
+    assert (folder / "README.md").read_text() == "my card"
+    (mine / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="merge them first"):
+        publish.assemble(folder, str(mine))
+
+
+def test_what_was_saved_can_be_published(trained, tmp_path):
+    saved = tmp_path / "saved"
+    load(trained).save_pretrained(saved)
+    load(trained, AutoProcessor).save_pretrained(saved)
+    publish.assemble(tmp_path / "to", str(saved))
+    assert publish.check(tmp_path / "to", str(saved)) == []
+    assert (tmp_path / "to" / "handler.py").is_file() and (tmp_path / "to" / "modules.json").is_file()
 
 
 def test_wrong_checkpoints_and_clones(clone, tmp_path):

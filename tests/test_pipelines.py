@@ -1,11 +1,14 @@
 """The pipelines, loaded by the repository's name alone, give what the model and the processor give."""
 
+import shutil
+
 import pytest
 import torch
+import transformers
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, pipeline
 
-from conftest import ROOT, load
+from conftest import ROOT, load, run_python
 
 PICTURES = [ROOT / "examples" / "pictures" / f"{name}.png" for name in ("panda", "pizza", "lion", "rocket")]
 LABELS = ["rocket", "panda", "lion", "pizza"]
@@ -178,3 +181,24 @@ def test_what_a_pipeline_sets_is_not_saved(make, tmp_path):
     assert again.default_task is None and not again.add_eos_token
     loaded = pipeline("feature-extraction", model=str(tmp_path), trust_remote_code=True, dtype=torch.float32)
     torch.testing.assert_close(torch.tensor(loaded("panda")), torch.tensor(extract("panda")))
+
+
+# ------------------------------------------------------------------------------------------ what is no pipeline
+
+
+@pytest.mark.parametrize("task, missing", [("image-classification", None), ("image-feature-extraction", "weights")])
+def test_transformers_own_model_of_this_name_is_never_taken(trained, tmp_path, task, missing):
+    """Its class would be built with random weights: 7 billion, as nothing of our config is known to it."""
+    folder = shutil.copytree(trained, tmp_path / "repository")
+    if missing:
+        next(iter(folder.glob("*.safetensors"))).unlink()
+    assert "InternVLModel" in (folder / "config.json").read_text() and hasattr(transformers, "InternVLModel")
+    code = """
+import sys
+import torch
+from transformers import pipeline
+torch.set_default_device("meta")  # so that a failure of this test does not fill the memory
+pipeline(sys.argv[1], model=sys.argv[2], trust_remote_code=True)
+"""
+    with pytest.raises(AssertionError, match="Could not load model"):
+        run_python(code, tmp_path, task, folder)

@@ -99,6 +99,15 @@ def opaque(folder):
     return paths
 
 
+def test_a_checkpoint_in_a_subfolder(model, processor):
+    """As in a clone: modules and code at the root, config, weights and tokenizer below."""
+    clone = new_embedder(ROOT, model_kwargs=FLOAT32 | {"subfolder": "tiny"})
+    np.testing.assert_allclose(clone.encode(TEXTS), text_embeds(model, processor, TEXTS), **CLOSE)
+    pairs = [(PICTURES[0], "panda")]
+    reranker = new_cross_encoder(ROOT, model_kwargs=FLOAT32 | {"subfolder": "tiny"})
+    assert reranker.predict(pairs).shape == (1,)
+
+
 # Embeddings
 
 

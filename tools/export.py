@@ -134,6 +134,13 @@ class Checkpoint:
     def options(self) -> dict[str, Any]:
         return {"subfolder": self.subfolder, "trust_remote_code": True}
 
+    def check(self) -> None:
+        """Refuse what is no checkpoint, before anything is written."""
+        try:
+            self.processor()
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"--model must be a checkpoint: {error}") from None
+
     def processor(self) -> Any:
         return AutoProcessor.from_pretrained(self.path, **self.options)
 
@@ -145,6 +152,7 @@ class Checkpoint:
         if self.mode == "InternVL-G":
             model = without_words(AutoModel.from_pretrained(self.path, **options))
         else:
+            del options["trust_remote_code"]  # only Auto classes know it
             model = get_class_from_dynamic_module(VISION_CLASS, self.path).from_pretrained(self.path, **options)
         return VisionSide(model, self.mode, self.normalize).eval()
 
@@ -218,6 +226,9 @@ def write_int8(source: Path, file: Path, products: list[str]) -> None:
         weight_type=QuantType.QInt8,
         use_external_data_format=True,
     )
+    data = file.with_name(f"{file.name}.data")
+    if data.exists():
+        data.chmod(file.stat().st_mode)  # onnxruntime leaves it to its owner alone
 
 
 def export_side(side: nn.Module, what: str, out: Path, int8: bool) -> dict[str, list[Path]]:
@@ -415,7 +426,7 @@ def described(checkpoint: Checkpoint, side: nn.Module) -> dict[str, Any]:
         "normalized": checkpoint.normalize,
         "width": config.clip_embed_dim,
         "patch_size": config.vision_config.patch_size,
-        "image_size": config.vision_config.image_size,
+        "image_size": config.image_size,
         "logit_scale": checkpoint.logit_scale(),
         "opset": OPSET,
         "dtype": "float32",
@@ -506,10 +517,11 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parsed(arguments)
     check_packages(PACKAGES)
-    out = checked_folder(options.out)
     quieten()
     subfolder = ("" if options.model else "tiny") if options.subfolder is None else options.subfolder
     checkpoint = Checkpoint(options.model or str(ROOT), subfolder, options.mode, not options.unnormalized)
+    checkpoint.check()
+    out = checked_folder(options.out)
     report = export(checkpoint, out, options.what, options.int8, options.check)
     print(f"Written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
     if options.check:

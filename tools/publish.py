@@ -2,6 +2,7 @@
 
     python tools/publish.py --to FOLDER                      # the 14B's repository, with tiny/ as a subfolder
     python tools/publish.py --to FOLDER --checkpoint tiny    # a repository of the tiny checkpoint, at its root
+    python tools/publish.py --to FOLDER --checkpoint out     # of what finetune.py or save_pretrained wrote
     python tools/publish.py --to FOLDER ... --upload ORG/NAME
 
 Nothing leaves this machine without `--upload`. What lies in the folder:
@@ -10,8 +11,8 @@ Nothing leaves this machine without `--upload`. What lies in the folder:
   (`*.safetensors`, `tokenizer.model`), if they were brought into the clone. Left out are `.ci`, and `.gitignore`: the
   Hub would follow it and leave the weights out of the upload.
 * a flat one, for what knows a path or an id but no subfolder (pipelines, sentence-transformers): the checkpoint's
-  files at the root, the root's code, those JSON files of the root that do not describe the 14B, and the examples and
-  tools that its card names.
+  files at the root, the root's code, and those JSON files of the root that do not describe the 14B. With tiny/ come the
+  examples and tools that its card names; a checkpoint from elsewhere gets a card to be filled in, if it has none.
 * `.gitattributes` in both, from tools/hub_gitattributes. It is not at the root of this repository because its filters
   would stop `git add` wherever git-lfs is not installed, and store pointers instead of tiny/'s weights where it is.
 
@@ -41,6 +42,22 @@ WEIGHTS = ("*.safetensors", "tokenizer.model")
 INDEX = "model.safetensors.index.json"
 FLAT_FOLDERS = ("examples/", "tools/")
 FLAT_FILES = ("LICENSE", "requirements.txt")
+OWN_FILES = ("*.json", "*.safetensors", "*.model", "README.md")  # of a checkpoint from elsewhere
+NOT_OWN = ("trainer_state.json", "*_results.json")  # of the training, with paths of the machine it ran on
+CARD = """---
+library_name: transformers
+pipeline_tag: zero-shot-image-classification
+tags:
+- custom_code
+---
+
+# {name}
+
+A checkpoint for the code of InternVL-14B, which lies beside it. What it was trained on, and how well it does, is to be
+written here.
+
+    AutoModel.from_pretrained(REPOSITORY, trust_remote_code=True)
+"""
 LINK_FROM = 10_000_000  # bytes: a link to a small file would let an edit there change the original
 LINK = re.compile(r"\]\(([^)\s#]+)[^)]*\)")
 
@@ -65,16 +82,32 @@ def full_files() -> dict[str, Path]:
 
 def flat_files(checkpoint: str) -> dict[str, Path]:
     """Path in the repository -> file, for a checkpoint at its root."""
-    own = {name.removeprefix(f"{checkpoint}/"): ROOT / name for name in tracked() if name.startswith(f"{checkpoint}/")}
+    prefix = tracked_folder(checkpoint)
+    if prefix:
+        own = {name.removeprefix(f"{prefix}/"): ROOT / name for name in tracked() if name.startswith(f"{prefix}/")}
+    else:
+        own = {path.name: path for pattern in OWN_FILES for path in sorted(Path(checkpoint).glob(pattern))}
+        own = {name: path for name, path in own.items() if not any(map(Path(name).match, NOT_OWN))}
+    if "adapter_config.json" in own:
+        raise ValueError(f"`checkpoint` must be a whole model, got adapters in {checkpoint!r}: merge them first.")
     if "config.json" not in own:
-        raise ValueError(f"`checkpoint` must be a folder of the repository with a config.json, got {checkpoint!r}.")
-    shared = {name: ROOT / name for name in tracked() if belongs_to_flat(name)}
+        raise ValueError(f"`checkpoint` must be a folder with a config.json, got {checkpoint!r}.")
+    shared = {name: ROOT / name for name in tracked() if belongs_to_flat(name, with_examples=bool(prefix))}
     return shared | own
 
 
-def belongs_to_flat(name: str) -> bool:
+def tracked_folder(checkpoint: str) -> str | None:
+    """The path in this repository of a folder that git tracks; of any other None."""
+    folder = (ROOT / checkpoint).resolve()
+    if not folder.is_relative_to(ROOT.resolve()):
+        return None
+    path = folder.relative_to(ROOT.resolve()).as_posix()
+    return path if any(name.startswith(f"{path}/") for name in tracked()) else None
+
+
+def belongs_to_flat(name: str, with_examples: bool) -> bool:
     if "/" in name:
-        return name.startswith(FLAT_FOLDERS)
+        return with_examples and name.startswith(FLAT_FOLDERS)
     # The root's configs have namesakes in the checkpoint, which replace them; its index may have none.
     return name in FLAT_FILES or name.endswith(".py") or (name.endswith(".json") and name != INDEX)
 
@@ -97,26 +130,28 @@ def assemble(folder: str | Path, checkpoint: str | None = None) -> list[str]:
 
     Args:
         folder (`str` or `Path`): where; empty, not there, or made by an earlier call.
-        checkpoint (`str`, *optional*): a folder of this repository whose weights are to lie at the root, such as
-            "tiny"; without it the 14B's repository is made.
+        checkpoint (`str`, *optional*): a folder whose weights are to lie at the root: "tiny", or one that
+            `save_pretrained` wrote; without it the 14B's repository is made.
 
     Returns:
         `list[str]`: the paths in it, sorted.
 
     Raises:
-        `ValueError`: the folder holds something else, the checkpoint is none, the clone is no git repository, or the
-            card shows or links what would not be there.
+        `ValueError`: the folder holds something else, the checkpoint is none or has adapters alone, the clone is no
+            git repository, or the card shows or links what would not be there.
     """
     folder = Path(folder)
     files = full_files() if checkpoint is None else flat_files(checkpoint)
     make_room(folder)
-    written = sorted([*files, ".gitattributes"])
+    written = sorted({*files, "README.md", ".gitattributes"})
     (folder / MARK).write_text(json.dumps(written, indent=1))  # first, so that what an interruption leaves is ours
     for name, source in files.items():
         place(source, folder / name)
     place(ROOT / "tools" / "hub_gitattributes", folder / ".gitattributes")
     card = folder / "README.md"
-    if checkpoint is not None:
+    if "README.md" not in files:
+        card.write_text(CARD.format(name=Path(str(checkpoint)).resolve().name), "utf-8")
+    elif checkpoint is not None and tracked_folder(checkpoint):
         card.write_text(flat_card(card.read_text("utf-8")), "utf-8")
     absent = sorted(name for name in shown_by(card) if not (folder / name).exists())
     if absent:
@@ -191,11 +226,17 @@ def check(folder: str | Path, checkpoint: str | None = None) -> list[str]:
         `RuntimeError`: something does not load, gives other values than the clone, or is named otherwise in the index.
     """
     folder = Path(folder).resolve()
-    where = ["--subfolder", "tiny"] if checkpoint is None else []
-    found, wanted = load_offline(folder, *where), load_offline(ROOT, "--subfolder", checkpoint or "tiny")
+    if checkpoint is None:
+        found, wanted = (load_offline(place, "--subfolder", "tiny") for place in (folder, ROOT))
+    elif path := tracked_folder(checkpoint):
+        found, wanted = load_offline(folder), load_offline(ROOT, "--subfolder", path)
+    else:
+        found, wanted = load_offline(folder), load_offline(Path(checkpoint).resolve())
     for name in found:
         if name != "code" and found[name] != wanted[name]:
-            raise RuntimeError(f"{folder} gives another `{name}` than {ROOT}: {found[name]} instead of {wanted[name]}.")
+            raise RuntimeError(
+                f"{folder} gives another `{name}` than what it was made of: {found[name]} instead of {wanted[name]}."
+            )
     if checkpoint is not None:
         return []
     empty = load_offline(folder, "--empty")
@@ -240,15 +281,18 @@ def upload(folder: str | Path, repo_id: str, api: Any = None) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--to", type=Path, required=True, help="folder to put the repository together in")
-    parser.add_argument("--checkpoint", help="make a flat repository of this folder's checkpoint, such as tiny")
+    parser.add_argument("--checkpoint", help="make a flat repository of this folder's checkpoint")
     parser.add_argument("--upload", metavar="REPO_ID", help="upload it; without this nothing leaves the machine")
     parser.add_argument("--without-weights", action="store_true", help="upload although weights are missing here")
     arguments = parser.parse_args()
-    names = assemble(arguments.to, arguments.checkpoint)
+    try:
+        names = assemble(arguments.to, arguments.checkpoint)
+    except ValueError as error:
+        sys.exit(str(error))
     size = sum((arguments.to / name).stat().st_size for name in names)
     print(f"{arguments.to}: {len(names)} files, {size / 1e6:.1f} MB")
     missing = check(arguments.to, arguments.checkpoint)
-    print("It loads without network and gives the values of this clone.")
+    print(f"It loads without network and gives the values of {arguments.checkpoint or 'this clone'}.")
     if missing:
         print(f"Not here: {', '.join(missing)}. Without them the repository's root does not load.")
     if arguments.upload is None:
