@@ -51,7 +51,7 @@ def estimate(shards: list[dict], batches: list[dict], options: argparse.Namespac
 
 
 def total_rows(shards: list[dict], batches: list[dict]) -> tuple[int, bool]:
-    """Counted where files say how many rows they have; tars by their bytes, as many to a row as those that were read."""
+    """Counted where files say how many rows they have; for tars by their bytes, as many to a row as in the sample."""
     if all(shard["stop"] is not None for shard in shards):
         return sum(shard["stop"] - shard["start"] for shard in shards), True
     read: dict[int, int] = {}  # how far into each tar
@@ -97,7 +97,9 @@ def h100_lines(decode_rate: float, options: argparse.Namespace) -> list[str]:
     ]
     if options.price_per_gpu_hour:
         price = options.price_per_gpu_hour
-        text.append(f"  cost: {hours:,.0f} GPU-hours x {price:g} = {hours * price:,.0f}, without CPUs, storage, transfer")
+        text.append(
+            f"  cost: {hours:,.0f} GPU-hours x {price:g} = {hours * price:,.0f}, without CPUs, storage, transfer"
+        )
     return text
 
 
@@ -107,7 +109,7 @@ def embedding_bytes(options: argparse.Namespace) -> int:
 
 
 def picture_flops(modes: list[str]) -> int:
-    """Of matrix products and convolutions for one picture, counted without weights; the modes share the vision tower."""
+    """Of matrix products and convolutions for a picture, counted without weights; modes share the vision tower."""
     config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
     config.vision_config.use_flash_attn = False
     size = config.vision_config.image_size

@@ -13,8 +13,8 @@ machine of a cluster must see, and so must `--model` if it is a folder.
 * The input is cut into shards: `--shard-rows` rows of a Parquet file or of a folder's listing, or a whole tar. Each
   becomes one `embeddings/part-N.parquet`, which is there whole or not at all. Running the same command again, after
   whatever happened, does the shards that are not there. With other settings it is refused.
-* A row that cannot be embedded goes to `errors/part-N.parquet`, with the reason, and at the end rows in must be rows out
-  and errors. To try those rows again, delete their `embeddings/part-N.parquet` and run the command again.
+* A row that cannot be embedded goes to `errors/part-N.parquet`, with the reason; rows in must be rows out and errors in
+  the end. To try those rows again, delete their `embeddings/part-N.parquet` and run the command again.
 * `manifest.json` says which model, settings and input this is, and at the end how many rows and how long the models
   waited; `shards.parquet` what each shard is, and `files.parquet` which files a folder had when the run began.
 * Columns: `id` (a path below the folder, `--id-column` or FILE:ROW of a Parquet file, the key of a tar), `source`,
@@ -38,7 +38,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +243,9 @@ def model_version(options: argparse.Namespace) -> str:
     if options.revision:
         raise ValueError(f"`--revision` is for an id on the Hub, got it with the folder {options.model!r}.")
     whole = hashlib.sha256()
-    files = [path for path in (folder / options.subfolder).iterdir() if path.suffix in (".safetensors", ".json", ".model")]
+    files = [
+        path for path in (folder / options.subfolder).iterdir() if path.suffix in (".safetensors", ".json", ".model")
+    ]
     for path in sorted([*files, *folder.glob("*.py")]):
         with path.open("rb") as file:
             whole.update(f"{path.relative_to(folder)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
@@ -333,7 +335,7 @@ def decode(shard: dict, options: argparse.Namespace) -> Iterator[dict]:
     processor = load_processor(options)
     rows = islice(embed_sources.read_shard(shard, options), shard.get("limit"))
     with ThreadPoolExecutor(embed_sources.CONNECTIONS) as pool:
-        for chunk in range(sys.maxsize):
+        for chunk in count():
             start = time.perf_counter()
             batch = list(pool.map(lambda row: embed_sources.fetch(row, options), islice(rows, options.batch_size)))
             yield {
@@ -546,23 +548,25 @@ def start_ray(options: argparse.Namespace) -> None:
         ray.init("local", num_cpus=max(needed, os.cpu_count() or 1), object_store_memory=store, **quiet)
 
 
-def place_models(options: argparse.Namespace) -> None:
+def place_models(options: argparse.Namespace, is_first: bool = True) -> None:
     """
-    How many GPUs a model gets, and how many models there are.
+    How many GPUs a model gets, and how many models there are; after the first time as many as there still is room for.
 
     Raises:
         ValueError: the cluster has too little.
     """
     there = ray.cluster_resources()
     gpus, cpus = int(there.get("GPU", 0)), int(there.get("CPU", 0))
-    options.gpus_per_model = min(gpus, 1) if options.gpus_per_model is None else options.gpus_per_model
+    if options.gpus_per_model is None:
+        options.gpus_per_model = min(gpus, 1)
     each = options.gpus_per_model
+    room = min((cpus - 1) // options.cpus_per_model, gpus // each if each else cpus)
     options.pool = options.models or (gpus // each if each else 1)
-    if options.pool < 1 or options.pool * each > gpus:
-        raise ValueError(f"`--models` and `--gpus-per-model` ask for {max(options.pool, 1) * each} GPUs of {gpus}.")
-    if options.pool * options.cpus_per_model >= cpus:
-        wanted = f"{options.pool * options.cpus_per_model} CPUs and one to decode"
-        raise ValueError(f"`--models` and `--cpus-per-model` ask for {wanted}, the cluster has {cpus}.")
+    if not is_first:
+        options.pool = min(options.pool, room)
+    if not 1 <= options.pool <= room:
+        wanted = f"{options.pool or 1} with {each} GPUs and {options.cpus_per_model} CPUs each, and a CPU to decode"
+        raise ValueError(f"`--models` must fit into the cluster of {gpus} GPUs and {cpus} CPUs, got {wanted}.")
 
 
 def batches_of(shards: list[dict], options: argparse.Namespace) -> Iterator[dict]:
@@ -572,9 +576,14 @@ def batches_of(shards: list[dict], options: argparse.Namespace) -> Iterator[dict
     context.execution_no_progress_timeout_s = options.stall_minutes * 60
     context.target_max_block_size = options.batch_bytes  # a batch is a block: the first goes out before the second
     dataset = ray.data.from_items(shards, override_num_blocks=min(len(shards), MAX_TASKS))
-    # Ray joins steps that ask for the same. These differ, so decoding is not done by the actors.
-    kwargs = {"fn_kwargs": {"options": options}, "concurrency": options.decoders}
-    dataset = dataset.flat_map(decode, num_cpus=1, max_retries=DECODE_RETRIES, **kwargs)
+    # Without arguments that only a function knows, Ray would join the steps, and the actors would decode.
+    dataset = dataset.flat_map(
+        decode,
+        fn_kwargs={"options": options},
+        num_cpus=1,
+        concurrency=options.decoders,
+        ray_remote_args_fn=lambda: {"max_retries": DECODE_RETRIES},
+    )
     dataset = dataset.map(
         Embed,
         fn_constructor_args=(options,),
@@ -600,7 +609,9 @@ class Writer:
         if batches[last]["rows"] or len(batches) <= last:  # the last one is empty
             return
         del self.open[batch["shard"]]
-        self.pending.append(self.pool.submit(write_part, self.output, batch["shard"], [batches[i] for i in range(last)]))
+        self.pending.append(
+            self.pool.submit(write_part, self.output, batch["shard"], [batches[i] for i in range(last)])
+        )
         while len(self.pending) > 2 * WRITERS or (self.pending and self.pending[0].done()):
             self.pending.pop(0).result()
             self.written += 1
@@ -633,12 +644,12 @@ def embed_all(shards: list[dict], options: argparse.Namespace, output: Output, t
     Embed what is not there yet. Ray replaces workers that die and does their work again; where it cannot, as when a
     machine is gone for good and with it the place of an actor, everything is placed anew on what is left.
     """
-    while True:
+    for attempt in count():
         done = output.parts("embeddings")
         missing = [shard for shard in shards if shard["shard"] not in done]
         if not missing:
             return
-        place_models(options)
+        place_models(options, is_first=attempt == 0)
         writer, shown = Writer(output), time.perf_counter()
         try:
             for batch in batches_of(missing, options):
@@ -675,7 +686,9 @@ def check_counts(shards: list[dict], output: Output) -> dict:
     """
     wanted, parts, errors = {s["shard"]: s for s in shards}, output.parts("embeddings"), output.parts("errors")
     if parts != set(wanted) or not errors <= parts:
-        raise RuntimeError(f"{output.url} must have {len(wanted)} parts, got others: {sorted(parts ^ set(wanted))[:5]}.")
+        raise RuntimeError(
+            f"{output.url} must have {len(wanted)} parts, got others: {sorted(parts ^ set(wanted))[:5]}."
+        )
 
     def of_part(shard: int) -> tuple[int, int, int]:
         out, counts = output.footer(part("embeddings", shard))
@@ -704,7 +717,9 @@ def run(options: argparse.Namespace) -> dict:
     options.model_version = model_version(options)
     revision = {} if os.path.isdir(options.model) else {"revision": options.model_version}
     options.where = {"subfolder": options.subfolder, **revision}
-    options.needs_queries = "caption" in options.embed or ("image" in options.embed and MODES["image_g"] in options.mode)
+    options.needs_queries = "caption" in options.embed or (
+        "image" in options.embed and MODES["image_g"] in options.mode
+    )
     processor = load_processor(options)
     config = AutoConfig.from_pretrained(options.model, trust_remote_code=True, **options.where)
     stored = str(config.dtype or "float32").removeprefix("torch.")
@@ -765,7 +780,7 @@ def dry_run(shards: list[dict], options: argparse.Namespace) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> dict:
-    for module in (embed_sources, embed_costs):  # which the other machines do not have
+    for module in (embed_sources, embed_costs, sys.modules[__name__]):  # which the other machines do not have
         ray.cloudpickle.register_pickle_by_value(module)
     try:
         return run(parse(arguments))

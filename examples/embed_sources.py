@@ -224,7 +224,9 @@ def read_rows(shard: dict, options: Any) -> Iterator[Row]:
     names = ("id", "image", "text") if is_listing else (options.id_column, options.image_column, options.text_column)
     wanted = (bool(names[0]), options.needs_pictures, options.needs_texts)
     columns = [column if needed else "" for column, needed in zip(names, wanted)]
-    system, path = fsspec.core.url_to_fs(shard["path"], **(options.output_options if is_listing else options.storage_options))
+    system, path = fsspec.core.url_to_fs(
+        shard["path"], **(options.output_options if is_listing else options.storage_options)
+    )
     first = 0
     with system.open(path, "rb") as file:
         parquet = pq.ParquetFile(file, buffer_size=1 << 20)
