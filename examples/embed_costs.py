@@ -15,12 +15,11 @@ BILLION = 1_000_000_000
 H100_FLOPS = 989e12
 
 
-def estimate(shards: list[dict], batches: list[dict], options: argparse.Namespace, cpus: int) -> dict[str, Any]:
+def estimate(shards: list[dict], batches: list[dict], options: argparse.Namespace) -> dict[str, Any]:
     """
     Args:
         shards: the whole input.
         batches: what became of the rows of the sample.
-        cpus: of the cluster.
     """
     rows = sum(batch["rows"] for batch in batches)
     if not rows:
@@ -30,10 +29,8 @@ def estimate(shards: list[dict], batches: list[dict], options: argparse.Namespac
     steady = warm or [batch for batch in batches if batch["rows"]]
     model_rate = sum(batch["rows"] for batch in steady) / sum(batch["worked"] for batch in steady)
     decode_rate = rows / sum(batch["decoded"] for batch in batches)
-    decoders = cpus - options.pool * options.cpus_per_model
-    decoders = min(decoders, options.decoders) if options.decoders else decoders
     total, is_counted = total_rows(shards, batches)
-    rate = min(model_rate * options.pool, decode_rate * decoders)
+    rate = min(model_rate * options.pool, decode_rate * options.tasks)
     return {
         "sample": rows,
         "errors": rows - sum(batch["embedded"] for batch in batches),
@@ -43,7 +40,7 @@ def estimate(shards: list[dict], batches: list[dict], options: argparse.Namespac
         "model_rate": model_rate,
         "models": options.pool,
         "decode_rate": decode_rate,
-        "decoders": decoders,
+        "decoders": options.tasks,
         "rate": rate,
         "hours": total / rate / 3600,
         "output_bytes": total * sum(len(batch["table"]) for batch in batches) / rows,

@@ -185,6 +185,9 @@ def count_rows(system: Any, path: str, options: Any) -> int:
 
 def read_shard(shard: dict, options: Any) -> Iterator[Row]:
     """All rows of a shard, in an order that is always the same; what cannot be read comes as a row with an error."""
+    if "files" in shard:  # of a dry run, which writes no list
+        yield from (Row(**file) for file in json.loads(shard["files"]))
+        return
     if shard["stop"] is None:
         yield from persistently(lambda: read_tar(shard, options), lambda row: shard["name"], None)
         return

@@ -24,7 +24,9 @@ pytest.importorskip("ray.data")
 
 import embed_costs  # noqa: E402
 import embed_dataset  # noqa: E402
+import embed_output  # noqa: E402
 import embed_sources  # noqa: E402
+import embed_stages  # noqa: E402
 import fsspec  # noqa: E402
 import psutil  # noqa: E402
 import pyarrow as pa  # noqa: E402
@@ -34,6 +36,7 @@ from ray.cluster_utils import Cluster  # noqa: E402
 PICTURES = ROOT / "examples" / "pictures"
 ENTRIES = json.loads((PICTURES / "examples.json").read_text("utf-8"))
 NODE = {"num_cpus": 2, "object_store_memory": 100_000_000, "include_dashboard": False}
+IDS = pa.schema([("id", pa.string())])
 SCRIPT = ROOT / "examples" / "embed_dataset.py"
 
 
@@ -127,8 +130,8 @@ def read_all(given) -> list[embed_sources.Row]:
 def without_ray(given) -> pa.Table:
     """What the same batches become in this process."""
     listing = embed_sources.list_input(given)
-    given.kind, actor = listing.source, embed_dataset.Embed(given)
-    batches = [actor(batch) for shard in listing.shards.to_pylist() for batch in embed_dataset.decode(shard, given)]
+    given.kind, actor = listing.source, embed_stages.Embed(given)
+    batches = [actor(batch) for shard in listing.shards.to_pylist() for batch in embed_stages.decode(shard, given)]
     return pa.concat_tables([pa.ipc.open_stream(each["table"]).read_all() for each in batches if each["table"]])
 
 
@@ -278,13 +281,13 @@ def test_errors_of_rows_say_what_is_wrong_and_leave_the_others_alone(options, tm
     given = options("data", embed=["image", "text"])
     batch = [embed_sources.Row(key, *values) for key, values in cases.items()]
     processor = load(trained, AutoProcessor)
-    found = embed_dataset.inputs_of(batch, processor, given)
+    found = embed_stages.inputs_of(batch, processor, given)
     assert found["ids"] == ["good", "also good"]
     reasons = {error["id"]: error["reason"] for error in json.loads(found["errors"])}
     assert set(reasons) == set(cases) - {"good", "also good"}
     assert all(key in reason for key, reason in reasons.items() if key != "cut") and "picture" in reasons["cut"]
     given.truncate = True
-    assert embed_dataset.inputs_of(batch, processor, given)["ids"] == ["good", "ids", "also good"]
+    assert embed_stages.inputs_of(batch, processor, given)["ids"] == ["good", "ids", "also good"]
 
 
 def test_narrow_and_huge_pictures_are_refused_before_they_are_decoded():
@@ -301,10 +304,10 @@ def test_narrow_and_huge_pictures_are_refused_before_they_are_decoded():
 def test_values_that_are_not_finite_are_errors():
     values = torch.tensor([[1.0, 2.0], [torch.nan, 0.0], [70_000.0, 0.0]])
     columns = {"id": ["a", "b", "c"], "source": ["s"] * 3, "image_c": values, "caption_text": ["one", "two", ""]}
-    table, bad = embed_dataset.table_of(columns, torch.float16)
+    table, bad = embed_stages.table_of(columns, torch.float16)
     assert table["id"].to_pylist() == ["a"] and {error["id"] for error in bad} == {"b", "c"}
     assert table.schema.field("image_c").type == pa.list_(pa.float16(), 2)
-    table, bad = embed_dataset.table_of(columns | {"image_c": values[:, 1:]}, torch.float32)
+    table, bad = embed_stages.table_of(columns | {"image_c": values[:, 1:]}, torch.float32)
     assert [error["reason"] for error in bad] == ["caption: the model wrote nothing"] and len(table) == 2
 
 
@@ -341,9 +344,9 @@ def test_embeddings_are_those_of_the_model(options, tmp_path, trained, embed, mo
 def test_the_waiting_is_measured(options, tmp_path):
     path = write_parquet(tmp_path / "a.parquet", rows(8))
     given = options(path)
-    given.kind, actor, tally = "parquet", embed_dataset.Embed(given), embed_dataset.Tally()
+    given.kind, actor, tally = "parquet", embed_stages.Embed(given), embed_dataset.Tally()
     shard = embed_sources.list_input(given).shards.to_pylist()[0]
-    for index, batch in enumerate(embed_dataset.decode(shard, given)):
+    for index, batch in enumerate(embed_stages.decode(shard, given)):
         time.sleep(0.3 * (index == 1))
         tally.add(actor(batch))
     assert 0.3 <= tally.waited < 0.6 and tally.rows == 8
@@ -358,13 +361,13 @@ def batch(shard: int, chunk: int, count: int, errors: int = 0) -> dict:
     bad = [{"id": f"bad {shard}.{chunk}.{index}", "source": "s", "reason": "r"} for index in range(errors)]
     return {
         "shard": shard, "chunk": chunk, "rows": count, "errors": json.dumps(bad),
-        "table": embed_dataset.as_bytes(table) if count else b"",
+        "table": embed_stages.as_bytes(table) if count else b"",
     }  # fmt: skip
 
 
 def test_batches_in_any_order_become_parts_in_order(tmp_path):
-    output = embed_dataset.Output(f"file://{tmp_path}", {})
-    writer = embed_dataset.Writer(output)
+    output = embed_output.Output(f"file://{tmp_path}", {})
+    writer = embed_output.Writer(output, IDS)
     order = [(1, 2, 0), (0, 1, 4), (1, 0, 4), (0, 0, 4), (1, 1, 3), (2, 0, 0), (0, 2, 0)]
     for index, (shard, chunk, count) in enumerate(order):
         writer.add(batch(shard, chunk, count, errors=1 if count == 3 else 0))
@@ -378,21 +381,21 @@ def test_batches_in_any_order_become_parts_in_order(tmp_path):
         "1.1.1",
     ]
     shards = [{"shard": shard, "start": 0, "stop": stop} for shard, stop in ((0, 8), (1, 7), (2, None))]
-    assert embed_dataset.check_counts(shards, output) == {"rows": 15, "embedded": 14, "errors": 1}
+    assert embed_output.check_counts(shards, output) == {"rows": 15, "embedded": 14, "errors": 1}
     with pytest.raises(RuntimeError, match="shard 1 of 9 rows"):
-        embed_dataset.check_counts([shards[0], shards[1] | {"stop": 9}, shards[2]], output)
+        embed_output.check_counts([shards[0], shards[1] | {"stop": 9}, shards[2]], output)
     (tmp_path / "errors" / "part-00000001.parquet").unlink()
     with pytest.raises(RuntimeError, match="shard 1"):
-        embed_dataset.check_counts(shards, output)
+        embed_output.check_counts(shards, output)
     with pytest.raises(RuntimeError, match="4 parts"):
-        embed_dataset.check_counts([*shards, {"shard": 3, "start": 0, "stop": 1}], output)
+        embed_output.check_counts([*shards, {"shard": 3, "start": 0, "stop": 1}], output)
 
 
 def test_a_part_that_could_not_be_written_is_not_there(tmp_path, monkeypatch):
-    output = embed_dataset.Output(f"file://{tmp_path}", {})
-    embed_dataset.write_part(output, 0, [batch(0, 0, 3, errors=1)])
+    output = embed_output.Output(f"file://{tmp_path}", {})
+    embed_output.write_part(output, IDS, 0, [batch(0, 0, 3, errors=1)])
     assert output.parts("errors") == {0}
-    embed_dataset.write_part(output, 0, [batch(0, 0, 3)])  # the same shard again, now without errors
+    embed_output.write_part(output, IDS, 0, [batch(0, 0, 3)])  # the same shard again, now without errors
     assert output.parts("errors") == set()
 
     def killed(*paths):
@@ -400,7 +403,7 @@ def test_a_part_that_could_not_be_written_is_not_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        embed_dataset.write_part(output, 1, [batch(1, 0, 3)])
+        embed_output.write_part(output, IDS, 1, [batch(1, 0, 3)])
     assert output.parts("embeddings") == {0}
     assert len(pq.read_table(tmp_path / "embeddings")) == 3  # what is half written is left out by readers
     assert len(list((tmp_path / "embeddings").iterdir())) == 2
@@ -408,10 +411,20 @@ def test_a_part_that_could_not_be_written_is_not_there(tmp_path, monkeypatch):
     assert len(list((tmp_path / "embeddings").iterdir())) == 1
 
 
+def test_a_part_of_errors_alone_has_the_columns_of_the_others(options, tmp_path):
+    given = options("data", embed=["image", "text", "caption"], mode=["InternVL-C", "InternVL-G"])
+    given.width = 3
+    output, schema = embed_output.Output(f"file://{tmp_path}", {}), embed_stages.schema_of(given)
+    embed_output.write_part(output, schema, 0, [batch(0, 0, 2, errors=2) | {"table": b""}])
+    found = pq.read_table(tmp_path / "embeddings")
+    assert found.column_names == ["id", "source", "image_c", "image_g", "caption", "caption_text", "text"]
+    assert len(found) == 0 and found.schema.field("image_g").type == pa.list_(pa.float16(), 3)
+
+
 def test_a_part_goes_to_an_object_store_in_one_piece():
     fsspec.filesystem("memory").store.clear()
-    output = embed_dataset.Output("memory://bucket/out", {})
-    embed_dataset.write_part(output, 5, [batch(5, 0, 3, errors=1)])
+    output = embed_output.Output("memory://bucket/out", {})
+    embed_output.write_part(output, IDS, 5, [batch(5, 0, 3, errors=1)])
     assert output.parts("embeddings") == output.parts("errors") == {5}
     assert output.footer("embeddings/part-00000005.parquet") == (2, {"rows": 3, "errors": 1})
     output.remove_leftovers()
@@ -454,9 +467,9 @@ def test_columns_that_do_not_fit_are_refused(options, tmp_path, option, column):
 
 def test_code_reaches_machines_that_do_not_have_it(tmp_path):
     """Unpickled in a process that cannot import this folder."""
-    for module in (embed_sources, embed_costs, embed_dataset):
+    for module in (embed_sources, embed_stages):
         ray.cloudpickle.register_pickle_by_value(module)
-    (tmp_path / "code").write_bytes(ray.cloudpickle.dumps([embed_dataset.decode, embed_dataset.Embed]))
+    (tmp_path / "code").write_bytes(ray.cloudpickle.dumps([embed_stages.decode, embed_stages.Embed]))
     code = "import pickle, sys; print([each.__name__ for each in pickle.load(open(sys.argv[1], 'rb'))])"
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "code"], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.strip() == "['decode', 'Embed']", done.stderr[-2000:]
@@ -478,19 +491,20 @@ def test_flops_are_those_that_the_shapes_say():
 
 def test_the_estimate_is_the_slower_of_models_and_decoders(options):
     given = options("data", dry_run=True, price_per_hour=2, h100=True, mfu=0.5, price_per_gpu_hour=3)
+    given.tasks = 6
     given.pool = 2
     shards = [{"start": 0, "stop": 36_000, "bytes": 1}, {"start": 0, "stop": 36_000, "bytes": 1}]
     one = {"shard": 0, "rows": 10, "embedded": 9, "decoded": 0.5, "worked": 1.0, "table": b"x" * 50, "end": 0}
     batches = [one | {"waited": None, "worked": 100.0}, one | {"waited": 0.1}, one | {"waited": 0.1}]
-    found = embed_costs.estimate(shards, batches, given, cpus=8)
+    found = embed_costs.estimate(shards, batches, given)
     assert (found["model_rate"], found["decode_rate"], found["decoders"], found["errors"]) == (10, 20, 6, 3)
     assert (found["rate"], found["rows"], found["hours"], found["output_bytes"]) == (20, 72_000, 1, 360_000)
     text = "\n".join(embed_costs.lines(found, given))
     assert "1.00 hours x 2 an hour = 2.00" in text and "which the models allow" in text
     rate = 989e12 * 0.5 / embed_costs.picture_flops(["InternVL-C"])
     assert f"= {rate:.0f} pictures/s on a GPU" in text and f"{1e9 / rate / 3600:,.0f} GPU-hours" in text
-    given.decoders = 1
-    slower = embed_costs.estimate(shards, [each | {"decoded": 1.0} for each in batches], given, cpus=8)
+    given.tasks = 1
+    slower = embed_costs.estimate(shards, [each | {"decoded": 1.0} for each in batches], given)
     assert slower["rate"] == 10 and "decoders allow" in embed_costs.lines(slower, given)[4]
 
 
@@ -499,7 +513,7 @@ def test_rows_of_tars_are_estimated_from_how_far_was_read(options, tmp_path):
     given = options(path)
     shards = embed_sources.list_input(given).shards.to_pylist()
     given.kind = "webdataset"
-    batches = list(embed_dataset.decode(shards[0] | {"limit": 20}, given))
+    batches = list(embed_stages.decode(shards[0] | {"limit": 20}, given))
     assert embed_costs.total_rows(shards, batches) == (pytest.approx(60, abs=3), False)
 
 
@@ -548,16 +562,18 @@ def test_a_run_embeds_what_it_can_and_accounts_for_the_rest(arguments, options, 
     assert table.equals(without_ray(options(tmp_path / "data", **wanted)))
     assert "25 rows = 22 embedded + 3 errors" in capsys.readouterr().out
 
-    with pytest.raises(SystemExit, match=r"other settings.*batch_size: 4, now 8; .*|mode: .*"):
+    with pytest.raises(SystemExit, match="other settings.*batch_size: 4, now 8"):
         embed_dataset.main(arguments(tmp_path / "data", address=cluster, **wanted | {"batch_size": 8}))
     with pytest.raises(SystemExit, match=r"mode: \['InternVL-C', 'InternVL-G'\], now \['InternVL-C'\]"):
         embed_dataset.main(arguments(tmp_path / "data", address=cluster, embed=["image", "text"]))
 
 
-def test_a_killed_driver_goes_on_without_gaps_or_duplicates(arguments, options, cluster, tmp_path):
+@pytest.mark.parametrize("is_joined", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["cluster", "alone"])
+def test_a_killed_driver_goes_on_without_gaps_or_duplicates(arguments, options, cluster, tmp_path, is_joined):
     path = write_parquet(tmp_path / "data.parquet", rows(400))
     given = {"id_column": "key", "embed": ["image", "caption"], "max_new_tokens": 8}
-    process = start(arguments(path, object_store_gb=0.1, **given), tmp_path / "log")
+    where = {"address": cluster} if is_joined else {"object_store_gb": 0.1}
+    process = start(arguments(path, **given, **where), tmp_path / "log")
     wait_for_parts(tmp_path / "out", 3, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -566,6 +582,8 @@ def test_a_killed_driver_goes_on_without_gaps_or_duplicates(arguments, options, 
     manifest = embed_dataset.main(arguments(path, address=cluster, **given))
     assert manifest["result"] == {"rows": 400, "embedded": 400, "errors": 0}
     assert manifest["runs"][1]["rows"] == 400 - 10 * len(before)
+    again = embed_dataset.main(arguments(path, address=cluster, **given))
+    assert again["result"] == manifest["result"] and again["runs"][2]["rows"] == 0
     assert {each: each.stat().st_mtime_ns for each in before} == before
     assert written(tmp_path / "out").equals(without_ray(options(path, **given)))
     assert not list((tmp_path / "out").rglob(".*.tmp"))
@@ -644,10 +662,14 @@ def test_a_folder_on_a_web_server(arguments, options, cluster, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_dry_run_writes_nothing(arguments, cluster, tmp_path, capsys):
-    path = write_parquet(tmp_path / "data.parquet", rows(200))
+@pytest.mark.parametrize("write", [write_parquet, write_folder])
+def test_a_dry_run_writes_nothing(arguments, cluster, tmp_path, capsys, write):
+    data = write(tmp_path / "data", rows(200))
     more = {"address": cluster, "sample_rows": 40, "price_per_hour": 1.5, "h100": True, "mfu": 0.4}
-    found = embed_dataset.main(arguments(path, dry_run=True, **more))
-    assert found["rows"] == 200 and 40 <= found["sample"] <= 44 and not (tmp_path / "out").exists()
+    source = "parquet" if write is write_parquet else "folder"
+    if source == "parquet":
+        data = data.rename(tmp_path / "data.parquet")
+    found = embed_dataset.main(arguments(data, dry_run=True, source=source, **more))
+    assert found["rows"] == 200 and found["sample"] == 40 and found["errors"] == 0 and not (tmp_path / "out").exists()
     text = capsys.readouterr().out
     assert "cost:" in text and "GPU-hours" in text
