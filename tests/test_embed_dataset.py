@@ -465,6 +465,7 @@ def test_columns_that_do_not_fit_are_refused(options, tmp_path, option, column):
         embed_sources.list_input(options(path, embed=["image", "text"], **{f"{option}_column": column}))
 
 
+@pytest.mark.slow
 def test_code_reaches_machines_that_do_not_have_it(tmp_path):
     """Unpickled in a process that cannot import this folder."""
     for module in (embed_sources, embed_stages):
@@ -543,50 +544,42 @@ def wait_for_parts(folder: Path, count: int, process: subprocess.Popen, seconds:
     raise AssertionError(f"ended with {process.poll()} before {count} parts were there")
 
 
-def test_a_run_embeds_what_it_can_and_accounts_for_the_rest(arguments, options, cluster, tmp_path, capsys):
-    entries = rows(25)
+@pytest.mark.parametrize("is_joined", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["cluster", "alone"])
+def test_a_killed_driver_goes_on_without_gaps_or_duplicates(arguments, options, cluster, tmp_path, is_joined, capsys):
+    """Of tars with some bad rows, which are accounted for."""
+    entries = rows(240)
     entries[3]["image"] = entries[3]["image"][:500]
     entries[7]["text"] = None
-    entries[24]["text"] = "long " * 100
-    write_tar(tmp_path / "data" / "a.tar", entries[:13])
-    write_tar(tmp_path / "data" / "b.tar", entries[13:])
-    wanted = {"embed": ["image", "text"], "mode": ["InternVL-C", "InternVL-G"]}
-    manifest = embed_dataset.main(arguments(tmp_path / "data", address=cluster, **wanted))
-    assert manifest["result"] == {"rows": 25, "embedded": 22, "errors": 3}
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == manifest
-    assert 0 < manifest["runs"][0]["model_waits"] < 1
-    reasons = errors_in(tmp_path / "out")
-    assert set(reasons) == {"k3", "k7", "k24"} and reasons["k7"] == "no text"
-    table = written(tmp_path / "out")
-    assert table["id"].to_pylist() == [entry["key"] for entry in entries if entry["key"] not in reasons]
-    assert table.equals(without_ray(options(tmp_path / "data", **wanted)))
-    assert "25 rows = 22 embedded + 3 errors" in capsys.readouterr().out
-
-    with pytest.raises(SystemExit, match="other settings.*batch_size: 4, now 8"):
-        embed_dataset.main(arguments(tmp_path / "data", address=cluster, **wanted | {"batch_size": 8}))
-    with pytest.raises(SystemExit, match=r"mode: \['InternVL-C', 'InternVL-G'\], now \['InternVL-C'\]"):
-        embed_dataset.main(arguments(tmp_path / "data", address=cluster, embed=["image", "text"]))
-
-
-@pytest.mark.parametrize("is_joined", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["cluster", "alone"])
-def test_a_killed_driver_goes_on_without_gaps_or_duplicates(arguments, options, cluster, tmp_path, is_joined):
-    path = write_parquet(tmp_path / "data.parquet", rows(400))
-    given = {"id_column": "key", "embed": ["image", "caption"], "max_new_tokens": 8}
+    entries[239]["text"] = "long " * 100
+    for start_row in range(0, 240, 10):
+        write_tar(tmp_path / "data" / f"{start_row:03}.tar", entries[start_row : start_row + 10])
+    given = {"embed": ["image", "text", "caption"], "mode": ["InternVL-C", "InternVL-G"], "max_new_tokens": 8}
     where = {"address": cluster} if is_joined else {"object_store_gb": 0.1}
-    process = start(arguments(path, **given, **where), tmp_path / "log")
+    process = start(arguments(tmp_path / "data", **given, **where), tmp_path / "log")
     wait_for_parts(tmp_path / "out", 3, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = {each: each.stat().st_mtime_ns for each in (tmp_path / "out" / "embeddings").glob("part-*")}
-    assert 3 <= len(before) < 40
-    manifest = embed_dataset.main(arguments(path, address=cluster, **given))
-    assert manifest["result"] == {"rows": 400, "embedded": 400, "errors": 0}
-    assert manifest["runs"][1]["rows"] == 400 - 10 * len(before)
-    again = embed_dataset.main(arguments(path, address=cluster, **given))
-    assert again["result"] == manifest["result"] and again["runs"][2]["rows"] == 0
+    assert 3 <= len(before) < 24
+
+    manifest = embed_dataset.main(arguments(tmp_path / "data", address=cluster, **given))
+    assert manifest["result"] == {"rows": 240, "embedded": 237, "errors": 3}
+    assert manifest["runs"][1]["rows"] == 240 - 10 * len(before) and 0 < manifest["runs"][1]["model_waits"] < 1
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == manifest
+    assert "240 rows = 237 embedded + 3 errors" in capsys.readouterr().out
     assert {each: each.stat().st_mtime_ns for each in before} == before
-    assert written(tmp_path / "out").equals(without_ray(options(path, **given)))
+    reasons = errors_in(tmp_path / "out")
+    assert set(reasons) == {"k3", "k7", "k239"} and reasons["k7"] == "no text"
+    table = written(tmp_path / "out")
+    assert table["id"].to_pylist() == [entry["key"] for entry in entries if entry["key"] not in reasons]
+    assert table.equals(without_ray(options(tmp_path / "data", **given)))
     assert not list((tmp_path / "out").rglob(".*.tmp"))
+
+    again = embed_dataset.main(arguments(tmp_path / "data", address=cluster, **given))
+    assert again["result"] == manifest["result"] and again["runs"][2]["rows"] == 0
+    with pytest.raises(SystemExit, match="other settings.*batch_size: 4, now 8; prompt: 'English caption:', now 'x'"):
+        other = {"batch_size": 8, "prompt": "x"}
+        embed_dataset.main(arguments(tmp_path / "data", address=cluster, **given | other))
 
 
 @pytest.mark.slow
