@@ -1,0 +1,121 @@
+"""What a run of examples/embed_dataset.py will take: from a sample on these machines, and by arithmetic on H100s."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModel
+
+ROOT = Path(__file__).resolve().parents[1]
+BILLION = 1_000_000_000
+# NVIDIA's data sheet of the H100 SXM: 1,979 TFLOPS of bfloat16 "with sparsity", half of that without.
+# https://resources.nvidia.com/en-us-gpu-resources/h100-datasheet-24306
+H100_FLOPS = 989e12
+
+
+def estimate(shards: list[dict], batches: list[dict], options: argparse.Namespace) -> dict[str, Any]:
+    """
+    Args:
+        shards: the whole input.
+        batches: what became of the rows of the sample.
+    """
+    rows = sum(batch["rows"] for batch in batches)
+    if not rows:
+        raise ValueError("`--data` must hold rows, got none in the sample.")
+    # An actor's first batch also warms it up, and if it is all there is, that is said by `warm`.
+    warm = [batch for batch in batches if batch["waited"] is not None and batch["rows"]]
+    steady = warm or [batch for batch in batches if batch["rows"]]
+    model_rate = sum(batch["rows"] for batch in steady) / sum(batch["worked"] for batch in steady)
+    decode_rate = rows / sum(batch["decoded"] for batch in batches)
+    total, is_counted = total_rows(shards, batches)
+    rate = min(model_rate * options.pool, decode_rate * options.tasks)
+    return {
+        "sample": rows,
+        "errors": rows - sum(batch["embedded"] for batch in batches),
+        "rows": total,
+        "is_counted": is_counted,
+        "is_warm": bool(warm),
+        "model_rate": model_rate,
+        "models": options.pool,
+        "decode_rate": decode_rate,
+        "decoders": options.tasks,
+        "rate": rate,
+        "hours": total / rate / 3600,
+        "output_bytes": total * sum(len(batch["table"]) for batch in batches) / rows,
+    }
+
+
+def total_rows(shards: list[dict], batches: list[dict]) -> tuple[int, bool]:
+    """Counted where files say how many rows they have; for tars by their bytes, as many to a row as in the sample."""
+    if all(shard["stop"] is not None for shard in shards):
+        return sum(shard["stop"] - shard["start"] for shard in shards), True
+    read: dict[int, int] = {}  # how far into each tar
+    for batch in batches:
+        read[batch["shard"]] = max(read.get(batch["shard"], 0), batch["end"])
+    rows = sum(batch["rows"] for batch in batches)
+    return round(sum(shard["bytes"] for shard in shards) * rows / max(sum(read.values()), 1)), False
+
+
+def lines(found: dict[str, Any], options: argparse.Namespace) -> list[str]:
+    how = "counted" if found["is_counted"] else "estimated from the bytes of the sample; compressed tars have more"
+    warm = "" if found["is_warm"] else ", warming up included: take a larger `--sample-rows`"
+    text = [
+        f"sample: {found['sample']} rows, {found['errors']} of them errors",
+        f"rows: {found['rows']:,} ({how})",
+        f"model: {found['model_rate']:.1f} rows/s each, {found['models']} of them{warm}",
+        f"reading and decoding: {found['decode_rate']:.1f} rows/s each CPU, {found['decoders']} of them",
+        f"time: {found['hours']:.2f} hours at {found['rate']:.1f} rows/s, which the "
+        + ("models" if found["rate"] == found["model_rate"] * found["models"] else "decoders")
+        + " allow",
+        f"output: {found['output_bytes'] / 1e9:.3f} GB before compression",
+    ]
+    if options.price_per_hour:
+        price = options.price_per_hour
+        text.append(f"cost: {found['hours']:.2f} hours x {price:g} an hour = {found['hours'] * price:.2f}")
+    return text + (h100_lines(found["decode_rate"], options) if options.h100 else [])
+
+
+def h100_lines(decode_rate: float, options: argparse.Namespace) -> list[str]:
+    """The arithmetic for a billion pictures in the published model, with all that it assumes."""
+    flops = picture_flops(options.mode)
+    rate = H100_FLOPS * options.mfu / flops
+    hours = BILLION / rate / 3600
+    text = [
+        f"a billion pictures with the published 14B on H100s, modes {' and '.join(options.mode)}, by arithmetic:",
+        f"  {flops / 1e12:.2f} TFLOP a picture of 224 x 224, counted in one pass of the published config",
+        f"  {H100_FLOPS / 1e12:.0f} TFLOPS (data sheet, bfloat16, dense) x {options.mfu:g} (`--mfu`, your assumption) "
+        f"/ {flops / 1e12:.2f} TFLOP = {rate:.0f} pictures/s on a GPU",
+        f"  1e9 / {rate:.0f} pictures/s = {hours:,.0f} GPU-hours: {hours / 8 / 24:.1f} days on 8, "
+        f"{hours / 64 / 24:.1f} on 64",
+        f"  {rate / decode_rate:.1f} CPUs like these decode for one GPU",
+        f"  output: {embedding_bytes(options) * BILLION / 1e12:.2f} TB of embeddings",
+    ]
+    if options.price_per_gpu_hour:
+        price = options.price_per_gpu_hour
+        text.append(
+            f"  cost: {hours:,.0f} GPU-hours x {price:g} = {hours * price:,.0f}, without CPUs, storage, transfer"
+        )
+    return text
+
+
+def embedding_bytes(options: argparse.Namespace) -> int:
+    width = AutoConfig.from_pretrained(ROOT, trust_remote_code=True).clip_embed_dim
+    return width * len(options.mode) * (2 if options.embeddings == "float16" else 4)
+
+
+def picture_flops(modes: list[str]) -> int:
+    """Of matrix products and convolutions for a picture, counted without weights; modes share the vision tower."""
+    config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
+    config.vision_config.use_flash_attn = False
+    size = config.vision_config.image_size
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, trust_remote_code=True, attn_implementation="eager")
+        model.eval().requires_grad_(False)
+        pixels = torch.empty(1, 3, size, size)
+    with FlopCounterMode(display=False) as counter:
+        seen = model.look_at(pixels, queries="InternVL-G" in modes)
+        for mode in modes:
+            model.embed_image(seen, mode)
+    return counter.get_total_flops()
