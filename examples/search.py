@@ -114,10 +114,10 @@ def problems(options: argparse.Namespace) -> None:
 
 
 def page(options: argparse.Namespace) -> None:
-    from search_page import serve  # gradio takes seconds, and no other command needs it
-
     found = Index(options.index)
     found.open()
+    from search_page import serve  # gradio takes seconds, and no other command needs it
+
     searcher = Searcher(found, Embedder(options.model, options.subfolder, options.crop))
     serve(searcher, options.host, options.port)
 

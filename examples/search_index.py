@@ -56,6 +56,7 @@ SHORTLIST = 24  # pictures that are re-ranked, if no more are asked for
 NEW_TOKENS = 16  # of a caption
 THUMBNAIL = 320  # pixels of its longer side
 MAX_BYTES = 500_000_000
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
 MAX_ASPECT = 50  # the shorter side is resized to the model's, and a very narrow picture would grow without bound
 # Pillow only recognises these, or hands them to another program.
 NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
@@ -181,14 +182,15 @@ def decode(data: bytes) -> Image.Image:
     try:
         picture = Image.open(io.BytesIO(data), formats=DECODED)  # reads the header, no pixels yet
         short, long = sorted(picture.size)
-        if short * long > (Image.MAX_IMAGE_PIXELS or short * long):
-            limit = f"more than the {Image.MAX_IMAGE_PIXELS:,} that Pillow takes for safe"
-            raise SearchError(f"has {picture.width} x {picture.height} pixels, {limit}")
+        if short * long > MAX_PIXELS:
+            raise Image.DecompressionBombError
         if long > MAX_ASPECT * short:
             raise SearchError(f"has {picture.width} x {picture.height} pixels, and may be {MAX_ASPECT} times as long")
         picture.load()
     except SearchError:
         raise
+    except Image.DecompressionBombError:  # Pillow's own is for twice as many
+        raise SearchError(f"has more pixels than the {MAX_PIXELS:,} that Pillow takes for safe") from None
     except UnidentifiedImageError:
         raise SearchError("no picture of a format that Pillow reads") from None
     except DAMAGED as error:
@@ -273,9 +275,9 @@ class Embedder:
     @torch.inference_mode()
     def match(self, pixels: torch.Tensor, words: str) -> torch.Tensor:
         """The log-probabilities [B] that pictures [B, 3, H, W] fit the words."""
-        tokens = self.processor(text=words, task="match", truncation=False).to(self.model.device)
-        logits = self.model.match(pixels.to(self.model.device, self.model.dtype), **tokens, all_pairs=True)  # [B, 1, 2]
-        return logits.float().log_softmax(-1)[:, 0, 1].cpu()
+        tokens = self.processor(text=[words] * len(pixels), task="match", truncation=False).to(self.model.device)
+        logits = self.model.match(pixels.to(self.model.device, self.model.dtype), **tokens)  # [B, 2]
+        return logits.float().log_softmax(-1)[:, 1].cpu()
 
     def classes(self, labels: list[str]) -> torch.Tensor:
         """[labels, width], of length 1"""
@@ -530,9 +532,11 @@ class Update:
         if fresh:
             vectors, captions = self.embedder.see(torch.stack([row.pop("pixels") for row in fresh]), self.captions)
             for place, (row, caption) in enumerate(zip(fresh, captions)):
-                row["caption"] = caption
-                for mode, column in COLUMNS.items():
-                    row[column] = vectors[mode][place].numpy()
+                own = {COLUMNS[mode]: vectors[mode][place] for mode in COLUMNS}
+                if all(bool(vector.isfinite().all()) for vector in own.values()):
+                    row |= {"caption": caption} | {column: vector.numpy() for column, vector in own.items()}
+                else:
+                    row |= {"problem": "the model gave a value that is not finite", "thumbnail": None}
         self.report.embedded += len(fresh)
         return rows
 
@@ -564,7 +568,7 @@ class Update:
         if self.waiting:
             rows = pa.Table.from_pylist(self.waiting, schema=self.table.schema)
             merge = self.table.merge_insert("uri").when_matched_update_all().when_not_matched_insert_all()
-            merge.execute(rows)
+            merge.execute(rows, on_bad_vectors="null")  # rows with a problem have none
         self.waiting, self.committed = [], time.monotonic()
 
     def drop(self, uris: list[str]) -> None:
@@ -669,16 +673,27 @@ class Searcher:
             raise SearchError(f"{about}: {error}") from error
         return self.embedder.see(pixels[None], captions=False)[0][mode][0]
 
+    def classify(self, picture: str, labels: list[str], mode: str = "InternVL-C") -> list[tuple[str, float]]:
+        """Labels of a picture, by its path, and their probabilities, the likeliest first."""
+        shares = self.shares(self.vector("", picture, mode), self.classes(labels))
+        return sorted(zip(labels, shares.tolist()), key=lambda pair: -pair[1])
+
+    def shares(self, vector: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        return (self.embedder.scale * classes @ vector).softmax(0)
+
     def classes(self, labels: list[str]) -> torch.Tensor:
         if len(labels) < 2 or not all(label.strip() for label in labels):
             raise SearchError(f"`labels` must be at least two, none of them empty, got {labels}.")
-        return self.embedder.classes(labels)
+        try:
+            return self.embedder.classes(labels)
+        except ValueError as error:  # what the processor refuses
+            raise SearchError(f"`labels`: {error}") from error
 
     def result(self, row: dict, vector: list[float], labels: list[str] | None, classes: torch.Tensor | None) -> Result:
         path, cosine = path_of(row["uri"]), 1 - row["_distance"]
         label, share = None, None
         if labels is not None and classes is not None:
-            shares = (self.embedder.scale * classes @ torch.tensor(vector)).softmax(0)
+            shares = self.shares(torch.tensor(vector), classes)
             label, share = labels[int(shares.argmax())], float(shares.max())
         gone = not os.path.exists(path)
         return Result(path, cosine, cosine, None, row["caption"], label, share, gone, row["thumbnail"])
