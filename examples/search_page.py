@@ -48,12 +48,12 @@ def shown(result: Result) -> str:
 
 
 def make_answer(searcher: Searcher):
-    """The function behind the page: what stands in its fields -> a line about the answer, and the grid."""
+    """The function behind the page: what stands in its fields -> a line about the answer and the pictures, as HTML."""
 
-    def answer(words: str, picture: str | None, mode: str, rerank: bool, labels: str, k: int) -> tuple[str, str]:
+    def answer(words: str, picture: str | None, mode: str, rerank: bool, labels: str, k: int) -> str:
         words = (words or "").strip()
         if not words and not picture:
-            return "", ""
+            return ""
         names = [name.strip() for name in re.split("[,，、\n]", labels or "") if name.strip()] or None
         asked = f"“{words}”" if words else printable(os.path.basename(picture or ""))
         start = time.perf_counter()
@@ -66,11 +66,8 @@ def make_answer(searcher: Searcher):
                 shares = searcher.classify(picture, names, mode)
                 about += "; the picture: " + ", ".join(f"{name} {share:.0%}" for name, share in shares)
         except SearchError as error:
-            return f"<p role='alert'>⚠ {html.escape(str(error))}</p>", ""
-        return (
-            f"<p role='status'>{html.escape(about)}</p>",
-            f"<ul class='found'>{''.join(map(shown, results))}</ul>",
-        )
+            return f"<p role='alert'>⚠ {html.escape(str(error))}</p>"
+        return f"<p role='status'>{html.escape(about)}</p><ul class='found'>{''.join(map(shown, results))}</ul>"
 
     return answer
 
@@ -90,7 +87,7 @@ def make_page(searcher: Searcher) -> gr.Blocks:
             )
             button = gr.Button("Search", variant="primary", scale=1, min_width=100)
         with gr.Row():
-            picture = gr.File(label="or with a picture: drop it here", height=110, scale=1, elem_id="picture")
+            picture = gr.File(label="or with a picture: drop it here", height=150, scale=1, elem_id="picture")
             with gr.Column(scale=2):
                 with gr.Row():
                     mode = gr.Radio(MODES, value=MODES[0], label="Mode", elem_id="mode")
@@ -100,8 +97,7 @@ def make_page(searcher: Searcher) -> gr.Blocks:
                         label="Labels to choose from", placeholder="panda, 狐狸, すし, then Enter", elem_id="labels"
                     )
                     k = gr.Slider(1, 60, value=12, step=1, label="How many", elem_id="k")
-        status = gr.HTML(elem_id="status")
-        grid = gr.HTML(elem_id="grid")
+        found = gr.HTML(elem_id="found")
         gr.Markdown(f"<small>{html.escape(about['model'])} {html.escape(about['subfolder'])}</small>")
 
         fields = [words, picture, mode, rerank, labels, k]
@@ -112,12 +108,10 @@ def make_page(searcher: Searcher) -> gr.Blocks:
             "trigger_mode": "multiple",
             "show_progress": "hidden",
         }
-        gr.on([words.submit, button.click], lambda *given: (*answer(given[0], None, *given[2:]), None), fields,
-              [status, grid, picture], api_name="words", **how)  # fmt: skip
-        picture.upload(
-            lambda *given: (*answer("", *given[1:]), ""), fields, [status, grid, words], api_name="picture", **how
-        )
-        gr.on([mode.change, rerank.change, labels.submit, k.release], answer, fields, [status, grid],
+        gr.on([words.submit, button.click], lambda *given: (answer(given[0], None, *given[2:]), None), fields,
+              [found, picture], api_name="words", **how)  # fmt: skip
+        picture.upload(lambda *given: (answer("", *given[1:]), ""), fields, [found, words], api_name="picture", **how)
+        gr.on([mode.change, rerank.change, labels.submit, k.release], answer, fields, [found],
               api_name="again", **how)  # fmt: skip
     return page
 
