@@ -3,12 +3,18 @@ PYTHON ?= python3
 PYTEST = -m pytest -q
 # The root modules import each other relatively, so the type checker must see them as a package.
 ROOT_MODULES = $(wildcard *.py)
-ENVIRONMENTS = .venv .venv-oldest .venv-demo
+ENVIRONMENTS = .venv .venv-oldest .venv-demo .venv-app
+# The folder that `make app` searches.
+PICTURES ?= examples/pictures
 
-.PHONY: bench demo test test-slow test-oldest lint tiny clean
+.PHONY: app bench demo test test-slow test-oldest lint tiny clean
 
 demo: .venv-demo/ready
 	.venv-demo/bin/python examples/demo.py
+
+app: .venv-app/ready
+	.venv-app/bin/python examples/search.py index "$(PICTURES)"
+	.venv-app/bin/python examples/search.py page
 
 test: lint
 	.venv/bin/python $(PYTEST) tests
@@ -36,9 +42,10 @@ tiny: .venv/ready
 	.venv/bin/python tools/evaluate_tiny.py
 
 clean:
-	rm -rf .venv .venv-demo .venv-oldest .cache
+	rm -rf .venv .venv-demo .venv-oldest .venv-app .cache
 
 .venv-demo/ready: examples/requirements.txt
+.venv-app/ready: examples/search-requirements.txt
 .venv/ready: tests/requirements.txt
 .venv-oldest/ready: tests/requirements-oldest.txt
 

@@ -1,0 +1,216 @@
+"""The page of examples/search.py in Chromium: what a visitor types, drops and switches, on a desk and a phone."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+
+pytest.importorskip("lancedb")
+pytest.importorskip("gradio")
+pytest.importorskip("selenium")
+if not shutil.which("chromium") or not shutil.which("chromedriver"):
+    pytest.skip("needs Debian's packages chromium and chromium-driver", allow_module_level=True)
+
+from selenium import webdriver  # noqa: E402
+from selenium.webdriver.chrome.service import Service  # noqa: E402
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
+
+PICTURES = ROOT / "examples" / "pictures"
+FLAGS = (
+    "headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+    "disable-component-update", "disable-sync", "disable-dev-shm-usage",
+)  # fmt: skip
+NOTE = """
+window.answers = [];
+new MutationObserver(() => {
+    const text = document.querySelector('#found p[role]')?.innerText;
+    if (text) window.answers.push(text);  // an answer may be noted twice
+}).observe(document.querySelector('#found'), {childList: true, subtree: true, characterData: true});
+"""
+
+
+@pytest.fixture(scope="module")
+def address(trained, tmp_path_factory):
+    """Of the page of an index of the example pictures and of one whose name and place are foreign text."""
+    folder = tmp_path_factory.mktemp("page")
+    shutil.copytree(PICTURES, folder / "pictures")
+    shutil.copy(PICTURES / "panda.png", folder / "pictures" / "<b onclick=x>&.png")
+    where = ["--index", folder / "index", "--model", trained]
+    script = [sys.executable, ROOT / "examples" / "search.py"]
+    subprocess.run([*script, "index", folder / "pictures", *where], check=True, capture_output=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = folder / "log"
+    with log.open("w") as file:
+        server = subprocess.Popen([*script, "page", *where, "--port", str(port)], stdout=file, stderr=file)
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(240):
+        try:
+            urllib.request.urlopen(url, timeout=5).read()
+            break
+        except OSError:
+            assert server.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.5)
+    yield url
+    server.terminate()
+    server.wait(20)
+
+
+@pytest.fixture
+def browse(address, tmp_path):
+    """Open the page in a window of some size."""
+    opened = []
+
+    def open_page(width: int = 1280, height: int = 900) -> "Page":
+        options = webdriver.ChromeOptions()
+        for flag in (*FLAGS, f"window-size={width},{height}", f"user-data-dir={tmp_path / str(len(opened))}"):
+            options.add_argument(f"--{flag}")
+        options.binary_location = shutil.which("chromium")
+        if width < 500:  # narrower than a window can be
+            options.add_experimental_option(
+                "mobileEmulation", {"deviceMetrics": {"width": width, "height": height, "pixelRatio": 2, "touch": True}}
+            )
+        options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "SEVERE"})
+        driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+        opened.append(driver)
+        driver.get(address)
+        return Page(driver)
+
+    yield open_page
+    for driver in opened:
+        driver.quit()
+
+
+class Page:
+    """What a visitor does."""
+
+    def __init__(self, driver):
+        self.driver = driver
+        self.words = self.wait(lambda: driver.find_element(By.CSS_SELECTOR, "#words textarea, #words input"))
+        self.wait(self.words.is_displayed)
+        self.wait(lambda: driver.execute_script("return document.activeElement.closest('#words') !== null"))
+        driver.execute_script(NOTE)
+
+    def wait(self, condition, seconds: int = 60):
+        ignored = (Exception,)  # elements that are drawn anew meanwhile
+        return WebDriverWait(self.driver, seconds, poll_frequency=0.1, ignored_exceptions=ignored).until(
+            lambda _: condition()
+        )
+
+    def text(self, selector: str) -> str:
+        return self.driver.find_element(By.CSS_SELECTOR, selector).text
+
+    def answers(self) -> list[str]:
+        return self.driver.execute_script("return window.answers")
+
+    def ask(self, words: str) -> list[str]:
+        """The names of the files that are found."""
+        count = len(self.answers())
+        self.words.clear()
+        self.words.send_keys(words, Keys.ENTER)
+        self.wait(lambda: len(self.answers()) > count)
+        return self.names()
+
+    def names(self) -> list[str]:
+        return [each.text for each in self.driver.find_elements(By.CSS_SELECTOR, "#found small:last-child")]
+
+    def upload(self, path: Path) -> str:
+        """What the page says."""
+        count = len(self.answers())
+        self.driver.find_element(By.CSS_SELECTOR, "#picture input[type=file]").send_keys(str(path))
+        self.wait(lambda: len(self.answers()) > count)
+        return self.answers()[-1]
+
+
+def test_words_show_the_right_picture_first(browse):
+    page = browse()
+    for words in ("panda", "熊猫", "パンダの顔"):
+        assert page.ask(words)[0] in ("panda.png", "<b onclick=x>&.png"), words
+        assert f"12 for “{words}”" in page.text("#found p")
+    assert page.ask("pizza")[0] == "pizza.png"
+    assert page.driver.execute_script("return document.querySelector('#found img').naturalWidth") > 100
+    assert not page.driver.find_elements(By.CSS_SELECTOR, "#found figcaption b[onclick]"), "names are no HTML"
+    page.ask("lion\u200b ")  # what is no picture's name is answered too
+
+
+def test_a_picture_finds_itself_and_what_is_none_is_said(browse, tmp_path):
+    page = browse()
+    assert "for lion.png" in page.upload(PICTURES / "lion.png") and page.names()[0] == "lion.png"
+    broken = tmp_path / "broken.png"
+    broken.write_bytes((PICTURES / "lion.png").read_bytes()[:300])
+    again = browse()
+    said = again.upload(broken)
+    assert "broken.png" in said and "damaged" in said
+    assert again.driver.find_element(By.CSS_SELECTOR, "#found [role=alert]").is_displayed() and not again.names()
+    assert again.ask("panda")  # and the page goes on
+
+
+def test_twenty_rapid_queries_all_answer(browse):
+    page = browse()
+    words = [entry["name"]["en"] for entry in json.loads((PICTURES / "examples.json").read_text("utf-8"))[:20]]
+    for each in words:
+        page.words.clear()
+        page.words.send_keys(each, Keys.ENTER)
+    page.wait(lambda: f"“{words[-1]}”" in page.text("#found p"))
+    asked = [answer.split("“")[1].split("”")[0] for answer in page.answers()]
+    assert list(dict.fromkeys(asked)) == words
+    assert not page.driver.find_elements(By.CSS_SELECTOR, "#found [role=alert]")
+
+
+def test_switches_and_labels_by_the_keyboard_alone(browse):
+    page = browse()
+    page.ask("panda")
+    reached = set()
+    for _ in range(40):
+        page.driver.switch_to.active_element.send_keys(Keys.TAB)
+        element = page.driver.switch_to.active_element
+        for name in ("picture", "mode", "rerank", "labels", "k"):
+            if not element.find_elements(By.XPATH, f"ancestor-or-self::*[@id='{name}']"):
+                continue
+            count, is_new = len(page.answers()), name not in reached
+            reached.add(name)
+            if name == "mode" and element.get_attribute("value") == "InternVL-G" and not element.is_selected():
+                element.send_keys(Keys.SPACE)
+                page.wait(lambda before=count: len(page.answers()) > before)
+            if name == "rerank" and is_new:
+                element.send_keys(Keys.SPACE)
+                page.wait(lambda: "match" in page.text("#found"))
+            if name == "labels" and is_new:
+                element.send_keys("狮子, panda", Keys.ENTER)
+                page.wait(lambda: "panda " in page.text("#found li:first-child"))
+    assert reached == {"picture", "mode", "rerank", "labels", "k"}
+    assert page.driver.find_element(By.CSS_SELECTOR, "#mode input[value=InternVL-G]").is_selected()
+    assert page.names()[0] in ("panda.png", "<b onclick=x>&.png")
+
+
+@pytest.mark.parametrize("width", [320, 390])
+def test_it_fits_a_phone(browse, width):
+    page = browse(width, 740)
+    page.ask("panda")
+    wide = page.driver.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
+    assert wide[0] <= wide[1] == width
+    boxes = [each.rect for each in page.driver.find_elements(By.CSS_SELECTOR, "#words, #picture, #mode, #found li")]
+    assert boxes and all(box["x"] >= 0 and box["x"] + box["width"] <= width for box in boxes)
+    size = page.driver.execute_script("return parseFloat(getComputedStyle(arguments[0]).fontSize)", page.words)
+    assert size >= 14
+
+
+def test_nothing_outside_this_machine_is_asked_for(browse, address):
+    page = browse()
+    page.ask("panda")
+    messages = [json.loads(entry["message"])["message"] for entry in page.driver.get_log("performance")]
+    asked = [each["params"]["request"]["url"] for each in messages if each["method"] == "Network.requestWillBeSent"]
+    assert any(url.startswith(address) for url in asked)
+    outside = [url for url in asked if not url.startswith((address, "data:", "blob:", "chrome:"))]
+    assert not outside
