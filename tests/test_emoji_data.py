@@ -198,7 +198,7 @@ def test_loading_what_is_not_built_says_how_to_build_it(tmp_path):
 
 def test_render_centres_and_keeps_the_aspect_ratio(icons):
     pytest.importorskip("resvg_py", reason="resvg_py is not installed")
-    picture = emoji_data.render(icons.svg("wide"), 64)
+    picture = emoji_data.render(icons.drawing("wide"), 64)
     assert (picture.mode, picture.size) == ("RGBA", (64, 64))
     alpha = np.asarray(picture)[..., 3]
     assert (alpha[20:44] == 255).all()
@@ -220,7 +220,7 @@ def test_render_keeps_colours_at_soft_edges():
 
 def test_an_alias_can_mirror_its_icon(icons):
     pytest.importorskip("resvg_py", reason="resvg_py is not installed")
-    left, right = (np.asarray(emoji_data.render(icons.svg(f"pointing-{side}"), 32)) for side in ("left", "right"))
+    left, right = (np.asarray(emoji_data.render(icons.drawing(f"pointing-{side}"), 32)) for side in ("left", "right"))
     assert left[16, 4, 3] == 255
     assert left[16, 28, 3] == 0
     assert (right == left[:, ::-1]).all()

@@ -3,15 +3,16 @@
     python tools/emoji_data.py                                     # build the dataset in .cache/emoji
     python tools/emoji_data.py --examples examples/pictures --count 36   # also write some held-out pictures
 
-A *concept* is one emoji: a name and keywords in three languages (Unicode CLDR), and its picture as drawn by up to
-seven artists. Six sets of artwork are for training. The seventh, Twemoji, is held out, so a model can be asked about
-things it knows, drawn by a hand it has never seen.
+A *concept* is one emoji: a name and keywords in three languages (Unicode CLDR), and its picture in up to nine sets of
+artwork. Eight of them are for training. The ninth, Twemoji, is held out, so a model can be asked about things it knows,
+drawn by a hand it has never seen.
 
     set                 artist      licence            set            artist      licence
     noto                Google      Apache-2.0         fxemoji        Mozilla     Apache-2.0
     noto-v1             Google      Apache-2.0         emojione       EmojiOne    CC-BY-4.0
-    fluent-emoji-flat   Microsoft   MIT                twemoji        Twitter     CC-BY-4.0
-    fluent-emoji        Microsoft   MIT
+    fluent-emoji-flat   Microsoft   MIT                streamline     Streamline  CC-BY-4.0
+    fluent-emoji        Microsoft   MIT                twemoji        Twitter     CC-BY-4.0
+    fluent-emoji-3d     Microsoft   MIT
 
 Everything comes from npm packages with a pinned version and a checked SHA-512. They are downloaded with `npm pack`,
 which runs no code of theirs. Needed besides npm: numpy, Pillow, resvg_py and tqdm.
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import fnmatch
 import hashlib
 import io
 import json
@@ -52,7 +54,7 @@ SIZE = 64
 
 @dataclass(frozen=True)
 class Package:
-    """An npm package at one version: its `integrity` as the registry states it, and the files wanted from it."""
+    """An npm package at one version: its `integrity` as the registry states it, and patterns of the files wanted."""
 
     name: str
     version: str
@@ -69,6 +71,7 @@ def _artwork(name: str, version: str, integrity: str) -> Package:
 
 
 HELD_OUT = "twemoji"
+PICTURES = ("fluent-emoji-3d",)  # sets that come drawn
 
 ARTWORK = {
     "noto": _artwork(
@@ -100,6 +103,17 @@ ARTWORK = {
         "emojione",
         "1.2.3",
         "sha512-T9+T3HIbJNLKKsmxYKlaYhvnHYkz/HNYTV7SHCXVZPfeUi4FqskY70YeN8yYAZT8cCv7w5vJxS4Q1m8zb9CMMg==",
+    ),
+    "fluent-emoji-3d": Package(
+        "@lobehub/fluent-emoji-3d",
+        "1.1.0",
+        "sha512-Wlq2lVStTnr8BDpIJ0pEnTKO4LuDxxqTEhTvRtD1DLRF0me7ogeRQjKoehDHXuVJ2Qaecgl5wRBv60lUAG3h7g==",
+        ("assets/*.webp",),
+    ),
+    "streamline": _artwork(
+        "streamline-emojis",
+        "1.2.4",
+        "sha512-iNr9T9XuZVTyQPJO8ZlLxBzPkpi7qMl+z1l0C31vpEMqhPMelth3n7CeWQYtixdetDPdI81yeG4ROqjWpYJE6A==",
     ),
     HELD_OUT: _artwork(
         "twemoji",
@@ -153,10 +167,15 @@ def fetch(package: Package, cache: Path) -> Path:
             raise SystemExit(f"{package.name}@{package.version}: {error}") from None
         unpacked = Path(scratch) / "unpacked"
         with tarfile.open(fileobj=io.BytesIO(data)) as archive:
-            for name in package.files:
-                target = unpacked / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(archive.extractfile(f"package/{name}").read())
+            names = [name.removeprefix("package/") for name in archive.getnames()]
+            for pattern in package.files:
+                wanted = fnmatch.filter(names, pattern)
+                if not wanted:
+                    raise SystemExit(f"{package.name}@{package.version} has no {pattern}")
+                for name in wanted:
+                    target = unpacked / name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(archive.extractfile(f"package/{name}").read())
         unpacked.rename(folder)  # only now does the package look fetched
     return folder
 
@@ -367,7 +386,7 @@ class IconSet:
             name, flipped = alias["parent"], flipped ^ alias.get("hFlip", False)
         return name, flipped
 
-    def svg(self, name: str) -> str:
+    def drawing(self, name: str) -> str:
         """Return an icon as an SVG document."""
         name, flipped = self.resolve(name)
         icon = self.collection["icons"][name]
@@ -388,7 +407,9 @@ class IconSet:
         by_hand = BY_HAND.get(self.name, {})
         candidates = [(hexcode, name) for name, hexcode in by_hand.items()]
         candidates += [(plain_hexcode(hexcode), name) for hexcode, name in self.chars.items()]
-        found = [(*tier_and_hexcode, name) for name in self.names if (tier_and_hexcode := index.find(name))]
+        # One artist draws some emoji several times and numbers them: the first is taken.
+        plain = {name: re.sub("-[1-9]$", "", name) for name in self.names}
+        found = [(*tier_and_hexcode, name) for name in self.names if (tier_and_hexcode := index.find(plain[name]))]
         found.sort(key=lambda match: (match[2] in self.aliases, match[0]))
         candidates += [(hexcode, name) for _, hexcode, name in found if name not in by_hand]
 
@@ -398,6 +419,21 @@ class IconSet:
                 matches[hexcode] = name
                 used.add(self.resolve(name))
         return matches
+
+
+@dataclass
+class PictureSet:
+    """Ready-made pictures, each in a file named by its code points."""
+
+    folder: Path
+    suffix: str
+
+    def match(self, hexcodes: Iterable[str], index: NameIndex) -> dict[str, str]:
+        files = {plain_hexcode(path.stem): path.name for path in self.folder.glob(f"*{self.suffix}")}
+        return {hexcode: files[hexcode] for hexcode in hexcodes if hexcode in files}
+
+    def drawing(self, name: str) -> bytes:
+        return (self.folder / name).read_bytes()
 
 
 def build_index(concepts: list[dict], emojibase: Path, icon_sets: dict[str, IconSet]) -> NameIndex:
@@ -423,7 +459,7 @@ class Sources:
     """What the packages hold: the concepts, and for each set the icons and which of them shows which concept."""
 
     concepts: list[dict]
-    icon_sets: dict[str, IconSet]
+    sets: dict[str, IconSet | PictureSet]
     matches: dict[str, dict[str, str]]
 
     @classmethod
@@ -434,22 +470,24 @@ class Sources:
         icon_sets = {
             name: IconSet.read(name, folders[package])
             for name, package in tqdm(ARTWORK.items(), "icon sets", unit="set")
+            if name not in PICTURES
         }
-        # Microsoft's two sets name their icons alike, and only the flat one has a character map.
+        sets = icon_sets | {name: PictureSet(folders[ARTWORK[name]] / "assets", ".webp") for name in PICTURES}
+        # Microsoft's sets name their icons alike, and only the flat one has a character map.
         icon_sets["fluent-emoji"].chars = icon_sets["fluent-emoji-flat"].chars
 
         concepts = read_concepts(folders[CLDR], folders[EMOJIBASE])
         index = build_index(concepts, folders[EMOJIBASE], icon_sets)
         hexcodes = [concept["hexcode"] for concept in concepts]
-        matches = {name: icon_set.match(hexcodes, index) for name, icon_set in icon_sets.items()}
+        matches = {name: sets[name].match(hexcodes, index) for name in ARTWORK}
         trained = set().union(*(found for name, found in matches.items() if name != HELD_OUT))
         concepts = [concept for concept in concepts if concept["hexcode"] in trained & matches[HELD_OUT].keys()]
-        return cls(concepts, icon_sets, matches)
+        return cls(concepts, sets, matches)
 
-    def svg(self, source: str, concept: dict) -> str | None:
-        """Return the picture of `concept` in the set `source`, if it has one."""
+    def drawing(self, source: str, concept: dict) -> str | bytes | None:
+        """Return the picture of `concept` in the set `source`, if it has one: an SVG document, or a file's bytes."""
         name = self.matches[source].get(concept["hexcode"])
-        return self.icon_sets[source].svg(name) if name else None
+        return self.sets[source].drawing(name) if name else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -457,20 +495,25 @@ class Sources:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def render(svg: str, size: int) -> Image.Image:
-    """Draw an SVG document as a size x size RGBA picture, centred and with its aspect ratio kept."""
-    import resvg_py
+def render(drawing: str | bytes, size: int) -> Image.Image:
+    """Draw an SVG document or a picture file as a size x size RGBA picture, centred and with its aspect ratio kept."""
+    if isinstance(drawing, str):
+        import resvg_py
 
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=2 * size, height=2 * size, skip_system_fonts=True)
-    drawn = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+        drawing = bytes(
+            resvg_py.svg_to_bytes(svg_string=drawing, width=2 * size, height=2 * size, skip_system_fonts=True)
+        )
+    drawn = Image.open(io.BytesIO(drawing)).convert("RGBA")
+    if max(drawn.size) != 2 * size:
+        drawn = drawn.convert("RGBa").resize((2 * size, 2 * size), Image.Resampling.LANCZOS).convert("RGBA")
     canvas = Image.new("RGBA", (2 * size, 2 * size))
     canvas.paste(drawn, ((canvas.width - drawn.width) // 2, (canvas.height - drawn.height) // 2))
     # Halving the size smooths what thin lines resvg leaves. Premultiplied ("RGBa"), edges take no colour from the void.
     return canvas.convert("RGBa").resize((size, size), Image.Resampling.LANCZOS).convert("RGBA")
 
 
-def _render_array(svg: str, size: int) -> np.ndarray:
-    return np.asarray(render(svg, size))
+def _render_array(drawing: str | bytes, size: int) -> np.ndarray:
+    return np.asarray(render(drawing, size))
 
 
 @dataclass
@@ -522,13 +565,13 @@ def build(sources: Sources, cache: Path, processes: int) -> None:
     """Render every picture and write `concepts.json` and, last of all, `pictures.npz`."""
     (cache / "pictures.npz").unlink(missing_ok=True)
     drawings = [
-        (number, source, svg)
+        (number, source, drawing)
         for source, name in enumerate(ARTWORK)
         for number, concept in enumerate(sources.concepts)
-        if (svg := sources.svg(name, concept))
+        if (drawing := sources.drawing(name, concept))
     ]
     with ProcessPoolExecutor(processes) as pool:
-        rendered = pool.map(partial(_render_array, size=SIZE), (svg for _, _, svg in drawings), chunksize=16)
+        rendered = pool.map(partial(_render_array, size=SIZE), (drawing for _, _, drawing in drawings), chunksize=16)
         rgba = np.stack(list(tqdm(rendered, "pictures", total=len(drawings), unit="picture")))
     _write_json(cache / "concepts.json", sources.concepts)
     arrays = {
@@ -582,7 +625,7 @@ def write_examples(sources: Sources, folder: Path, count: int, size: int = 256) 
     folder.mkdir(parents=True, exist_ok=True)
     examples = []
     for concept in tqdm(choose_examples(sources.concepts, count), "examples", unit="picture"):
-        picture = render(sources.svg(HELD_OUT, concept), size)
+        picture = render(sources.drawing(HELD_OUT, concept), size)
         white = Image.new("RGBA", picture.size, "white")
         file = re.sub("[^a-z0-9]+", "-", concept["name"]["en"].lower()).strip("-") + ".png"
         Image.alpha_composite(white, picture).convert("RGB").save(folder / file, optimize=True)

@@ -6,19 +6,32 @@
     python tools/evaluate_tiny.py --tables     # writes only tables and model-index, from tiny/results.json
     python tools/evaluate_tiny.py --weights    # what MATCH_WEIGHT was chosen by: training pictures, augmented
 
+How much a training owes to chance (with seeds 1, 2, ...; nothing of `tiny/` but seeds.json and its table is touched):
+
+    python tools/train_tiny.py --seed 1 --out .cache/seed1 --checkpoint .cache/seed1.pt
+    python tools/evaluate_tiny.py --subfolder .cache/seed1     # writes .cache/seed1/results.json
+    python tools/evaluate_tiny.py --spread .cache/seed1 .cache/seed2
+
 Every figure is over all concepts of the dataset, one held-out picture each:
 
 * image-to-text R@1: the picture's own name is the nearest of all names of that language; text-to-image R@1 likewise;
 * 20-way: the own name is the nearest of it and 19 others, drawn at random with a fixed seed;
 * re-ranked: the ten nearest names of mode InternVL-G, put into a new order by the logit of the cosine plus
   MATCH_WEIGHT times the log-probability of image-text matching;
-* caption exact: the caption is the name; caption R@1: the caption's own text embedding is nearest to the name;
+* caption exact: the caption is the name; caption R@1: the caption's own text embedding is nearest to the name; the
+  other captions are counted by what they are: the name of an emoji of the same subgroup of Unicode's (another bird), of
+  the same group, of any other, or no name at all;
+* held-out keywords, pairs and phrases (tools/tiny_texts.py): how often one of the ten nearest pictures is a right one,
+  and how often ten pictures drawn at random would have one;
 * pixel neighbour: the concept of the nearest training picture at 16 x 16 pixels on white, as a baseline.
 """
 
 import argparse
 import json
+import math
 import platform
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +44,11 @@ from transformers import AutoModel, AutoProcessor, TorchAoConfig
 
 from emoji_data import DEFAULT_CACHE, LANGUAGES, EmojiData, load
 from model_index import write_model_index
+from tiny_texts import CAPTION_PROMPTS, Texts, phrases
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tiny" / "results.json"
+SEEDS = ROOT / "tiny" / "seeds.json"
 CARDS = (ROOT / "README.md", ROOT / "tiny" / "README.md")
 MODES = ("InternVL-C", "InternVL-G")
 FIGURES = {
@@ -43,8 +58,20 @@ FIGURES = {
     "zero_shot_20": "20-way zero-shot",
 }
 MATCH_WEIGHT = 0.2
+CAPTIONS = {
+    "exact": "caption is the exact name",
+    "same subgroup": "caption is a name of the same subgroup, such as another bird",
+    "same group": "caption is a name of the same group, such as another animal or plant",
+    "another name": "caption is a name of another group",
+    "no name": "caption is no name at all",
+}
 START, END = "<!-- results:tiny -->", "<!-- /results:tiny -->"
-PROMPTS = {"en": "English caption:", "zh": "中文描述:", "ja": "日本語の説明:"}
+SPREAD_START, SPREAD_END = "<!-- results:seeds -->", "<!-- /results:seeds -->"
+QUERIES = {
+    "keywords": "keywords that were held out",
+    "pairs": "pairs of keywords that were held out",
+    "phrases": "phrases written by hand",
+}
 
 
 def on_white(rgba: np.ndarray) -> Image.Image:
@@ -60,8 +87,9 @@ class Evaluation:
         self.model, self.processor, self.batch = model, processor, batch
         held_out = np.flatnonzero(data.heldout_mask)
         held_out = held_out[np.argsort(data.concept[held_out])]
+        self.concepts = [data.concepts[data.concept[index]] for index in held_out]
         self.pictures = [on_white(data.rgba[index]) for index in held_out]
-        self.names = {lang: [data.concepts[data.concept[i]]["name"][lang] for i in held_out] for lang in LANGUAGES}
+        self.names = {language: [concept["name"][language] for concept in self.concepts] for language in LANGUAGES}
         self.pixels = processor(images=self.pictures).pixel_values
         self.images = {mode: self.embed_images(mode) for mode in MODES}
         self.texts = {language: self.embed_texts(self.names[language]) for language in LANGUAGES}
@@ -84,6 +112,29 @@ class Evaluation:
             "zero_shot_20": twenty_way(similarity),
         }
 
+    def queries(self, language: str) -> dict[str, dict[str, set[int]]]:
+        """Texts that were never trained on, and the pictures that are right answers."""
+        texts = Texts(self.concepts, language)
+        number_of = {concept["hexcode"]: number for number, concept in enumerate(self.concepts)}
+        asked = {
+            phrase: {number_of[hexcode] for hexcode in hexcodes if hexcode in number_of}
+            for phrase, hexcodes in phrases(language).items()
+        }
+        return {"keywords": texts.held_out, "pairs": texts.held_out_pairs(), "phrases": asked}
+
+    def found(self, queries: dict[str, set[int]], shortlist: int = 10) -> dict[str, float]:
+        """How many there are, how often one of the nearest pictures is right, and how often by chance."""
+        texts = self.embed_texts(list(queries))
+        count = len(self.pictures)
+        figures: dict[str, float] = {"queries": len(queries)}
+        for mode in MODES:
+            nearest = (texts @ self.images[mode].T).topk(shortlist, dim=1).indices.tolist()
+            hits = [not right.isdisjoint(row) for right, row in zip(queries.values(), nearest, strict=True)]
+            figures[mode] = sum(hits) / len(hits)
+        missed = [math.comb(count - len(right), shortlist) / math.comb(count, shortlist) for right in queries.values()]
+        figures["chance"] = 1 - sum(missed) / len(missed)
+        return figures
+
     def reranked(
         self, language: str, images: torch.Tensor, pixels: torch.Tensor, weights: list[float], shortlist: int = 10
     ) -> torch.Tensor:
@@ -98,7 +149,7 @@ class Evaluation:
         return candidates.expand(len(weights), -1, -1).gather(2, totals.argmax(2, keepdim=True)).squeeze(2)
 
     def captions(self, language: str) -> list[str]:
-        prompt = self.processor(text=PROMPTS[language], task="caption")
+        prompt = self.processor(text=CAPTION_PROMPTS[language], task="caption")
         texts = []
         for pixels in tqdm(self.pixels.split(self.batch), desc=f"captions {language}", leave=False):
             ids = self.model.generate(pixels, **prompt, num_beams=3, max_new_tokens=16)
@@ -109,7 +160,22 @@ class Evaluation:
         pairs = zip(captions, self.names[language], strict=True)
         similarity = self.embed_texts([caption or "-" for caption in captions]) @ self.texts[language].T
         exact = sum(caption == name for caption, name in pairs) / len(captions)
-        return {"caption_exact": exact, "caption_r1": accuracy(similarity.argmax(1), torch.arange(len(captions)))}
+        kinds = Counter(self.kind_of_caption(language, *pair) for pair in enumerate(captions))
+        return {
+            "caption_exact": exact,
+            "caption_r1": accuracy(similarity.argmax(1), torch.arange(len(captions))),
+            "captions": {kind: kinds[kind] / len(captions) for kind in CAPTIONS},
+        }
+
+    def kind_of_caption(self, language: str, number: int, caption: str) -> str:
+        """What the caption of a picture is, as one of `CAPTIONS`."""
+        if caption not in self.names[language]:
+            return "no name"
+        named, shown = self.concepts[self.names[language].index(caption)], self.concepts[number]
+        if named is shown:
+            return "exact"
+        same = [level for level in ("subgroup", "group") if named[level] == shown[level]]
+        return f"same {same[0]}" if same else "another name"
 
 
 def accuracy(predictions: torch.Tensor, targets: torch.Tensor) -> float:
@@ -144,6 +210,8 @@ def evaluate(model, processor, data: EmojiData, batch: int) -> tuple[dict, dict[
         best = evaluation.reranked(language, evaluation.images["InternVL-G"], evaluation.pixels, [MATCH_WEIGHT])
         results[language]["reranked_r1"] = accuracy(best[0], torch.arange(len(evaluation.pictures)))
         results[language] |= evaluation.caption_figures(language, captions)
+        queries = evaluation.queries(language)
+        results[language]["queries"] = {kind: evaluation.found(queries[kind]) for kind in QUERIES}
     return results, all_captions
 
 
@@ -180,21 +248,66 @@ def table(results: dict) -> str:
     row(
         "image-to-text R@1, the ten best of InternVL-G re-ranked with matching", [part["reranked_r1"] for part in parts]
     )
-    row("caption is the exact name", [part["caption_exact"] for part in parts])
+    for kind, title in CAPTIONS.items():
+        row(title, [part["captions"][kind] for part in parts])
     row("the caption, embedded as a text, is nearest to the right name", [part["caption_r1"] for part in parts])
+    for kind, title in QUERIES.items():
+        counts = " / ".join(f"{part['queries'][kind]['queries']:,}" for part in parts)
+        for mode in MODES:
+            row(f"{title} ({counts}), R@10, {mode}", [part["queries"][kind][mode] for part in parts])
+        row(f"{title}, R@10 by chance", [part["queries"][kind]["chance"] for part in parts])
     row("baseline: nearest training picture at 16 x 16 pixels, R@1", [results["pixel_neighbour_r1"]] * len(parts))
     how = results["measured_with"]
     versions = f"torch {how['torch']}, transformers {how['transformers']}"
     return "\n".join([*rows, "", f"Measured by `{how['command']}` on {how['machine']}, {versions}, {how['dtype']}."])
 
 
+def spread_of(trainings: list[dict]) -> dict[str, dict[str, list[float]]]:
+    """For each figure and language, its values in several trainings."""
+    chief: dict[str, Callable[[dict], float]] = {
+        f"{FIGURES[key]}, {mode}": lambda part, mode=mode, key=key: part[mode][key]
+        for mode in MODES
+        for key in ("image_to_text_r1", "text_to_image_r1", "zero_shot_20")
+    }
+    chief["image-to-text R@1, re-ranked"] = lambda part: part["reranked_r1"]
+    chief[CAPTIONS["exact"]] = lambda part: part["caption_exact"]
+    for kind, kind_title in QUERIES.items():
+        chief[f"{kind_title}, R@10, InternVL-C"] = lambda part, kind=kind: part["queries"][kind]["InternVL-C"]
+    return {
+        title: {language: [figure(training[language]) for training in trainings] for language in LANGUAGES}
+        for title, figure in chief.items()
+    }
+
+
+def spread_table(spread: dict[str, dict[str, list[float]]]) -> str:
+    count = len(next(iter(spread.values()))["en"])
+    rows = [f"| least and greatest of {count} trainings, each with another seed | en | zh | ja |", "|---|---|---|---|"]
+    for title, values in spread.items():
+        cells = " | ".join(f"{min(values[language]):.3f} to {max(values[language]):.3f}" for language in LANGUAGES)
+        rows.append(f"| {title} | {cells} |")
+    return "\n".join(rows)
+
+
+def replace_between(path: Path, start: str, end: str, text: str) -> None:
+    before, _, rest = path.read_text("utf-8").partition(start)
+    _, _, after = rest.partition(end)
+    path.write_text(f"{before}{start}\n{text}\n{end}{after}", "utf-8")
+
+
 def write_tables(results: dict) -> None:
     """Put the table between the marks of both model cards, and the figures into the metadata of the tiny one."""
     for path in CARDS:
-        before, _, rest = path.read_text("utf-8").partition(START)
-        _, _, after = rest.partition(END)
-        path.write_text(f"{before}{START}\n{table(results)}\n{END}{after}", "utf-8")
+        replace_between(path, START, END, table(results))
     write_model_index(CARDS[1], results)
+
+
+def write_spread(folders: list[str]) -> None:
+    """Write how the figures of the checkpoint and of other trainings differ, from what was measured of each."""
+    paths = [RESULTS, *(ROOT / folder / "results.json" for folder in folders)]
+    spread = spread_of([json.loads(path.read_text("utf-8")) for path in paths])
+    SEEDS.write_text(json.dumps(spread, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    replace_between(CARDS[1], SPREAD_START, SPREAD_END, spread_table(spread))
+    print(spread_table(spread))
 
 
 @torch.inference_mode()
@@ -205,11 +318,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DEFAULT_CACHE)
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--tables", action="store_true", help="measure nothing, write the tables again")
+    parser.add_argument("--spread", nargs="+", metavar="FOLDER", help="measure nothing, compare with other trainings")
     parser.add_argument("--int8", action="store_true", help="measure the model with int8 weights and activations")
     parser.add_argument("--weights", action="store_true", help="try weights of matching on training pictures")
     arguments = parser.parse_args()
     if arguments.tables:
         return write_tables(json.loads(RESULTS.read_text("utf-8")))
+    if arguments.spread:
+        return write_spread(arguments.spread)
     where = {"subfolder": arguments.subfolder, "trust_remote_code": True}
     int8 = {"quantization_config": TorchAoConfig(Int8DynamicActivationInt8WeightConfig())} if arguments.int8 else {}
     model = AutoModel.from_pretrained(arguments.model, dtype=torch.float32, **where, **int8).eval()
@@ -227,8 +343,10 @@ def main() -> None:
     }
     if arguments.int8:
         return print(table(results))
-    RESULTS.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    write_tables(results)
+    written = ROOT / arguments.subfolder / "results.json"
+    written.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    if written == RESULTS:
+        write_tables(results)
     print(table(results))
     print("\nSome captions, and the names:")
     for index in range(0, len(captions["en"]), max(1, len(captions["en"]) // 12)):

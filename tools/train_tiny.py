@@ -6,23 +6,25 @@
 It writes the weights and `training.json`, which says how they came about.
 
 The model is the repository's own, with the sizes of `tiny/config.json`. A step takes one picture of each of `--batch`
-concepts, by a random one of the six training artists, and its name in a random language, and adds up
+concepts, by a random one of the training artists, and adds up
 
-* the contrast of both image embeddings (InternVL-C and the queries' part of InternVL-G) with the text embedding,
-* matching against the most similar wrong name of the batch, and captioning, on `--joint` of the pictures,
+* the contrast of both image embeddings (InternVL-C and the queries' part of InternVL-G) with the names of `--named` of
+  the concepts, in a random language,
+* matching against a wrong name that is the likelier to be drawn the nearer it is, and captioning, on `--joint` of them,
 * for training only, the contrast of each embedding with one learnable anchor per concept: with it every step compares
-  against all concepts, not only against the batch.
+  against all concepts, not only against the batch. Keywords and pairs of them learn by it alone: their target is all
+  the concepts that they fit. tools/tiny_texts.py says which texts are kept back.
 
-The first `--steps` learn under augmentation that grows. `--refine` more, begun at half the rate, see pictures nearer to
-what they look like, names more often bare, and half of the names in English, whose words have the most pieces.
-
-Twemoji, the seventh artist, is never shown. Matrices are trained with Muon, everything else with AdamW.
+Augmentation grows over the first third and is less at the end; names stand alone more and more often. The held-out
+artist, Twemoji, is never shown. Matrices are trained with Muon, everything else with AdamW, products in bfloat16.
 """
 
 import argparse
 import json
 import math
+import shutil
 import time
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -33,20 +35,16 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from emoji_data import DEFAULT_CACHE, LANGUAGES, load
+from tiny_texts import CAPTION_PROMPTS, JOINTS, TEMPLATES, Texts, phrases
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = ROOT / ".cache" / "train_tiny.pt"
-PHRASES = {
-    "en": ("{}", "{}", "a photo of {}", "a picture of {}", "a drawing of a {}", "this is {}"),
-    "zh": ("{}", "{}", "一张{}的照片", "{}的图片", "这是{}"),
-    "ja": ("{}", "{}", "{}の写真", "{}の絵", "これは{}です"),
-}
-CAPTION_PROMPTS = {"en": "English caption:", "zh": "中文描述:", "ja": "日本語の説明:"}
 
 
 class Augmentation:
     """
-    Random affine maps, colours and backgrounds; no flips, since a left arrow is not a right arrow.
+    Random affine maps, colours, light, outlines, blur, hidden parts and backgrounds; no flips, since a left arrow is
+    not a right arrow. In some pictures a part is as another artist drew it: no part may depend on who drew the rest.
 
     `strength`, from 0 to 1, scales all of it: at full strength from the start nothing is learnt for hundreds of steps.
     """
@@ -88,52 +86,108 @@ class Augmentation:
         coloured = torch.where(kind < 0.2 * strength, blur, colour)
         return torch.where(kind < 0.45 * strength, coloured, torch.ones(()))
 
-    def __call__(self, rgba: torch.Tensor, strength: float) -> torch.Tensor:
-        """uint8 [B, H, W, 4] -> normalised float [B, 3, size, size]"""
+    def sometimes(self, count: int, share: float) -> torch.Tensor:
+        """Choose some of the pictures: booleans [count, 1, 1, 1]"""
+        return (self.uniform(count, 0, 1) < share).view(-1, 1, 1, 1)
+
+    def light(self, count: int, size: int, strength: float) -> torch.Tensor:
+        """Factors [count, 1, size, size] of a light that comes from one side."""
+        slope = 0.18 * strength * torch.randn(2, count, 1, 1, generator=self.generator)
+        place = torch.linspace(-1, 1, size)
+        return (1 + slope[0] * place + slope[1] * place[:, None])[:, None]
+
+    def outline(self, drawn: torch.Tensor, strength: float) -> torch.Tensor:
+        """Put a line of black or of another colour around what some pictures show: premultiplied [B, 4, H, W]"""
+        count, alpha = len(drawn), drawn[:, 3:]
+        ring = (F.max_pool2d(alpha, 5, 1, 2) - alpha).clamp(min=0)
+        colour = torch.rand(count, 3, 1, 1, generator=self.generator) * self.sometimes(count, 0.5)
+        lined = torch.cat([drawn[:, :3] + colour * ring, alpha + ring], dim=1)
+        return torch.where(self.sometimes(count, 0.2 * strength), lined, drawn)
+
+    def rectangles(self, count: int, low: float, high: float, share: float) -> torch.Tensor:
+        """A rectangle, its sides between `low` and `high`, on a share of the pictures: [count, 1, size, size]"""
+        place = (torch.arange(self.size) + 0.5) / self.size
+        sides = []
+        for _ in range(2):
+            length = self.uniform(count, low, high)
+            begin = self.uniform(count, 0, 1) * (1 - length)
+            sides.append((place >= begin[:, None]) & (place < (begin + length)[:, None]))
+        return (sides[0][:, :, None] & sides[1][:, None, :])[:, None] & self.sometimes(count, share)
+
+    def draw(self, rgba: torch.Tensor, strength: float) -> torch.Tensor:
+        """uint8 [B, H, W, 4] -> premultiplied float [B, 4, size, size]"""
         pictures = rgba.permute(0, 3, 1, 2).float() / 255
         alpha = pictures[:, 3:]
-        premultiplied = torch.cat([self.colours(pictures[:, :3], strength) * alpha, alpha], dim=1)
+        light = self.light(len(rgba), rgba.shape[1], strength)
+        rgb = (self.colours(pictures[:, :3], strength) * light).clamp(0, 1)
+        drawn = self.outline(torch.cat([rgb * alpha, alpha], dim=1), strength)
         shape = [len(rgba), 4, self.size, self.size]
         grid = F.affine_grid(self.affine(len(rgba), strength), shape, align_corners=False)
-        moved = F.grid_sample(premultiplied, grid, align_corners=False)
-        rgb = moved[:, :3] + self.background(len(rgba), strength) * (1 - moved[:, 3:])
+        return F.grid_sample(drawn, grid, align_corners=False)
+
+    def __call__(self, rgba: torch.Tensor, others: torch.Tensor, strength: float) -> torch.Tensor:
+        """uint8 [B, H, W, 4], twice -> normalised float [B, 3, size, size]"""
+        count = len(rgba)
+        drawn = torch.where(
+            self.rectangles(count, 0.3, 0.8, 0.3 * strength), self.draw(others, strength), self.draw(rgba, strength)
+        )
+        rgb = drawn[:, :3] + self.background(count, strength) * (1 - drawn[:, 3:])
+        blurred = F.avg_pool2d(F.pad(rgb, (1, 1, 1, 1), mode="replicate"), 3, 1)
+        rgb = torch.where(self.sometimes(count, 0.2 * strength), blurred, rgb)
+        colour = torch.rand(count, 3, 1, 1, generator=self.generator)
+        rgb = torch.where(self.rectangles(count, 0.15, 0.4, 0.2 * strength), colour, rgb)
         return (rgb - self.mean) / self.std
 
 
-class Texts:
-    """The token batches of a step."""
+class Sampler:
+    """Chooses a step's texts, and makes token batches of them."""
 
     def __init__(self, tokenizer, concepts: list[dict], generator: torch.Generator):
-        self.tokenizer = tokenizer
-        self.concepts = concepts
+        self.encode = cache(partial(tokenizer.encode, add_special_tokens=False))
+        self.texts = {language: Texts(concepts, language) for language in LANGUAGES}
+        self.kept_back = {phrase for language in LANGUAGES for phrase in phrases(language)}
         self.generator = generator
+
+    def chance(self) -> float:
+        return float(torch.rand(1, generator=self.generator))
 
     def choose(self, options: list | tuple):
         return options[int(torch.randint(len(options), (1,), generator=self.generator))]
 
-    def phrase(self, concept: dict, language: str, bare: float) -> str:
-        """The name, bare (so often at least) or in a phrase; one time in ten two keywords in its place."""
-        if bare and float(torch.rand(1, generator=self.generator)) < bare:
-            return concept["name"][language]
-        keywords = concept["keywords"][language]
-        if len(keywords) > 1 and float(torch.rand(1, generator=self.generator)) < 0.1:
-            return " ".join(self.choose(keywords) for _ in range(2))
-        return self.choose(PHRASES[language]).format(concept["name"][language])
+    def name(self, number: int, language: str, bare: float) -> str:
+        """The name of a concept, bare (so often at least) or in a phrase."""
+        name = self.texts[language].name(number)
+        return name if self.chance() < bare else self.choose(TEMPLATES[language]).format(name)
+
+    def keywords(self, number: int, language: str) -> tuple[str, set[int]]:
+        """One keyword or two of a concept, and all the concepts that they fit; its name where it has no keywords."""
+        texts = self.texts[language]
+        if pairs := self.chance() < 0.6 and texts.pairs(number, held_out=False):
+            pair = self.choose(pairs)
+            first, second = pair if self.chance() < 0.5 else pair[::-1]
+            text, fits = self.choose(JOINTS[language]).format(first, second), texts.concepts_with(pair)
+        elif texts.keywords[number]:
+            text = self.choose(texts.keywords[number])
+            fits = texts.bearers[text]
+            text = text if self.chance() < 0.5 else self.choose(TEMPLATES[language]).format(text)
+        else:
+            text, fits = texts.name(number), {number}
+        return (texts.name(number), {number}) if text in self.kept_back else (text, fits)
 
     def ids(self, text: str) -> list[int]:
-        return [1, *self.tokenizer.encode(text, add_special_tokens=False), 2]
+        return [1, *self.encode(text), 2]
 
     @staticmethod
     def batch(rows: list[list[int]], padding: int = 0) -> torch.Tensor:
         length = max(map(len, rows))
         return torch.tensor([row + [padding] * (length - len(row)) for row in rows])
 
-    def captions(self, indices: list[int], languages: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def captions(self, numbers: list[int], languages: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompt and name, and labels for the name alone."""
         rows, labels = [], []
-        for index, language in zip(indices, languages, strict=True):
-            prompt = [1, *self.tokenizer.encode(CAPTION_PROMPTS[language], add_special_tokens=False)]
-            name = self.tokenizer.encode(self.concepts[index]["name"][language], add_special_tokens=False)
+        for number, language in zip(numbers, languages, strict=True):
+            prompt = [1, *self.encode(CAPTION_PROMPTS[language])]
+            name = self.encode(self.texts[language].name(number))
             rows.append([*prompt, *name, 2])
             labels.append([-100] * len(prompt) + [*name, 2])
         return self.batch(rows), self.batch(labels, -100)
@@ -152,19 +206,26 @@ class Trainer:
             self.pictures_of[self.data.concept[picture]].append(int(picture))
         config = AutoConfig.from_pretrained(ROOT, subfolder="tiny", trust_remote_code=True)
         config.label_smoothing = 0.05
+        config.vision_config.drop_path_rate = 0.1
         model_class = get_class_from_dynamic_module("modeling_internvl.InternVLForPreTraining", str(ROOT))
         self.model = model_class(config).train()
-        self.model.vision_model.gradient_checkpointing_disable()  # five layers of width 128: nothing to save
+        self.model.vision_model.gradient_checkpointing_disable()  # layers of width 128: nothing to save
+        # On the CPU the gradient of SDPA in bfloat16 takes longer than all the rest of a step.
+        self.model.set_attn_implementation("eager")
+        if arguments.compile:
+            # Pictures come in one shape, texts in many lengths.
+            for name in ("_image_states", "_pool_text", "_joint_states", "_match"):
+                setattr(self.model, name, torch.compile(getattr(self.model, name), dynamic=name != "_image_states"))
         # The zeros that training at scale starts from would leave all queries alike for long.
         nn.init.normal_(self.model.query_tokens, std=0.02)
         self.anchors = nn.Parameter(torch.randn(len(self.data.concepts), config.clip_embed_dim))
-        self.tokenizer = AutoTokenizer.from_pretrained(ROOT, subfolder="tiny", trust_remote_code=True)
+        tokenizer = AutoTokenizer.from_pretrained(ROOT, subfolder="tiny", trust_remote_code=True)
         processor = AutoImageProcessor.from_pretrained(ROOT, subfolder="tiny")
         self.generator = torch.Generator().manual_seed(arguments.seed)
         self.augment = Augmentation(
             config.vision_config.image_size, processor.image_mean, processor.image_std, self.generator
         )
-        self.texts = Texts(self.tokenizer, self.data.concepts, self.generator)
+        self.sampler = Sampler(tokenizer, self.data.concepts, self.generator)
         self.optimizers = self.make_optimizers()
         self.schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate) for optimizer in self.optimizers]
         self.step, self.seconds = 0, 0.0
@@ -184,72 +245,77 @@ class Trainer:
         return [muon, torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))]
 
     def rate(self, step: int) -> float:
-        """Warm up, then fall to zero along a cosine; and once more from half the height."""
-        begin, length, peak = 0, self.arguments.steps, 1.0
-        if step >= length:
-            begin, length, peak = length, self.arguments.refine, 0.5
-        warmup = min(1.0, (step - begin + 1) / 50)
-        return peak * warmup * 0.5 * (1 + math.cos(math.pi * min((step - begin) / length, 1.0)))
+        """Warm up, then fall to zero along a cosine."""
+        return min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * min(step / self.arguments.steps, 1.0)))
 
     @property
-    def refining(self) -> bool:
-        return self.step >= self.arguments.steps
+    def progress(self) -> float:
+        return self.step / self.arguments.steps
+
+    @property
+    def bare(self) -> float:
+        """How many of the names stand alone: at the end most of them do."""
+        return 0.3 + 0.5 * self.progress
 
     def strength(self) -> float:
-        """Of the augmentation: it grows over the first half of the training, and is less in the refinement."""
-        return 0.5 if self.refining else min(1.0, 0.1 + 1.8 * self.step / self.arguments.steps)
+        """Of the augmentation: it grows over the first third, and is less at the end."""
+        return min(1.0, 0.1 + 2.7 * self.progress, 1.0 - 2.5 * (self.progress - 0.8))
 
     def sample(self) -> tuple[list[int], torch.Tensor, list[str]]:
         """A batch of different concepts, one augmented picture of each, and a language for each."""
         if len(self.order) < self.arguments.batch:
             self.order = torch.randperm(len(self.data.concepts), generator=self.generator).tolist()
         indices, self.order = self.order[: self.arguments.batch], self.order[self.arguments.batch :]
-        pictures = [self.texts.choose(self.pictures_of[index]) for index in indices]
+        pictures, others = ([self.sampler.choose(self.pictures_of[index]) for index in indices] for _ in range(2))
         return (
             indices,
-            self.augment(self.rgba[pictures], self.strength()),
-            [self.texts.choose(LANGUAGES) for _ in indices],
+            self.augment(self.rgba[pictures], self.rgba[others], self.strength()),
+            [self.sampler.choose(LANGUAGES) for _ in indices],
         )
 
-    def embed(self, rows: list[list[int]], parts: int = 4) -> torch.Tensor:
+    def embed(self, rows: list[list[int]], parts: int = 3) -> torch.Tensor:
         """Text embeddings, computed with texts of like length together, so that little is padded."""
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
         size = math.ceil(len(rows) / parts)
-        batches = [self.texts.batch([rows[row] for row in order[at : at + size]]) for at in range(0, len(rows), size)]
+        batches = [self.sampler.batch([rows[row] for row in order[at : at + size]]) for at in range(0, len(rows), size)]
         embeds = torch.cat([self.model._pool_text(batch, batch > 0) for batch in batches])
         return embeds[torch.tensor(order).argsort()]
 
     def anchor_loss(self, embeds: torch.Tensor, concepts: torch.Tensor) -> torch.Tensor:
+        """`concepts` [B], or shares of them [B, concepts]"""
         anchors = F.normalize(self.anchors, dim=-1)
-        logits = self.model.logit_scale.exp() * F.normalize(embeds, dim=-1) @ anchors.T
-        return F.cross_entropy(logits, concepts, label_smoothing=0.05)
+        logits = self.model.logit_scale.exp() * F.normalize(embeds.float(), dim=-1) @ anchors.T
+        return F.cross_entropy(logits.float(), concepts, label_smoothing=0.05)
 
-    def hard_names(self, images: torch.Tensor, texts: torch.Tensor) -> list[int]:
-        """For each picture another row of the batch, drawn by how similar its text is."""
+    def wrong_concepts(self, images: torch.Tensor, numbers: torch.Tensor) -> list[int]:
+        """For each picture another concept, drawn by how near its anchor is: at first any, later the nearest."""
         with torch.no_grad():
-            similarity = F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T * 15
-            similarity.fill_diagonal_(-math.inf)
-            return torch.multinomial(similarity.softmax(-1), 1, generator=self.generator).flatten().tolist()
+            similarity = F.normalize(images, dim=-1) @ F.normalize(self.anchors, dim=-1).T
+            similarity[torch.arange(len(numbers)), numbers] = -math.inf
+            weights = ((1 + 20 * self.progress) * similarity).softmax(-1)
+            return torch.multinomial(weights, 1, generator=self.generator)[:, 0].tolist()
 
     def losses(self) -> dict[str, torch.Tensor]:
-        model, joint = self.model, self.arguments.joint
-        indices, pixels, languages = self.sample()
-        concepts = [self.data.concepts[index] for index in indices]
-        bare = 0.5 if self.refining else 0.0
-        pairs = zip(concepts, languages, strict=True)
-        phrases = [self.texts.phrase(concept, language, bare) for concept, language in pairs]
-        targets = torch.tensor(indices)
-        valid = torch.ones(len(indices), dtype=torch.bool)
+        model, sampler, joint = self.model, self.sampler, self.arguments.joint
+        numbers, pixels, languages = self.sample()
+        named = self.arguments.named
+        rows = zip(numbers[:named], languages, strict=False)
+        names = [sampler.name(*row, bare=self.bare) for row in rows]
+        asked = [sampler.keywords(*row) for row in zip(numbers[:joint], languages[:joint], strict=True)]
+        targets = torch.tensor(numbers)
+        valid = torch.ones(named, dtype=torch.bool)
 
         image_states = model._image_states(pixels)
         images = model.clip_projector(image_states)
-        texts = self.embed([self.texts.ids("summarize:" + phrase) for phrase in phrases])
+        texts = self.embed([sampler.ids("summarize:" + text) for text in [*names, *(text for text, _ in asked)]])
+        texts, keywords = texts.split([len(names), len(asked)])
         losses = {
-            "itc_c": model._contrastive_loss(images, texts, valid),
-            "anchor": self.anchor_loss(images, targets) + self.anchor_loss(texts, targets),
+            "itc_c": model._contrastive_loss(images[:named], texts, valid),
+            "anchor": self.anchor_loss(images, targets) + self.anchor_loss(texts, targets[:named]),
+            "keywords": self.anchor_loss(keywords, self.shares([fits for _, fits in asked])),
         }
 
-        captions, labels = self.texts.captions(indices[:joint], languages[:joint])
+        captions, labels = sampler.captions(numbers[:joint], languages[:joint])
         states = model._joint_states(image_states[:joint], captions, None, see_all=False)
         queries, text = states.split([model.config.num_query_token, captions.shape[1]], dim=1)
         queried = model.clip_projector2(queries)
@@ -257,18 +323,27 @@ class Trainer:
         losses["anchor_g"] = self.anchor_loss(queried, targets[:joint])
         learnt = labels[:, 1:] != -100
         logits = model.qllama.lm_head(text[:, :-1][learnt])
-        losses["itg"] = F.cross_entropy(logits, labels[:, 1:][learnt], label_smoothing=0.05)
+        losses["itg"] = F.cross_entropy(logits.float(), labels[:, 1:][learnt], label_smoothing=0.05)
 
-        wrong = self.hard_names(images[:joint], texts[:joint])
-        rows = [row if row % 2 else wrong[row] for row in range(joint)]
-        pairs = self.texts.batch([self.texts.ids(phrases[row]) for row in rows])
-        matches = torch.arange(joint) % 2
-        losses["itm"] = model._matching_loss(image_states[:joint], pairs, pairs > 0, matches)
+        wrong = self.wrong_concepts(images[:joint], targets[:joint])
+        rows = [*zip(numbers[:joint], languages[:joint]), *zip(wrong, languages[:joint])]
+        pairs = sampler.batch([sampler.ids(sampler.name(*row, bare=self.bare)) for row in rows])
+        matches = torch.arange(2 * joint) < joint
+        twice = image_states[:joint].repeat(2, 1, 1)
+        losses["itm"] = 2 * model._matching_loss(twice, pairs, pairs > 0, matches.long())
         return losses
+
+    def shares(self, fits: list[set[int]]) -> torch.Tensor:
+        """Each row's concepts, as a distribution [rows, concepts]"""
+        shares = torch.zeros(len(fits), len(self.anchors))
+        for row, concepts in enumerate(fits):
+            shares[row, list(concepts)] = 1 / len(concepts)
+        return shares
 
     def train_step(self) -> dict[str, float]:
         started = time.monotonic()
-        losses = self.losses()
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = self.losses()
         sum(losses.values()).backward()
         for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
             optimizer.step()
@@ -281,7 +356,7 @@ class Trainer:
         return {name: float(loss.detach()) for name, loss in losses.items()}
 
     def state(self) -> dict:
-        names = ("steps", "refine", "batch", "joint", "seed", "rate")
+        names = ("steps", "batch", "named", "joint", "seed", "rate")
         return {
             "step": self.step,
             "seconds": self.seconds,
@@ -292,13 +367,15 @@ class Trainer:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
             "generator": self.generator.get_state(),
+            "dropout": torch.get_rng_state(),
         }
 
     def resume(self, state: dict) -> None:
         mine = self.state()["arguments"]
         if state["arguments"] != mine:
             raise SystemExit(
-                f"{CHECKPOINT} was begun with {state['arguments']}, not {mine}: use --fresh to start over."
+                f"{self.arguments.checkpoint} was begun with {state['arguments']}, not {mine}: "
+                "use --fresh to start over."
             )
         self.model.load_state_dict(state["model"])
         self.anchors.data.copy_(state["anchors"])
@@ -307,18 +384,21 @@ class Trainer:
         ):
             part.load_state_dict(saved)
         self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["dropout"])
         self.step, self.seconds, self.order = state["step"], state["seconds"], state["order"]
 
     def save(self) -> None:
         """Write the resumable state so that a crash at any moment leaves the old or the new one."""
-        CHECKPOINT.parent.mkdir(exist_ok=True)
-        torch.save(self.state(), CHECKPOINT.with_suffix(".tmp"))
-        CHECKPOINT.with_suffix(".tmp").replace(CHECKPOINT)
+        path = self.arguments.checkpoint
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(self.state(), path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
 
     @torch.no_grad()
     def measure(self, batches: int = 20) -> dict[str, float]:
         """The losses of the training data as it is augmented, averaged over some batches."""
-        rows = [self.losses() for _ in range(batches)]
+        with torch.autocast("cpu", torch.bfloat16):
+            rows = [self.losses() for _ in range(batches)]
         return {name: round(float(sum(row[name] for row in rows)) / batches, 3) for name in rows[0]}
 
     def report(self, folder: Path) -> None:
@@ -337,7 +417,17 @@ class Trainer:
         (folder / "training.json").write_text(json.dumps(report, indent=2) + "\n")
 
     def export(self, folder: Path) -> None:
-        """Save the model in bfloat16, in two shards; configs and tokenizer of the folder stay as they are."""
+        """Save the model in bfloat16, in two shards; a new folder gets configs and tokenizer of the tiny checkpoint."""
+        for file in (
+            "config.json",
+            "generation_config.json",
+            "preprocessor_config.json",
+            "processor_config.json",
+            "tokenizer.model",
+            "tokenizer_config.json",
+        ):
+            if not (folder / file).exists():
+                shutil.copy(ROOT / "tiny" / file, folder / file)
         state = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in self.model.state_dict().items()}
         save_two_shards(state, folder)
 
@@ -362,24 +452,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=DEFAULT_CACHE)
     parser.add_argument("--out", type=Path, default=ROOT / "tiny")
-    parser.add_argument("--steps", type=int, default=2800)
-    parser.add_argument("--refine", type=int, default=900, help="steps after those")
+    parser.add_argument("--steps", type=int, default=6500)
     parser.add_argument("--batch", type=int, default=256, help="pictures, each of another concept")
-    parser.add_argument("--joint", type=int, default=64, help="of these so many for matching and captions")
+    parser.add_argument("--named", type=int, default=128, help="of these so many for the contrast with names")
+    parser.add_argument("--joint", type=int, default=40, help="of these so many for matching and captions")
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--compile", action="store_true", help="compile the model: faster, needs a C++ compiler")
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="what to resume from")
     parser.add_argument("--fresh", action="store_true", help="do not resume")
     parser.add_argument("--stop-at", type=int, help="stop after this step, to go on later")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     trainer = Trainer(arguments)
-    if CHECKPOINT.exists() and not arguments.fresh:
-        trainer.resume(torch.load(CHECKPOINT, weights_only=True))
-    total = arguments.steps + arguments.refine
-    last = min(total, arguments.stop_at or total)
+    if arguments.checkpoint.exists() and not arguments.fresh:
+        trainer.resume(torch.load(arguments.checkpoint, weights_only=True))
+    last = min(arguments.steps, arguments.stop_at or arguments.steps)
     saved = time.monotonic()
-    with tqdm(total=total, initial=trainer.step, mininterval=5) as bar:
+    with tqdm(total=arguments.steps, initial=trainer.step, mininterval=5) as bar:
         while trainer.step < last:
             losses = trainer.train_step()
             bar.update()
@@ -389,6 +480,7 @@ def main() -> None:
                 trainer.save()
                 saved = time.monotonic()
     trainer.save()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     trainer.export(arguments.out)
     trainer.report(arguments.out)
 

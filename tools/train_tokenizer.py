@@ -1,4 +1,4 @@
-"""Train the tiny checkpoint's tokenizer on the names and keywords of the emoji dataset.
+"""Train the tiny checkpoint's tokenizer on the names of the emoji dataset, and on those keywords that are to be learnt.
 
     python tools/emoji_data.py         # first, for its concepts.json
     python tools/train_tokenizer.py    # writes tiny/tokenizer.model
@@ -20,6 +20,7 @@ from pathlib import Path
 import sentencepiece
 
 from emoji_data import DEFAULT_CACHE, LANGUAGES
+from tiny_texts import Texts
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 4096
@@ -72,10 +73,11 @@ def sentences(concepts: list[dict]) -> Iterator[str]:
         for number in range(PROMPT_WEIGHT):
             language = LANGUAGES[number % len(LANGUAGES)] if prompt.isascii() else "ja" if _has_kana(prompt) else "zh"
             yield prompt.format(concepts[number * len(concepts) // PROMPT_WEIGHT]["name"][language])
-    for concept in concepts:
+    texts = {language: Texts(concepts, language) for language in LANGUAGES}
+    for number, concept in enumerate(concepts):
         for language in LANGUAGES:
             yield from [concept["name"][language]] * NAME_WEIGHT
-            yield from concept["keywords"][language]
+            yield from texts[language].keywords[number]
 
 
 def _has_kana(text: str) -> bool:
