@@ -38,8 +38,9 @@ bench: .venv/ready
 tiny: .venv/ready
 	.venv/bin/python tools/emoji_data.py
 	.venv/bin/python tools/train_tokenizer.py
-	.venv/bin/python tools/train_tiny.py
+	.venv/bin/python tools/train_tiny.py --compile
 	.venv/bin/python tools/evaluate_tiny.py
+	.venv/bin/python tools/tiny_figure.py
 
 clean:
 	rm -rf .venv .venv-demo .venv-oldest .venv-app .cache

@@ -225,10 +225,11 @@ def try_weights(evaluation: Evaluation, data: EmojiData, count: int = 700, seed:
     image_processor = evaluation.processor.image_processor
     size = image_processor.crop_size["height"]
     augment = Augmentation(size, image_processor.image_mean, image_processor.image_std, generator)
-    pixels = augment(torch.from_numpy(data.rgba[chosen]), 1.0)
+    pictures = torch.from_numpy(data.rgba[chosen])
+    pixels = augment(pictures, pictures, 1.0)
     own = torch.from_numpy(data.concept[chosen]).long()
     images = evaluation.model.embed_image(pixels, "InternVL-G")
-    weights = [0.0, 0.1, 0.2, 0.3, 0.5, 1.0]
+    weights = [0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5]
     for language in LANGUAGES:
         best = evaluation.reranked(language, images, pixels, weights)
         print(language, {weight: round(accuracy(row, own), 3) for weight, row in zip(weights, best)})

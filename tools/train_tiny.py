@@ -403,7 +403,7 @@ class Trainer:
 
     def report(self, folder: Path) -> None:
         report = {
-            "command": "python tools/train_tiny.py",
+            "command": "python tools/train_tiny.py" + " --compile" * self.arguments.compile,
             "arguments": self.state()["arguments"],
             "steps_done": self.step,
             "hours": round(self.seconds / 3600, 2),
