@@ -26,7 +26,23 @@ footer { display: none !important }
 .found img { aspect-ratio: 1; background: #fff; border-radius: 6px; object-fit: contain; width: 100% }
 .found figcaption { font-size: 0.85rem; line-height: 1.35; overflow-wrap: anywhere }
 .found small { opacity: 0.75 }
+#found[aria-busy=true] { opacity: 0.5 }
 """
+# Questions that come while one is answered wait here, in the browser, so that answers are shown in the order of the
+# questions and none is left out. Gradio's own queue loses answers here: its browser side closes the stream that they
+# come by as soon as none is due, even if the next question was sent meanwhile. So it is not used.
+ASK = """(...fields) => new Promise(go => {
+    window.questions ??= [];
+    window.questions.push(() => go(fields));
+    document.querySelector('#found').setAttribute('aria-busy', 'true');
+    if (window.questions.length === 1) window.questions[0]();
+})"""
+NEXT = """() => {
+    window.questions.shift();
+    if (window.questions.length) window.questions[0]();
+    else document.querySelector('#found').removeAttribute('aria-busy');
+}"""
+HOW = {"js": ASK, "queue": False, "trigger_mode": "multiple", "show_progress": "hidden"}
 
 
 def shown(result: Result) -> str:
@@ -101,18 +117,16 @@ def make_page(searcher: Searcher) -> gr.Blocks:
         gr.Markdown(f"<small>{html.escape(about['model'])} {html.escape(about['subfolder'])}</small>")
 
         fields = [words, picture, mode, rerank, labels, k]
-        # Every question is answered, one after the other, so the last one asked is the last one shown.
-        how = {
-            "concurrency_id": "search",
-            "concurrency_limit": 1,
-            "trigger_mode": "multiple",
-            "show_progress": "hidden",
-        }
-        gr.on([words.submit, button.click], lambda *given: (answer(given[0], None, *given[2:]), None), fields,
-              [found, picture], api_name="words", **how)  # fmt: skip
-        picture.upload(lambda *given: (answer("", *given[1:]), ""), fields, [found, words], api_name="picture", **how)
-        gr.on([mode.change, rerank.change, labels.submit, k.release], answer, fields, [found],
-              api_name="again", **how)  # fmt: skip
+        asked = (
+            gr.on([words.submit, button.click], lambda *given: (answer(given[0], None, *given[2:]), None), fields,
+                  [found, picture], api_name="words", **HOW),
+            picture.upload(lambda *given: (answer("", *given[1:]), ""), fields, [found, words], api_name="picture",
+                           **HOW),
+            gr.on([mode.change, rerank.change, labels.submit, k.release], answer, fields, [found],
+                  api_name="again", **HOW),
+        )  # fmt: skip
+        for each in asked:
+            each.then(None, js=NEXT)
     return page
 
 
