@@ -14,7 +14,7 @@ import time
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read while gradio is imported
 
 import gradio as gr  # noqa: E402
-from search_index import COLUMNS, Result, Searcher, SearchError, printable  # noqa: E402
+from search_index import COLUMNS, Result, Searcher, SearchError, decode, printable, read_bytes, thumbnail  # noqa: E402
 
 MODES = tuple(COLUMNS)
 FONT = ["system-ui", "sans-serif"]
@@ -26,6 +26,8 @@ footer { display: none !important }
 .found img { aspect-ratio: 1; background: #fff; border-radius: 6px; object-fit: contain; width: 100% }
 .found figcaption { font-size: 0.85rem; line-height: 1.35; overflow-wrap: anywhere }
 .found small { opacity: 0.75 }
+.asked { align-items: center; display: flex; gap: 0.75rem }
+.asked img { background: #fff; border-radius: 6px; height: 3.5rem }
 #found[aria-busy=true] { opacity: 0.5 }
 """
 # Questions that come while one is answered wait here, in the browser, so that answers are shown in the order of the
@@ -45,6 +47,10 @@ NEXT = """() => {
 HOW = {"js": ASK, "queue": False, "trigger_mode": "multiple", "show_progress": "hidden"}
 
 
+def image(thumbnail: bytes, text: str) -> str:
+    return f'<img src="data:image/webp;base64,{base64.b64encode(thumbnail).decode()}" alt="{html.escape(text)}">'
+
+
 def shown(result: Result) -> str:
     """A picture of the grid. Names of files and captions are foreign text."""
     lines = [f"<b>{result.cosine:.3f}</b>"]
@@ -58,21 +64,20 @@ def shown(result: Result) -> str:
     lines.append(f'<small title="{path}">{html.escape(printable(os.path.basename(result.path)))}</small>')
     if result.gone:
         lines.append("<small>no longer there</small>")
-    source = base64.b64encode(result.thumbnail).decode()
-    image = f'<img src="data:image/webp;base64,{source}" alt="{html.escape(result.caption or "")}">'
-    return f"<li><figure>{image}<figcaption>{'<br>'.join(lines)}</figcaption></figure></li>"
+    small = image(result.thumbnail, result.caption or "")
+    return f"<li><figure>{small}<figcaption>{'<br>'.join(lines)}</figcaption></figure></li>"
 
 
 def make_answer(searcher: Searcher):
-    """The function behind the page: what stands in its fields -> a line about the answer and the pictures, as HTML."""
+    """The function behind the page: a question and the switches -> a line about the answer, and pictures: HTML."""
 
     def answer(words: str, picture: str | None, mode: str, rerank: bool, labels: str, k: int) -> str:
-        words = (words or "").strip()
+        words = "" if picture else (words or "").strip()
         if not words and not picture:
             return ""
         names = [name.strip() for name in re.split("[,，、\n]", labels or "") if name.strip()] or None
-        asked = f"“{words}”" if words else printable(os.path.basename(picture or ""))
-        start = time.perf_counter()
+        asked = printable(os.path.basename(picture)) if picture else f"“{words}”"
+        start, small = time.perf_counter(), ""
         try:
             results = searcher.search(words, picture or "", int(k), mode, rerank and bool(words), names)
             about = f"{len(results)} for {asked} in {time.perf_counter() - start:.2f} s"
@@ -81,9 +86,12 @@ def make_answer(searcher: Searcher):
             if picture and names:
                 shares = searcher.classify(picture, names, mode)
                 about += "; the picture: " + ", ".join(f"{name} {share:.0%}" for name, share in shares)
+            if picture:
+                small = image(thumbnail(decode(read_bytes(picture))), "the picture that was asked with")
         except SearchError as error:
             return f"<p role='alert'>⚠ {html.escape(str(error))}</p>"
-        return f"<p role='status'>{html.escape(about)}</p><ul class='found'>{''.join(map(shown, results))}</ul>"
+        line = f"<div class='asked'>{small}<p role='status'>{html.escape(about)}</p></div>"
+        return f"{line}<ul class='found'>{''.join(map(shown, results))}</ul>"
 
     return answer
 
@@ -116,16 +124,17 @@ def make_page(searcher: Searcher) -> gr.Blocks:
         found = gr.HTML(elem_id="found")
         gr.Markdown(f"<small>{html.escape(about['model'])} {html.escape(about['subfolder'])}</small>")
 
-        fields = [words, picture, mode, rerank, labels, k]
-        asked = (
-            gr.on([words.submit, button.click], lambda *given: (answer(given[0], None, *given[2:]), None), fields,
-                  [found, picture], api_name="words", **HOW),
-            picture.upload(lambda *given: (answer("", *given[1:]), ""), fields, [found, words], api_name="picture",
-                           **HOW),
-            gr.on([mode.change, rerank.change, labels.submit, k.release], answer, fields, [found],
-                  api_name="again", **HOW),
+        with_picture = gr.State()  # the last one asked with; its field is empty again and takes the next one
+        switches = [mode, rerank, labels, k]
+        questions = (
+            gr.on([words.submit, button.click], lambda words, *given: (answer(words, None, *given), None),
+                  [words, *switches], [found, with_picture], api_name="words", **HOW),
+            picture.upload(lambda picture, *given: (answer("", picture, *given), "", None, str(picture)),
+                           [picture, *switches], [found, words, picture, with_picture], api_name="picture", **HOW),
+            gr.on([mode.change, rerank.change, labels.submit, k.release], answer, [words, with_picture, *switches],
+                  [found], api_name="again", **HOW),
         )  # fmt: skip
-        for each in asked:
+        for each in questions:
             each.then(None, js=NEXT)
     return page
 
