@@ -30,21 +30,39 @@ footer { display: none !important }
 .asked img { background: #fff; border-radius: 6px; height: 3.5rem }
 #found[aria-busy=true] { opacity: 0.5 }
 """
-# Questions that come while one is answered wait here, in the browser, so that answers are shown in the order of the
-# questions and none is left out. Gradio's own queue loses answers here: its browser side closes the stream that they
-# come by as soon as none is due, even if the next question was sent meanwhile. So it is not used.
-ASK = """(...fields) => new Promise(go => {
-    window.questions ??= [];
-    window.questions.push(() => go(fields));
-    document.querySelector('#found').setAttribute('aria-busy', 'true');
-    if (window.questions.length === 1) window.questions[0]();
-})"""
-NEXT = """() => {
-    window.questions.shift();
-    if (window.questions.length) window.questions[0]();
-    else document.querySelector('#found').removeAttribute('aria-busy');
+# Asks `answer`, which gets its arguments by this name below. Questions that come while one is answered wait in the
+# browser, so answers are shown in the order of the questions, and none is left out. Gradio's own ways do not keep to
+# that: its queue loses answers, as the browser's side closes the stream they come by whenever none is due, even if the
+# next question was sent meanwhile; without the queue they come in any order, and after an error nothing tells the page.
+ASK = """async (words, picture, ...switches) => {
+    const found = document.querySelector('#found'), before = window.answered ?? Promise.resolve();
+    let done;
+    window.answered = new Promise(resolve => { done = resolve; });
+    window.waiting = (window.waiting ?? 0) + 1;
+    window.picture = picture;
+    found.setAttribute('aria-busy', 'true');
+    await before;
+    try {
+        const body = JSON.stringify({data: [words, picture, ...switches]});
+        const headers = {'Content-Type': 'application/json'};
+        const response = await fetch('gradio_api/run/answer', {method: 'POST', headers, body});
+        const {data, error} = await response.json();
+        if (!response.ok) throw new Error(error ?? response.statusText);
+        return data[0];
+    } catch (error) {
+        const line = document.createElement('p');
+        line.setAttribute('role', 'alert');
+        line.innerText = `⚠ No answer: ${error.message}`;
+        return line.outerHTML;
+    } finally {
+        window.waiting -= 1;
+        if (!window.waiting) found.removeAttribute('aria-busy');
+        done();
+    }
 }"""
-HOW = {"js": ASK, "queue": False, "trigger_mode": "multiple", "show_progress": "hidden"}
+BY_WORDS = f"(words, ...switches) => ({ASK})(words, null, ...switches)"
+BY_PICTURE = f"async (picture, ...switches) => [await ({ASK})('', picture, ...switches), '', null]"
+AGAIN = f"(words, ...switches) => ({ASK})(words, window.picture ?? null, ...switches)"
 
 
 def image(thumbnail: bytes, text: str) -> str:
@@ -79,7 +97,7 @@ def make_answer(searcher: Searcher):
         asked = printable(os.path.basename(picture)) if picture else f"“{words}”"
         start, small = time.perf_counter(), ""
         try:
-            results = searcher.search(words, picture or "", int(k), mode, rerank and bool(words), names)
+            results = searcher.search(words, picture or "", int(k or 12), mode, rerank and bool(words), names)
             about = f"{len(results)} for {asked} in {time.perf_counter() - start:.2f} s"
             if rerank and not words:
                 about += "; not re-ranked, which needs words"
@@ -124,18 +142,16 @@ def make_page(searcher: Searcher) -> gr.Blocks:
         found = gr.HTML(elem_id="found")
         gr.Markdown(f"<small>{html.escape(about['model'])} {html.escape(about['subfolder'])}</small>")
 
-        with_picture = gr.State()  # the last one asked with; its field is empty again and takes the next one
         switches = [mode, rerank, labels, k]
-        questions = (
-            gr.on([words.submit, button.click], lambda words, *given: (answer(words, None, *given), None),
-                  [words, *switches], [found, with_picture], api_name="words", **HOW),
-            picture.upload(lambda picture, *given: (answer("", picture, *given), "", None, str(picture)),
-                           [picture, *switches], [found, words, picture, with_picture], api_name="picture", **HOW),
-            gr.on([mode.change, rerank.change, labels.submit, k.release], answer, [words, with_picture, *switches],
-                  [found], api_name="again", **HOW),
+        hidden = gr.Button(visible=False)
+        hidden.click(answer, [words, picture, *switches], found, api_name="answer", queue=False)
+        gr.on([words.submit, button.click], None, [words, *switches], found, js=BY_WORDS, trigger_mode="multiple")
+        # The picture's field is empty again, so that the next one can be dropped.
+        picture.upload(None, [picture, *switches], [found, words, picture], js=BY_PICTURE, trigger_mode="multiple")
+        gr.on(
+            [mode.change, rerank.change, labels.submit, k.release],
+            None, [words, *switches], found, js=AGAIN, trigger_mode="multiple",
         )  # fmt: skip
-        for each in questions:
-            each.then(None, js=NEXT)
     return page
 
 

@@ -4,6 +4,7 @@ after `kill -9`, and whether the right picture is found. The page is in test_sea
 """
 
 import dataclasses
+import importlib.util
 import io
 import json
 import os
@@ -742,3 +743,42 @@ def test_an_interrupt_says_that_nothing_is_lost(monkeypatch, folder, trained, tm
     monkeypatch.setattr(Index, "update", interrupted)
     with pytest.raises(SystemExit, match="the same command goes on"):
         search.main(["index", str(folder), "--index", str(tmp_path / "index"), "--model", str(trained)])
+
+
+# ------------------------------------------------------------------------------------------------- what is measured
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    return load_module(ROOT / "benchmarks" / "search.py")
+
+
+def load_module(path: Path):
+    """By its path: its name is also that of the command."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_has_the_table_that_was_measured(benchmark):
+    readme = (ROOT / "README.md").read_text("utf-8")
+    between = readme.partition(benchmark.START)[2].partition(benchmark.END)[0].strip()
+    measured = json.loads(benchmark.OUT.read_text("utf-8")) if benchmark.OUT.exists() else None
+    assert between == (benchmark.table(measured) if measured else "")
+
+
+@pytest.mark.slow
+def test_the_benchmark(benchmark, tmp_path):
+    command = [sys.executable, benchmark.__file__, "--pictures", "100", "--out", tmp_path / "report.json"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads((tmp_path / "report.json").read_text("utf-8"))
+    assert report["result"]["said"].startswith("100 embedded, 0 moved")
+    assert "| 100 pictures | |" in benchmark.table(report)
+
+
+def test_what_the_page_needs_is_what_is_tested():
+    wanted = (ROOT / "examples" / "search-requirements.txt").read_text("utf-8").splitlines()
+    tested = (ROOT / "tests" / "requirements.txt").read_text("utf-8").splitlines()
+    assert not [line for line in wanted if not line.startswith("#") and line not in tested]

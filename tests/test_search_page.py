@@ -159,9 +159,15 @@ def test_a_question_without_an_answer_does_not_stop_the_next(browse):
     page = browse()
     page.driver.set_network_conditions(offline=True, latency=0, throughput=-1)
     page.words.send_keys("fox", Keys.ENTER)
-    page.wait(lambda: not page.driver.find_elements(By.CSS_SELECTOR, "#found[aria-busy=true]"))
+    page.wait(lambda: "No answer" in page.text("#found [role=alert]"))
     page.driver.set_network_conditions(offline=False, latency=0, throughput=-1)
     assert page.ask("panda")[0] in ("panda.png", "<b onclick=x>&.png")
+    number = page.driver.find_element(By.CSS_SELECTOR, "#k input[type=number]")
+    for typed, said in (("999", "greater than"), ("", "12 for"), ("3", "3 for")):
+        number.send_keys(Keys.CONTROL, "a")
+        number.send_keys(Keys.DELETE, typed)
+        page.words.send_keys(Keys.ENTER)
+        page.wait(lambda said=said: said in page.text("#found p"))
 
 
 def test_twenty_rapid_queries_all_answer(browse):
