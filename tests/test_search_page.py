@@ -22,7 +22,6 @@ import search_screenshot  # noqa: E402
 from search_index import Embedder, Index, Searcher  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 PICTURES = ROOT / "examples" / "pictures"
 NOTE = """
@@ -65,8 +64,7 @@ def browse(address, tmp_path):
 
     def open_page(width: int = 1280, height: int = 900) -> "Page":
         opened.append(search_screenshot.browser(tmp_path / str(len(opened)), width, height))
-        opened[-1].get(address)
-        return Page(opened[-1])
+        return Page(opened[-1], address)
 
     yield open_page
     for driver in opened:
@@ -79,19 +77,10 @@ FILE = (By.CSS_SELECTOR, "#picture input[type=file]")
 class Page:
     """What a visitor does."""
 
-    def __init__(self, driver):
-        self.driver = driver
-        self.words = self.wait(lambda: driver.find_element(By.CSS_SELECTOR, "#words textarea, #words input"))
-        self.wait(self.words.is_displayed)
-        self.wait(lambda: driver.find_element(By.ID, "found"))
-        self.wait(lambda: driver.execute_script("return document.activeElement.closest('#words') !== null"))
+    def __init__(self, driver, address):
+        self.driver, self.wait = driver, search_screenshot.wait
+        self.words = search_screenshot.opened(driver, address)
         driver.execute_script(NOTE)
-
-    def wait(self, condition, seconds: int = 60):
-        ignored = (Exception,)  # elements that are drawn anew meanwhile
-        return WebDriverWait(self.driver, seconds, poll_frequency=0.1, ignored_exceptions=ignored).until(
-            lambda _: condition()
-        )
 
     def text(self, selector: str) -> str:
         return self.driver.find_element(By.CSS_SELECTOR, selector).text
@@ -162,12 +151,6 @@ def test_a_question_without_an_answer_does_not_stop_the_next(browse):
     page.wait(lambda: "No answer" in page.text("#found [role=alert]"))
     page.driver.set_network_conditions(offline=False, latency=0, throughput=-1)
     assert page.ask("panda")[0] in ("panda.png", "<b onclick=x>&.png")
-    number = page.driver.find_element(By.CSS_SELECTOR, "#k input[type=number]")
-    for typed, said in (("999", "greater than"), ("", "12 for"), ("3", "3 for")):
-        number.send_keys(Keys.CONTROL, "a")
-        number.send_keys(Keys.DELETE, typed)
-        page.words.send_keys(Keys.ENTER)
-        page.wait(lambda said=said: said in page.text("#found p"))
 
 
 def test_twenty_rapid_queries_all_answer(browse):

@@ -14,15 +14,17 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
 from selenium import webdriver
+from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,18 +80,29 @@ def browser(profile: Path, width: int, height: int) -> webdriver.Chrome:
     return webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
 
 
+def wait(condition: Callable, seconds: int = 60):
+    ignored = (WebDriverException,)  # elements that are drawn anew meanwhile
+    return WebDriverWait(None, seconds, poll_frequency=0.1, ignored_exceptions=ignored).until(lambda _: condition())
+
+
+def opened(driver: webdriver.Chrome, url: str) -> WebElement:
+    """The field for words, when the page is ready: it takes the cursor then."""
+    driver.get(url)
+    box = wait(lambda: driver.find_element(By.CSS_SELECTOR, "#words textarea, #words input"))
+    wait(lambda: driver.find_element(By.ID, "found"))
+    wait(lambda: driver.execute_script("return document.activeElement.closest('#words') !== null"))
+    return box
+
+
 def picture(url: str, profile: Path, width: int, height: int, words: str) -> Image.Image:
     driver = browser(profile, width, height)
     try:
-        driver.get(url)
+        box = opened(driver, url)
         if width >= PHONES:  # a window's bars take from its height
             driver.set_window_size(width, 2 * height - driver.execute_script("return window.innerHeight"))
-        wait = WebDriverWait(driver, 60)
-        box = wait.until(lambda _: driver.find_element(By.CSS_SELECTOR, "#words textarea, #words input"))
-        wait.until(lambda _: box.is_displayed())
         box.send_keys(words, Keys.ENTER)
-        wait.until(lambda _: driver.find_elements(By.CSS_SELECTOR, "#found img"))
-        wait.until(lambda _: driver.execute_script("return [...document.images].every(each => each.complete)"))
+        wait(lambda: driver.find_elements(By.CSS_SELECTOR, "#found img"))
+        wait(lambda: driver.execute_script("return [...document.images].every(each => each.complete)"))
         driver.execute_script("document.activeElement.blur()")  # no cursor, which blinks
         time.sleep(1)  # what fades in
         shot = Image.open(io.BytesIO(driver.get_screenshot_as_png())).convert("RGB")
@@ -107,7 +120,7 @@ def main() -> None:
         where = ["--index", folder / "index"]
         index(ROOT / "examples" / "pictures", where)
         with served(where, folder / "log") as url:
-            shots = [picture(url, folder / shot[2], *shot) for shot in (DESK, PHONE)]
+            shots = [picture(url, folder / str(shot[0]), *shot) for shot in (DESK, PHONE)]
     gap = 20
     sheet = Image.new("RGB", (sum(shot.width for shot in shots) + gap, shots[0].height), "white")
     sheet.paste(shots[0], (0, 0))
