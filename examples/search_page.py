@@ -20,13 +20,13 @@ MODES = tuple(COLUMNS)
 FONT = ["system-ui", "sans-serif"]
 CSS = """
 footer { display: none !important }
-.found { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: 0.75rem }
+.found { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(9.5rem, 45%), 1fr)); gap: 0.75rem }
 .found { list-style: none; margin: 0; padding: 0 }
 .found figure { margin: 0 }
 .found img { aspect-ratio: 1; background: #fff; border-radius: 6px; object-fit: contain; width: 100% }
 .found figcaption { font-size: 0.85rem; line-height: 1.35; overflow-wrap: anywhere }
 .found small { opacity: 0.75 }
-.asked { align-items: center; display: flex; gap: 0.75rem }
+.asked { align-items: center; display: flex; gap: 0.75rem; margin-bottom: 0.75rem }
 .asked img { background: #fff; border-radius: 6px; height: 3.5rem }
 #found[aria-busy=true] { opacity: 0.5 }
 """
@@ -135,9 +135,7 @@ def make_page(searcher: Searcher) -> gr.Blocks:
                     mode = gr.Radio(MODES, value=MODES[0], label="Mode", elem_id="mode")
                     rerank = gr.Checkbox(label="Re-rank: look at the best once more", elem_id="rerank")
                 with gr.Row():
-                    labels = gr.Textbox(
-                        label="Labels to choose from", placeholder="panda, 狐狸, すし, then Enter", elem_id="labels"
-                    )
+                    labels = gr.Textbox(label="Labels, then Enter", placeholder="panda, 狐狸, すし", elem_id="labels")
                     k = gr.Slider(1, 60, value=12, step=1, label="How many", elem_id="k")
         found = gr.HTML(elem_id="found")
         gr.Markdown(f"<small>{html.escape(about['model'])} {html.escape(about['subfolder'])}</small>")
