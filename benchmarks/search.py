@@ -1,7 +1,7 @@
 """How long examples/search.py takes to index and search 10,000 pictures, with what memory and disk.
 
-    python benchmarks/search.py                          # writes search.json
-    python benchmarks/search.py --pictures 500 --out /tmp/report.json
+    python benchmarks/search.py                          # writes search.json and the README's table
+    python benchmarks/search.py --pictures 500 --out /tmp/report.json          # and no table
 
 The pictures are those of examples/pictures, turned, resized and put on coloured grounds, no two alike: PNG, JPEG and
 WebP files of 260 to 400 pixels. Every step is a process of its own, as a user runs it, with the tiny checkpoint: its
@@ -26,6 +26,9 @@ from pathlib import Path
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+START, END = "<!-- results:search -->", "<!-- /results:search -->"
+OUT = Path(__file__).with_suffix(".json")
 SOURCES = ROOT / "examples" / "pictures"
 KINDS = (("png", {}), ("jpg", {"quality": 90}), ("webp", {"quality": 90}))
 QUERIES = 100
@@ -126,10 +129,39 @@ def measure(folder: Path, count: int) -> dict:
     }
 
 
+def table(report: dict) -> str:
+    """What the README says, as Markdown."""
+    found, versions = report["result"], report["versions"]
+    rows = [
+        ("first run", f"{found['first_run_s']} s, {found['first_run_pictures_per_s']} pictures a second"),
+        ("its memory, at most", f"{found['first_run_peak_mb']} MB"),
+        ("second run, nothing changed", f"{found['second_run_nothing_changed_s']} s"),
+        ("run after 1 % of the files changed", f"{found['run_after_one_percent_changed_s']} s"),
+        ("index on disk", f"{found['index_mb']} MB, for {found['pictures_mb']} MB of pictures"),
+        (
+            "a search, by words or by a picture",
+            f"median {found['query_median_ms']} ms, 95 % {found['query_p95_ms']} ms",
+        ),
+        ("`query` from the command line, with loading", f"{found['one_query_with_loading_s']} s"),
+        ("memory while searching, at most", f"{found['searching_peak_mb']} MB"),
+        ("of ten found by a picture, made of the same original", f"{found['same_original_among_ten_by_picture']:.0%}"),
+        ("of ten found by its English name", f"{found['same_original_among_ten_by_words']:.0%}"),
+    ]
+    lines = [f"| {found['pictures']:,} pictures | |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows)]
+    packages = ", ".join(f"{name} {number}" for name, number in versions.items())
+    return "\n".join([*lines, "", f"Measured by `{report['command']}` on {report['machine']}; {packages}."])
+
+
+def write_table(report: dict) -> None:
+    before, _, rest = README.read_text("utf-8").partition(START)
+    _, _, after = rest.partition(END)
+    README.write_text(f"{before}{START}\n{table(report)}\n{END}{after}", "utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pictures", type=int, default=10_000)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     if options.pictures < QUERIES:
         parser.error(f"--pictures must be at least {QUERIES}, got {options.pictures}")
@@ -142,6 +174,8 @@ def main() -> None:
         "result": result,
     }
     options.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    if options.out == OUT:
+        write_table(report)
     print(json.dumps(report, indent=1))
 
 

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-os.environ.setdefault("LANCE_LOG", "error")  # its warnings tell of what is meant, such as a table that is made
+os.environ.setdefault("LANCEDB_LOG", "error")  # its warnings tell of what is meant, such as a table that is made
 
 import lancedb  # noqa: E402
 import pyarrow as pa

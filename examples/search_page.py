@@ -14,19 +14,59 @@ import time
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read while gradio is imported
 
 import gradio as gr  # noqa: E402
-from search_index import COLUMNS, Result, Searcher, SearchError, printable  # noqa: E402
+from search_index import COLUMNS, Result, Searcher, SearchError, decode, printable, read_bytes, thumbnail  # noqa: E402
 
 MODES = tuple(COLUMNS)
 FONT = ["system-ui", "sans-serif"]
 CSS = """
 footer { display: none !important }
-.found { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: 0.75rem }
+.found { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(9.5rem, 45%), 1fr)); gap: 0.75rem }
 .found { list-style: none; margin: 0; padding: 0 }
 .found figure { margin: 0 }
 .found img { aspect-ratio: 1; background: #fff; border-radius: 6px; object-fit: contain; width: 100% }
 .found figcaption { font-size: 0.85rem; line-height: 1.35; overflow-wrap: anywhere }
 .found small { opacity: 0.75 }
+.asked { align-items: center; display: flex; gap: 0.75rem; margin-bottom: 0.75rem }
+.asked img { background: #fff; border-radius: 6px; height: 3.5rem }
+#found[aria-busy=true] { opacity: 0.5 }
 """
+# Asks `answer`, which gets its arguments by this name below. Questions that come while one is answered wait in the
+# browser, so answers are shown in the order of the questions, and none is left out. Gradio's own ways do not keep to
+# that: its queue loses answers, as the browser's side closes the stream they come by whenever none is due, even if the
+# next question was sent meanwhile; without the queue they come in any order, and after an error nothing tells the page.
+ASK = """async (words, picture, ...switches) => {
+    const found = document.querySelector('#found'), before = window.answered ?? Promise.resolve();
+    let done;
+    window.answered = new Promise(resolve => { done = resolve; });
+    window.waiting = (window.waiting ?? 0) + 1;
+    window.picture = picture;
+    found.setAttribute('aria-busy', 'true');
+    await before;
+    try {
+        const body = JSON.stringify({data: [words, picture, ...switches]});
+        const headers = {'Content-Type': 'application/json'};
+        const response = await fetch('gradio_api/run/answer', {method: 'POST', headers, body});
+        const {data, error} = await response.json();
+        if (!response.ok) throw new Error(error ?? response.statusText);
+        return data[0];
+    } catch (error) {
+        const line = document.createElement('p');
+        line.setAttribute('role', 'alert');
+        line.innerText = `⚠ No answer: ${error.message}`;
+        return line.outerHTML;
+    } finally {
+        window.waiting -= 1;
+        if (!window.waiting) found.removeAttribute('aria-busy');
+        done();
+    }
+}"""
+BY_WORDS = f"(words, ...switches) => ({ASK})(words, null, ...switches)"
+BY_PICTURE = f"async (picture, ...switches) => [await ({ASK})('', picture, ...switches), '', null]"
+AGAIN = f"(words, ...switches) => ({ASK})(words, window.picture ?? null, ...switches)"
+
+
+def image(thumbnail: bytes, text: str) -> str:
+    return f'<img src="data:image/webp;base64,{base64.b64encode(thumbnail).decode()}" alt="{html.escape(text)}">'
 
 
 def shown(result: Result) -> str:
@@ -42,32 +82,34 @@ def shown(result: Result) -> str:
     lines.append(f'<small title="{path}">{html.escape(printable(os.path.basename(result.path)))}</small>')
     if result.gone:
         lines.append("<small>no longer there</small>")
-    source = base64.b64encode(result.thumbnail).decode()
-    image = f'<img src="data:image/webp;base64,{source}" alt="{html.escape(result.caption or "")}">'
-    return f"<li><figure>{image}<figcaption>{'<br>'.join(lines)}</figcaption></figure></li>"
+    small = image(result.thumbnail, result.caption or "")
+    return f"<li><figure>{small}<figcaption>{'<br>'.join(lines)}</figcaption></figure></li>"
 
 
 def make_answer(searcher: Searcher):
-    """The function behind the page: what stands in its fields -> a line about the answer and the pictures, as HTML."""
+    """The function behind the page: a question and the switches -> a line about the answer, and pictures: HTML."""
 
     def answer(words: str, picture: str | None, mode: str, rerank: bool, labels: str, k: int) -> str:
-        words = (words or "").strip()
+        words = "" if picture else (words or "").strip()
         if not words and not picture:
             return ""
         names = [name.strip() for name in re.split("[,，、\n]", labels or "") if name.strip()] or None
-        asked = f"“{words}”" if words else printable(os.path.basename(picture or ""))
-        start = time.perf_counter()
+        asked = printable(os.path.basename(picture)) if picture else f"“{words}”"
+        start, small = time.perf_counter(), ""
         try:
-            results = searcher.search(words, picture or "", int(k), mode, rerank and bool(words), names)
+            results = searcher.search(words, picture or "", int(k or 12), mode, rerank and bool(words), names)
             about = f"{len(results)} for {asked} in {time.perf_counter() - start:.2f} s"
             if rerank and not words:
                 about += "; not re-ranked, which needs words"
             if picture and names:
                 shares = searcher.classify(picture, names, mode)
                 about += "; the picture: " + ", ".join(f"{name} {share:.0%}" for name, share in shares)
+            if picture:
+                small = image(thumbnail(decode(read_bytes(picture))), "the picture that was asked with")
         except SearchError as error:
             return f"<p role='alert'>⚠ {html.escape(str(error))}</p>"
-        return f"<p role='status'>{html.escape(about)}</p><ul class='found'>{''.join(map(shown, results))}</ul>"
+        line = f"<div class='asked'>{small}<p role='status'>{html.escape(about)}</p></div>"
+        return f"{line}<ul class='found'>{''.join(map(shown, results))}</ul>"
 
     return answer
 
@@ -93,26 +135,21 @@ def make_page(searcher: Searcher) -> gr.Blocks:
                     mode = gr.Radio(MODES, value=MODES[0], label="Mode", elem_id="mode")
                     rerank = gr.Checkbox(label="Re-rank: look at the best once more", elem_id="rerank")
                 with gr.Row():
-                    labels = gr.Textbox(
-                        label="Labels to choose from", placeholder="panda, 狐狸, すし, then Enter", elem_id="labels"
-                    )
+                    labels = gr.Textbox(label="Labels, then Enter", placeholder="panda, 狐狸, すし", elem_id="labels")
                     k = gr.Slider(1, 60, value=12, step=1, label="How many", elem_id="k")
         found = gr.HTML(elem_id="found")
         gr.Markdown(f"<small>{html.escape(about['model'])} {html.escape(about['subfolder'])}</small>")
 
-        fields = [words, picture, mode, rerank, labels, k]
-        # Every question is answered, one after the other, so the last one asked is the last one shown.
-        how = {
-            "concurrency_id": "search",
-            "concurrency_limit": 1,
-            "trigger_mode": "multiple",
-            "show_progress": "hidden",
-        }
-        gr.on([words.submit, button.click], lambda *given: (answer(given[0], None, *given[2:]), None), fields,
-              [found, picture], api_name="words", **how)  # fmt: skip
-        picture.upload(lambda *given: (answer("", *given[1:]), ""), fields, [found, words], api_name="picture", **how)
-        gr.on([mode.change, rerank.change, labels.submit, k.release], answer, fields, [found],
-              api_name="again", **how)  # fmt: skip
+        switches = [mode, rerank, labels, k]
+        hidden = gr.Button(visible=False)
+        hidden.click(answer, [words, picture, *switches], found, api_name="answer", queue=False)
+        gr.on([words.submit, button.click], None, [words, *switches], found, js=BY_WORDS, trigger_mode="multiple")
+        # The picture's field is empty again, so that the next one can be dropped.
+        picture.upload(None, [picture, *switches], [found, words, picture], js=BY_PICTURE, trigger_mode="multiple")
+        gr.on(
+            [mode.change, rerank.change, labels.submit, k.release],
+            None, [words, *switches], found, js=AGAIN, trigger_mode="multiple",
+        )  # fmt: skip
     return page
 
 

@@ -1,12 +1,10 @@
 """The page of examples/search.py in Chromium: what a visitor types, drops and switches, on a desk and a phone."""
 
+import base64
 import json
+import os
 import shutil
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -18,53 +16,45 @@ pytest.importorskip("gradio")
 pytest.importorskip("selenium")
 if not shutil.which("chromium") or not shutil.which("chromedriver"):
     pytest.skip("needs Debian's packages chromium and chromium-driver", allow_module_level=True)
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tools")]
 
-from selenium import webdriver  # noqa: E402
-from selenium.webdriver.chrome.service import Service  # noqa: E402
+import search_screenshot  # noqa: E402
+from search_index import Embedder, Index, Searcher  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 PICTURES = ROOT / "examples" / "pictures"
-FLAGS = (
-    "headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
-    "disable-component-update", "disable-sync", "disable-dev-shm-usage",
-)  # fmt: skip
 NOTE = """
 window.answers = [];
 new MutationObserver(() => {
     const text = document.querySelector('#found p[role]')?.innerText;
     if (text) window.answers.push(text);  // an answer may be noted twice
-}).observe(document.querySelector('#found'), {childList: true, subtree: true, characterData: true});
+}).observe(document.body, {childList: true, subtree: true, characterData: true});
+"""
+# What a browser tells a page when a file is let go over it.
+DROP = """
+const [zone, name, content] = arguments;
+const transfer = new DataTransfer();
+transfer.items.add(new File([Uint8Array.from(atob(content), letter => letter.charCodeAt(0))], name));
+for (const kind of ['dragenter', 'dragover', 'drop'])
+    zone.dispatchEvent(new DragEvent(kind, {dataTransfer: transfer, bubbles: true, cancelable: true}));
 """
 
 
 @pytest.fixture(scope="module")
-def address(trained, tmp_path_factory):
-    """Of the page of an index of the example pictures and of one whose name and place are foreign text."""
+def folder(trained, tmp_path_factory):
+    """The index of the example pictures and of one whose name and place are foreign text; its pictures."""
     folder = tmp_path_factory.mktemp("page")
     shutil.copytree(PICTURES, folder / "pictures")
     shutil.copy(PICTURES / "panda.png", folder / "pictures" / "<b onclick=x>&.png")
-    where = ["--index", folder / "index", "--model", trained]
-    script = [sys.executable, ROOT / "examples" / "search.py"]
-    subprocess.run([*script, "index", folder / "pictures", *where], check=True, capture_output=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = folder / "log"
-    with log.open("w") as file:
-        server = subprocess.Popen([*script, "page", *where, "--port", str(port)], stdout=file, stderr=file)
-    url = f"http://127.0.0.1:{port}"
-    for _ in range(240):
-        try:
-            urllib.request.urlopen(url, timeout=5).read()
-            break
-        except OSError:
-            assert server.poll() is None, log.read_text()[-3000:]
-            time.sleep(0.5)
-    yield url
-    server.terminate()
-    server.wait(20)
+    search_screenshot.index(folder / "pictures", ["--index", folder / "index", "--model", trained])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(trained, folder):
+    with search_screenshot.served(["--index", folder / "index", "--model", trained], folder / "log") as url:
+        yield url
 
 
 @pytest.fixture
@@ -73,40 +63,24 @@ def browse(address, tmp_path):
     opened = []
 
     def open_page(width: int = 1280, height: int = 900) -> "Page":
-        options = webdriver.ChromeOptions()
-        for flag in (*FLAGS, f"window-size={width},{height}", f"user-data-dir={tmp_path / str(len(opened))}"):
-            options.add_argument(f"--{flag}")
-        options.binary_location = shutil.which("chromium")
-        if width < 500:  # narrower than a window can be
-            options.add_experimental_option(
-                "mobileEmulation", {"deviceMetrics": {"width": width, "height": height, "pixelRatio": 2, "touch": True}}
-            )
-        options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "SEVERE"})
-        driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
-        opened.append(driver)
-        driver.get(address)
-        return Page(driver)
+        opened.append(search_screenshot.browser(tmp_path / str(len(opened)), width, height))
+        return Page(opened[-1], address)
 
     yield open_page
     for driver in opened:
         driver.quit()
 
 
+FILE = (By.CSS_SELECTOR, "#picture input[type=file]")
+
+
 class Page:
     """What a visitor does."""
 
-    def __init__(self, driver):
-        self.driver = driver
-        self.words = self.wait(lambda: driver.find_element(By.CSS_SELECTOR, "#words textarea, #words input"))
-        self.wait(self.words.is_displayed)
-        self.wait(lambda: driver.execute_script("return document.activeElement.closest('#words') !== null"))
+    def __init__(self, driver, address):
+        self.driver, self.wait = driver, search_screenshot.wait
+        self.words = search_screenshot.opened(driver, address)
         driver.execute_script(NOTE)
-
-    def wait(self, condition, seconds: int = 60):
-        ignored = (Exception,)  # elements that are drawn anew meanwhile
-        return WebDriverWait(self.driver, seconds, poll_frequency=0.1, ignored_exceptions=ignored).until(
-            lambda _: condition()
-        )
 
     def text(self, selector: str) -> str:
         return self.driver.find_element(By.CSS_SELECTOR, selector).text
@@ -119,7 +93,7 @@ class Page:
         count = len(self.answers())
         self.words.clear()
         self.words.send_keys(words, Keys.ENTER)
-        self.wait(lambda: len(self.answers()) > count)
+        self.wait(lambda: any(f"“{words.strip()}”" in answer for answer in self.answers()[count:]))
         return self.names()
 
     def names(self) -> list[str]:
@@ -127,33 +101,56 @@ class Page:
 
     def upload(self, path: Path) -> str:
         """What the page says."""
+        return self.said_of(path, lambda: self.driver.find_element(*FILE).send_keys(str(path)))
+
+    def drop(self, path: Path) -> str:
+        content = base64.b64encode(path.read_bytes()).decode()
+        zone = self.driver.find_element(By.CSS_SELECTOR, "#picture button")
+        return self.said_of(path, lambda: self.driver.execute_script(DROP, zone, path.name, content))
+
+    def said_of(self, path: Path, give) -> str:
+        self.wait(lambda: self.driver.find_element(*FILE))
         count = len(self.answers())
-        self.driver.find_element(By.CSS_SELECTOR, "#picture input[type=file]").send_keys(str(path))
-        self.wait(lambda: len(self.answers()) > count)
+        give()
+        self.wait(lambda: any(path.name in answer for answer in self.answers()[count:]))
         return self.answers()[-1]
 
 
-def test_words_show_the_right_picture_first(browse):
+def test_words_show_the_right_picture_first(browse, folder, trained):
     page = browse()
     for words in ("panda", "熊猫", "パンダの顔"):
         assert page.ask(words)[0] in ("panda.png", "<b onclick=x>&.png"), words
         assert f"12 for “{words}”" in page.text("#found p")
-    assert page.ask("pizza")[0] == "pizza.png"
+    best = Searcher(Index(folder / "index"), Embedder(str(trained))).search(words="火箭", k=1)[0]
+    assert page.ask("火箭")[0] == os.path.basename(best.path)
+    assert page.text("#found b") == f"{best.cosine:.3f}" and best.caption in page.text("#found li")
     assert page.driver.execute_script("return document.querySelector('#found img').naturalWidth") > 100
     assert not page.driver.find_elements(By.CSS_SELECTOR, "#found figcaption b[onclick]"), "names are no HTML"
     page.ask("lion\u200b ")  # what is no picture's name is answered too
 
 
-def test_a_picture_finds_itself_and_what_is_none_is_said(browse, tmp_path):
+def test_pictures_find_themselves_and_what_is_none_is_said(browse, tmp_path):
     page = browse()
-    assert "for lion.png" in page.upload(PICTURES / "lion.png") and page.names()[0] == "lion.png"
+    assert "for lion.png" in page.drop(PICTURES / "lion.png") and page.names()[0] == "lion.png"
     broken = tmp_path / "broken.png"
     broken.write_bytes((PICTURES / "lion.png").read_bytes()[:300])
-    again = browse()
-    said = again.upload(broken)
-    assert "broken.png" in said and "damaged" in said
-    assert again.driver.find_element(By.CSS_SELECTOR, "#found [role=alert]").is_displayed() and not again.names()
-    assert again.ask("panda")  # and the page goes on
+    assert "damaged" in page.drop(broken)
+    assert page.driver.find_element(By.CSS_SELECTOR, "#found [role=alert]").is_displayed() and not page.names()
+    assert "for pizza.png" in page.upload(PICTURES / "pizza.png") and page.names()[0] == "pizza.png"
+    count = len(page.answers())
+    page.driver.find_element(By.CSS_SELECTOR, "#mode input[value=InternVL-G]").click()
+    page.wait(lambda: len(page.answers()) > count)
+    assert "for pizza.png" in page.answers()[-1] and page.names()[0] == "pizza.png", "the same is asked again"
+    assert page.ask("panda")[0] in ("panda.png", "<b onclick=x>&.png")
+
+
+def test_a_question_without_an_answer_does_not_stop_the_next(browse):
+    page = browse()
+    page.driver.set_network_conditions(offline=True, latency=0, throughput=-1)
+    page.words.send_keys("fox", Keys.ENTER)
+    page.wait(lambda: "No answer" in page.text("#found [role=alert]"))
+    page.driver.set_network_conditions(offline=False, latency=0, throughput=-1)
+    assert page.ask("panda")[0] in ("panda.png", "<b onclick=x>&.png")
 
 
 def test_twenty_rapid_queries_all_answer(browse):
