@@ -476,6 +476,72 @@ def test_code_reaches_machines_that_do_not_have_it(tmp_path):
     assert done.stdout.strip() == "['decode', 'Embed']", done.stderr[-2000:]
 
 
+# ------------------------------------------------------------------------------------------------ places for models
+
+
+def machines(monkeypatch, *there: tuple[int, int]) -> None:
+    """A cluster of machines with so many GPUs and CPUs, and one that is gone."""
+    nodes = [{"Alive": True, "Resources": {"GPU": float(gpus), "CPU": float(cpus)}} for gpus, cpus in there]
+    monkeypatch.setattr(ray, "nodes", lambda: [*nodes, {"Alive": False, "Resources": {"GPU": 8.0, "CPU": 64.0}}])
+
+
+@pytest.mark.parametrize(
+    "there, changes, placed",
+    [
+        ([(0, 2)], {}, (0, 1, 1)),
+        ([(8, 64), (8, 64)], {}, (1, 16, 112)),
+        ([(8, 64), (8, 64)], {"gpus_per_model": 3}, (3, 4, 124)),  # no model lies on two machines
+        ([(8, 64)], {"gpus_per_model": 2, "models": 3, "decoders": 10}, (2, 3, 10)),
+        ([(0, 16)], {"cpus_per_model": 4, "models": 3}, (0, 3, 4)),
+    ],
+)
+def test_models_have_their_places(options, monkeypatch, there, changes, placed):
+    given = options("data", **changes)
+    given.gpus_per_model = changes.get("gpus_per_model")
+    machines(monkeypatch, *there)
+    embed_dataset.place_models(given)
+    assert (given.gpus_per_model, given.pool, given.tasks) == placed
+
+
+def test_models_without_a_place_are_refused_and_later_as_many_as_are_left(options, monkeypatch):
+    given = options("data", models=2)
+    machines(monkeypatch, (0, 2))
+    with pytest.raises(ValueError, match="`--models` must fit into the cluster of 1 machines with 0 GPUs and 2 CPUs"):
+        embed_dataset.place_models(given)
+    machines(monkeypatch, (0, 2), (0, 2))
+    embed_dataset.place_models(given)
+    assert given.pool == 2
+    machines(monkeypatch, (0, 2))
+    embed_dataset.place_models(given, is_first=False)
+    assert given.pool == 1
+
+
+def test_a_stall_begins_with_the_first_batch_or_a_lost_place(options, monkeypatch):
+    given, now = options("data", models=2, stall_minutes=1), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    machines(monkeypatch, (0, 2), (0, 2))
+    embed_dataset.place_models(given)
+
+    def step(watch, seconds):
+        now[0] += seconds
+        watch.on_execution_step(None)
+
+    watch = embed_dataset.Watch(given)
+    step(watch, 10_000)  # a model that takes long to load
+    watch.batch()
+    step(watch, 59)
+    watch.batch()
+    step(watch, 59)
+    with pytest.raises(embed_dataset.Stalled, match="--stall-minutes"):
+        step(watch, 2)
+    watch = embed_dataset.Watch(given)
+    machines(monkeypatch, (0, 2))
+    step(watch, 10)
+    step(watch, 59)
+    with pytest.raises(embed_dataset.Stalled):
+        step(watch, 2)
+
+
 # -------------------------------------------------------------------------------------------------------- the costs
 
 
@@ -529,11 +595,11 @@ def cluster():
 
 
 def start(command: list[str], log: Path) -> subprocess.Popen:
-    file = log.open("w")
-    return subprocess.Popen([sys.executable, SCRIPT, *command], stdout=file, stderr=file, cwd=log.parent)
+    with log.open("w") as file:
+        return subprocess.Popen([sys.executable, SCRIPT, *command], stdout=file, stderr=file, cwd=log.parent)
 
 
-def wait_for_parts(folder: Path, count: int, process: subprocess.Popen, seconds: float = 120) -> int:
+def wait_for_parts(folder: Path, count: int, process: subprocess.Popen, seconds: float = 300) -> int:
     """Until there are some, and never until all: the process must be at work."""
     end = time.time() + seconds
     while time.time() < end and process.poll() is None:
@@ -613,7 +679,7 @@ def test_a_lost_node(arguments, options, tmp_path, head_cpus):
         process = start(arguments(path, **given, **more), tmp_path / "log")
         wait_for_parts(tmp_path / "out", 10, process)
         nodes.remove_node(node, allow_graceful=False)
-        assert process.wait(timeout=400) == 0, (tmp_path / "log").read_text()[-3000:]
+        assert process.wait(timeout=500) == 0, (tmp_path / "log").read_text()[-3000:]
     finally:
         nodes.shutdown()
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["result"]["embedded"] == 600
