@@ -27,6 +27,7 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -269,7 +270,7 @@ def batches_of(shards: list[dict], options: argparse.Namespace) -> Iterator[dict
     context, watch = DataContext.get_current(), Watch(options)
     context.enable_progress_bars = context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = -1  # it counts the time that processes need to start
-    context.custom_execution_callback_classes = [lambda: watch]
+    context.custom_execution_callback_classes = [lambda: watch]  # a copy goes to all workers, where nothing calls it
     context.target_max_block_size = options.batch_bytes  # a batch is a block: the first goes out before the second
     dataset = ray.data.from_items(shards, override_num_blocks=min(len(shards), MAX_TASKS))
     # Ray joins steps that ask for the same, and then the actors would decode. `max_calls` keeps them apart, and makes
@@ -409,7 +410,7 @@ def dry_run(shards: list[dict], options: argparse.Namespace) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> dict:
-    for module in (embed_sources, embed_stages):  # which the other machines do not have
+    for module in (embed_sources, embed_stages, sys.modules[__name__]):  # which the other machines do not have
         ray.cloudpickle.register_pickle_by_value(module)
     try:
         return run(parse(arguments))

@@ -1,5 +1,6 @@
 """Embedding data sets on Ray: what is read, what is written, and that nothing is lost or done twice, whatever dies."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -36,6 +37,7 @@ from ray.cluster_utils import Cluster  # noqa: E402
 PICTURES = ROOT / "examples" / "pictures"
 ENTRIES = json.loads((PICTURES / "examples.json").read_text("utf-8"))
 NODE = {"num_cpus": 2, "object_store_memory": 100_000_000, "include_dashboard": False}
+BENCHMARK = importlib.util.spec_from_file_location("benchmark", ROOT / "benchmarks" / "embed_dataset.py")
 IDS = pa.schema([("id", pa.string())])
 SCRIPT = ROOT / "examples" / "embed_dataset.py"
 
@@ -468,12 +470,13 @@ def test_columns_that_do_not_fit_are_refused(options, tmp_path, option, column):
 @pytest.mark.slow
 def test_code_reaches_machines_that_do_not_have_it(tmp_path):
     """Unpickled in a process that cannot import this folder."""
-    for module in (embed_sources, embed_stages):
+    for module in (embed_sources, embed_stages, embed_dataset):
         ray.cloudpickle.register_pickle_by_value(module)
-    (tmp_path / "code").write_bytes(ray.cloudpickle.dumps([embed_stages.decode, embed_stages.Embed]))
+    code = [embed_stages.decode, embed_stages.Embed, embed_dataset.Watch]
+    (tmp_path / "code").write_bytes(ray.cloudpickle.dumps(code))
     code = "import pickle, sys; print([each.__name__ for each in pickle.load(open(sys.argv[1], 'rb'))])"
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "code"], capture_output=True, text=True, cwd=tmp_path)
-    assert done.stdout.strip() == "['decode', 'Embed']", done.stderr[-2000:]
+    assert done.stdout.strip() == "['decode', 'Embed', 'Watch']", done.stderr[-2000:]
 
 
 # ------------------------------------------------------------------------------------------------ places for models
@@ -584,6 +587,18 @@ def test_rows_of_tars_are_estimated_from_how_far_was_read(options, tmp_path):
     assert embed_costs.total_rows(shards, batches) == (pytest.approx(60, abs=3), False)
 
 
+def test_what_the_readme_says_is_what_was_measured():
+    benchmark = importlib.util.module_from_spec(BENCHMARK)  # its name is that of the example
+    BENCHMARK.loader.exec_module(benchmark)
+    report = json.loads(benchmark.MEASURED.read_text("utf-8"))
+    assert benchmark.summary(report) in (ROOT / "README.md").read_text("utf-8")
+    assert report["h100s"] == benchmark.on_h100s()
+    few, *_, many = report["results"]
+    assert few["errors"] == many["errors"] == 0 and many["rows"] == 10 * few["rows"]
+    assert many["peak_together_mb"] < 1.2 * few["peak_together_mb"]
+    assert all(run["model_waits"] < 0.1 for run in report["results"])
+
+
 # ------------------------------------------------------------------------------------------------------------- Ray
 
 
@@ -646,6 +661,17 @@ def test_a_killed_driver_goes_on_without_gaps_or_duplicates(arguments, options, 
     with pytest.raises(SystemExit, match="other settings.*batch_size: 4, now 8; prompt: 'English caption:', now 'x'"):
         other = {"batch_size": 8, "prompt": "x"}
         embed_dataset.main(arguments(tmp_path / "data", address=cluster, **given | other))
+
+
+@pytest.mark.slow
+def test_the_command_of_the_readme(tmp_path):
+    """The first one of its section, but for the place of the output."""
+    section = (ROOT / "README.md").read_text("utf-8").partition("### Embed a billion pictures")[2]
+    line = next(line for line in section.splitlines() if line.startswith("python examples/embed_dataset.py"))
+    command = line.replace("--output out", f"--output {tmp_path}").split()
+    assert str(tmp_path) in command
+    subprocess.run([sys.executable, *command[1:]], cwd=ROOT, check=True, timeout=500)
+    assert len(pq.read_table(tmp_path / "embeddings")) == len(ENTRIES)
 
 
 @pytest.mark.slow
