@@ -4,10 +4,10 @@
     python benchmarks/embed_dataset.py --rows 500 2000 --out /tmp/report.json
 
 Runs the program on synthetic pictures with the tiny checkpoint, one size after the other, on Ray of this machine with
-two CPUs: one for the model, one to read and decode. The object store is smaller than what all pictures are decoded, so
-that it has to hold the readers back. Captions by beam search make the tiny model slower than decoding, which the 14B is
-by itself. Twice a second the memory of all processes of the run is added up: what each has for itself, and what the
-object store has in memory.
+two CPUs: one for the model, one to read and decode. The object store is smaller than what 20,000 pictures are decoded,
+so that the readers have to be held back. Captions by beam search make the tiny model slower than decoding, which the
+14B is by itself. Twice a second the memory of all processes of the run is added up: what each has for itself, and what
+the object store has in memory.
 
 Beside it stands the arithmetic of `--dry-run --h100`: a billion pictures with the published 14B on H100s.
 
@@ -147,9 +147,10 @@ def summary(report: dict) -> str:
         [
             START,
             table(header, runs),
-            f"Object store of {report['object_store_mb']:.0f} MB; {report['machine']}; {packages}.",
+            f"Written by `{report['command']}`, with an object store of {report['object_store_mb']:.0f} MB, on "
+            f"{report['machine']}; {packages}.",
             table(
-                ["a billion pictures", "TFLOP each", "a GPU does a second", "GPU-hours", "days on 64", "output"], costs
+                ["a billion pictures", "TFLOP each", "pictures/s on a GPU", "GPU-hours", "days on 64", "output"], costs
             ),
             f"{embed_costs.H100_FLOPS / 1e12:.0f} TFLOPS of an H100 (data sheet of the SXM, bfloat16, dense), of which "
             f"{report['mfu']:.0%} are reached, an assumption; float16.",
@@ -183,7 +184,7 @@ def main() -> None:
             shutil.rmtree(folder)
         print(json.dumps(results[-1]), flush=True)
     report = {
-        "command": "python benchmarks/embed_dataset.py",
+        "command": " ".join(["python benchmarks/embed_dataset.py", *sys.argv[1:]]),
         "arguments": EMBED,
         "object_store_mb": STORE_GB * 1000,
         "machine": machine(),
