@@ -216,7 +216,7 @@ class Watch:
 def start_ray(options: argparse.Namespace) -> None:
     """Join the cluster, or start Ray here with a CPU for every model and at least one to decode."""
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    # That there are no progress bars, and that others on this machine cannot use this Ray, is as it should be.
+    # That there are no progress bars, and that this Ray takes nothing without a token, is as it should be.
     for name in ("ray.data._internal.progress", "ray._private.authentication"):
         logging.getLogger(name).setLevel(logging.ERROR)
     quiet = {"include_dashboard": False, "logging_level": logging.WARNING} if not options.address else {}
