@@ -1,13 +1,15 @@
 """Does examples/embed_dataset.py need more memory for more input, and how long does the model wait for pictures?
 
-    python benchmarks/embed_dataset.py                      # 2,000 and 20,000 pictures; writes embed_dataset.json
-    python benchmarks/embed_dataset.py --rows 200 400 --out /tmp/report.json
+    python benchmarks/embed_dataset.py      # 2,000 and 20,000 pictures; writes embed_dataset.json, and into README.md
+    python benchmarks/embed_dataset.py --rows 500 2000 --out /tmp/report.json
 
 Runs the program on synthetic pictures with the tiny checkpoint, one size after the other, on Ray of this machine with
-two CPUs: one for the model, one to read and decode. The object store is smaller than what all pictures are decoded, so
-that it has to hold the readers back. Captions by beam search make the tiny model slower than decoding, which the 14B is
-by itself. Twice a second the memory of all processes of the run is added up: what each has for itself, and what the
-object store has in memory.
+two CPUs: one for the model, one to read and decode. The object store is smaller than what 20,000 pictures are decoded,
+so that the readers have to be held back. Captions by beam search make the tiny model slower than decoding, which the
+14B is by itself. Twice a second the memory of all processes of the run is added up: what each has for itself, and what
+the object store has in memory.
+
+Beside it stands the arithmetic of `--dry-run --h100`: a billion pictures with the published 14B on H100s.
 
 Linux only, where a process's shared memory is known.
 """
@@ -15,6 +17,7 @@ Linux only, where a process's shared memory is known.
 import argparse
 import io
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -31,10 +34,19 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+import embed_costs  # noqa: E402
+
+README = ROOT / "README.md"
+MEASURED = Path(__file__).with_suffix(".json")
+START, END = "<!-- results:embed -->", "<!-- /results:embed -->"
 STORE_GB = 0.1
 DIFFERENT = 500
 EMBED = ["--embed", "image", "caption", "--num-beams", "3", "--max-new-tokens", "8", "--dtype", "float32"]
 GROUP = 500  # rows of a row group, and of a shard
+PACKAGES = ("ray", "torch", "transformers", "pyarrow", "pillow")
+MFU = 0.4  # of an H100; an assumption, nobody measured it with this model
 
 
 def write_pictures(path: Path, rows: int) -> None:
@@ -95,10 +107,70 @@ def measure(data: Path, output: Path) -> dict:
     }
 
 
+def machine() -> str:
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.machine(),
+    )
+    return f"{cpu}, {os.cpu_count()} cores, no GPU used"
+
+
+def on_h100s() -> list[dict]:
+    both = ["InternVL-C", "InternVL-G"]
+    return [{"modes": modes, **embed_costs.on_h100s(modes, MFU, "float16")} for modes in (both[:1], both[1:], both)]
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
+
+
+def summary(report: dict) -> str:
+    """What the README says, as Markdown."""
+    runs = [
+        [
+            f"{run['rows']:,}", f"{run['input_mb']:,.0f} MB", f"{run['seconds']:,.0f} s",
+            *(f"{run[f'peak_{part}_mb']:,.0f} MB" for part in ("together", "driver", "others", "store")),
+            f"{run['model_waits']:.1%}",
+        ]
+        for run in report["results"]
+    ]  # fmt: skip
+    costs = [
+        [
+            " and ".join(each["modes"]), f"{each['flops'] / 1e12:.2f}", f"{each['rate']:.0f}", f"{each['hours']:,.0f}",
+            f"{each['hours'] / 24 / 64:.1f}", f"{each['bytes'] / 1e12:.1f} TB",
+        ]
+        for each in report["h100s"]
+    ]  # fmt: skip
+    packages = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    header = ["pictures", "input", "time", "most memory", "of it driver", "workers", "object store", "the model waits"]
+    return "\n\n".join(
+        [
+            START,
+            table(header, runs),
+            f"Written by `{report['command']}`, with an object store of {report['object_store_mb']:.0f} MB, on "
+            f"{report['machine']}; {packages}.",
+            table(
+                ["a billion pictures", "TFLOP each", "pictures/s on a GPU", "GPU-hours", "days on 64", "output"], costs
+            ),
+            f"{embed_costs.H100_FLOPS / 1e12:.0f} TFLOPS of an H100 (data sheet of the SXM, bfloat16, dense), of which "
+            f"{report['mfu']:.0%} are reached, an assumption; float16.",
+            END,
+        ]
+    )
+
+
+def write(report: dict, out: Path) -> None:
+    out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    if out == MEASURED:
+        before, _, rest = README.read_text("utf-8").partition(START)
+        _, _, after = rest.partition(END)
+        README.write_text(before + summary(report) + after, "utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", type=int, default=[2_000, 20_000])
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--out", type=Path, default=MEASURED)
     options = parser.parse_args()
     if min(options.rows) < 1:
         parser.error(f"--rows must be at least 1, got {options.rows}")
@@ -112,14 +184,16 @@ def main() -> None:
             shutil.rmtree(folder)
         print(json.dumps(results[-1]), flush=True)
     report = {
-        "command": "python benchmarks/embed_dataset.py",
+        "command": " ".join(["python benchmarks/embed_dataset.py", *sys.argv[1:]]),
         "arguments": EMBED,
         "object_store_mb": STORE_GB * 1000,
-        "machine": f"{platform.machine()}, {psutil.cpu_count()} CPUs",
-        "versions": {name: version(name) for name in ("ray", "torch", "transformers", "pyarrow", "pillow")},
+        "machine": machine(),
+        "versions": {name: version(name) for name in PACKAGES},
         "results": results,
+        "mfu": MFU,
+        "h100s": on_h100s(),
     }
-    options.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    write(report, options.out)
 
 
 if __name__ == "__main__":

@@ -77,20 +77,27 @@ def lines(found: dict[str, Any], options: argparse.Namespace) -> list[str]:
     return text + (h100_lines(found["decode_rate"], options) if options.h100 else [])
 
 
-def h100_lines(decode_rate: float, options: argparse.Namespace) -> list[str]:
-    """The arithmetic for a billion pictures in the published model, with all that it assumes."""
-    flops = picture_flops(options.mode)
-    rate = H100_FLOPS * options.mfu / flops
+def on_h100s(modes: list[str], mfu: float, embeddings: str) -> dict[str, float]:
+    """The arithmetic for a billion pictures in the published model; `mfu` is an assumption."""
+    flops = picture_flops(modes)
+    rate = H100_FLOPS * mfu / flops
     hours = BILLION / rate / 3600
+    return {"flops": flops, "rate": rate, "hours": hours, "bytes": embedding_bytes(modes, embeddings) * BILLION}
+
+
+def h100_lines(decode_rate: float, options: argparse.Namespace) -> list[str]:
+    """That arithmetic with all that it assumes."""
+    found = on_h100s(options.mode, options.mfu, options.embeddings)
+    tera, rate, hours = found["flops"] / 1e12, found["rate"], found["hours"]
     text = [
         f"a billion pictures with the published 14B on H100s, modes {' and '.join(options.mode)}, by arithmetic:",
-        f"  {flops / 1e12:.2f} TFLOP a picture of 224 x 224, counted in one pass of the published config",
+        f"  {tera:.2f} TFLOP a picture of 224 x 224, counted in one pass of the published config",
         f"  {H100_FLOPS / 1e12:.0f} TFLOPS (data sheet, bfloat16, dense) x {options.mfu:g} (`--mfu`, your assumption) "
-        f"/ {flops / 1e12:.2f} TFLOP = {rate:.0f} pictures/s on a GPU",
+        f"/ {tera:.2f} TFLOP = {rate:.0f} pictures/s on a GPU",
         f"  1e9 / {rate:.0f} pictures/s = {hours:,.0f} GPU-hours: {hours / 8 / 24:.1f} days on 8, "
         f"{hours / 64 / 24:.1f} on 64",
         f"  {rate / decode_rate:.1f} CPUs like these decode for one GPU",
-        f"  output: {embedding_bytes(options) * BILLION / 1e12:.2f} TB of embeddings",
+        f"  output: {found['bytes'] / 1e12:.2f} TB of embeddings",
     ]
     if options.price_per_gpu_hour:
         price = options.price_per_gpu_hour
@@ -100,9 +107,9 @@ def h100_lines(decode_rate: float, options: argparse.Namespace) -> list[str]:
     return text
 
 
-def embedding_bytes(options: argparse.Namespace) -> int:
+def embedding_bytes(modes: list[str], embeddings: str) -> int:
     width = AutoConfig.from_pretrained(ROOT, trust_remote_code=True).clip_embed_dim
-    return width * len(options.mode) * (2 if options.embeddings == "float16" else 4)
+    return width * len(modes) * (2 if embeddings == "float16" else 4)
 
 
 def picture_flops(modes: list[str]) -> int:

@@ -27,10 +27,12 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports to its makers unless told
 
@@ -42,7 +44,7 @@ import ray
 import torch
 from embed_output import Output
 from embed_stages import FLOATS, MODES
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
@@ -85,7 +87,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--decoders", type=int, help="most tasks that read and decode at once; as many as there are CPUs for")
     add("--address", help="of a Ray cluster, such as `auto`; without it Ray starts on this machine")
     add("--object-store-gb", type=float, help="of this machine's Ray; by default 30 %% of its memory")
-    add("--stall-minutes", type=float, default=20, help="without any progress, after which the actors are made anew")
+    add("--stall-minutes", type=float, default=20, help="without a batch, after which all is started anew; longer than "
+        "a model takes to load")  # fmt: skip
     add("--dry-run", action="store_true", help="embed a sample, write nothing, say rows, time and cost")
     add("--sample-rows", type=int, default=512, help="of a dry run")
     add("--price-per-hour", type=float, help="of all machines of this run, for a dry run")
@@ -171,9 +174,51 @@ class Tally:
         return self.rows / (time.perf_counter() - self.start)
 
 
+class Stalled(Exception):
+    """Nothing has come for `--stall-minutes`."""
+
+
+class Watch:
+    """
+    Ray calls this at every step of its scheduling, also while nothing comes. The time that counts begins with the first
+    batch: until then processes start and models load, which takes longer the busier a machine is. It begins at once if
+    the models have lost their place.
+    """
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.came: float | None = None
+        self.looked = self.said = time.monotonic()
+
+    def batch(self) -> None:
+        self.came = time.monotonic()
+
+    def on_execution_step(self, executor: Any) -> None:
+        now = time.monotonic()
+        if now - self.looked < 1:
+            return
+        self.looked = now
+        if self.came is None and room_for_models(self.options) < self.options.pool:
+            self.came = now
+        if self.came is None and now - self.said > 60:
+            self.said = now
+            say("nothing yet: models load, or others use the cluster")
+        if self.came is not None and now - self.came > self.options.stall_minutes * 60:
+            raise Stalled(f"no batch for {self.options.stall_minutes:g} minutes (`--stall-minutes`)")
+
+    def before_execution_starts(self, executor: Any) -> None: ...
+
+    def after_execution_succeeds(self, executor: Any) -> None: ...
+
+    def after_execution_fails(self, executor: Any, error: Exception) -> None: ...
+
+
 def start_ray(options: argparse.Namespace) -> None:
     """Join the cluster, or start Ray here with a CPU for every model and at least one to decode."""
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # That there are no progress bars, and that this Ray takes nothing without a token, is as it should be.
+    for name in ("ray.data._internal.progress", "ray._private.authentication"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     quiet = {"include_dashboard": False, "logging_level": logging.WARNING} if not options.address else {}
     if options.address:
         ray.init(address=options.address, logging_level=logging.WARNING)
@@ -183,6 +228,19 @@ def start_ray(options: argparse.Namespace) -> None:
         ray.init("local", num_cpus=max(needed, os.cpu_count() or 1), object_store_memory=store, **quiet)
 
 
+def resources() -> list[tuple[int, int]]:
+    """GPUs and CPUs of each machine that is there, free or not."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [(int(there.get("GPU", 0)), int(there.get("CPU", 0))) for there in alive]
+
+
+def room_for_models(options: argparse.Namespace) -> int:
+    """How many models have a place, each on one machine, with a CPU left somewhere to decode."""
+    each, threads, machines = options.gpus_per_model, options.cpus_per_model, resources()
+    places = sum(min(cpus // threads, gpus // each if each else cpus) for gpus, cpus in machines)
+    return min(places, (sum(cpus for _, cpus in machines) - 1) // threads)
+
+
 def place_models(options: argparse.Namespace, is_first: bool = True) -> None:
     """
     How many GPUs a model gets, and how many models there are; after the first time as many as there still is room for.
@@ -190,18 +248,18 @@ def place_models(options: argparse.Namespace, is_first: bool = True) -> None:
     Raises:
         ValueError: the cluster has too little.
     """
-    there = ray.cluster_resources()
-    gpus, cpus = int(there.get("GPU", 0)), int(there.get("CPU", 0))
+    machines = resources()
+    gpus, cpus = (sum(column) for column in zip(*machines))
     if options.gpus_per_model is None:
         options.gpus_per_model = min(gpus, 1)
-    each = options.gpus_per_model
-    room = min((cpus - 1) // options.cpus_per_model, gpus // each if each else cpus)
-    options.pool = options.models or (gpus // each if each else 1)
+    each, room = options.gpus_per_model, room_for_models(options)
+    options.pool = options.models or (sum(there // each for there, _ in machines) if each else 1)
     if not is_first:
         options.pool = min(options.pool, room)
     if not 1 <= options.pool <= room:
         wanted = f"{options.pool or 1} with {each} GPUs and {options.cpus_per_model} CPUs each, and a CPU to decode"
-        raise ValueError(f"`--models` must fit into the cluster of {gpus} GPUs and {cpus} CPUs, got {wanted}.")
+        there = f"{len(machines)} machines with {gpus} GPUs and {cpus} CPUs"
+        raise ValueError(f"`--models` must fit into the cluster of {there}, got {wanted}.")
     # A reader that waits for room keeps its CPU, so a model that is to be made anew must not need it.
     free = cpus - options.pool * options.cpus_per_model
     options.tasks = min(options.decoders or free, free)
@@ -209,15 +267,20 @@ def place_models(options: argparse.Namespace, is_first: bool = True) -> None:
 
 def batches_of(shards: list[dict], options: argparse.Namespace) -> Iterator[dict]:
     """What `Embed` makes of all shards, in any order."""
-    context = DataContext.get_current()
+    context, watch = DataContext.get_current(), Watch(options)
     context.enable_progress_bars = context.print_on_execution_start = False
-    context.execution_no_progress_timeout_s = options.stall_minutes * 60
+    context.execution_no_progress_timeout_s = -1  # it counts the time that processes need to start
+    context.custom_execution_callback_classes = [lambda: watch]  # a copy goes to all workers, where nothing calls it
     context.target_max_block_size = options.batch_bytes  # a batch is a block: the first goes out before the second
     dataset = ray.data.from_items(shards, override_num_blocks=min(len(shards), MAX_TASKS))
     # Ray joins steps that ask for the same, and then the actors would decode. `max_calls` keeps them apart, and makes
     # processes anew whose libraries may have leaked memory.
     dataset = dataset.flat_map(
-        embed_stages.decode, fn_kwargs={"options": options}, num_cpus=1, concurrency=options.tasks, max_calls=MAX_CALLS
+        embed_stages.decode,
+        fn_kwargs={"options": options},
+        compute=TaskPoolStrategy(size=options.tasks),
+        num_cpus=1,
+        max_calls=MAX_CALLS,
     )
     dataset = dataset.map(
         embed_stages.Embed,
@@ -226,7 +289,9 @@ def batches_of(shards: list[dict], options: argparse.Namespace) -> Iterator[dict
         num_cpus=options.cpus_per_model,
         num_gpus=options.gpus_per_model,
     )
-    return dataset.iter_rows()
+    for batch in dataset.iter_rows():
+        watch.batch()
+        yield batch
 
 
 def embed_all(shards: list[dict], options: argparse.Namespace, output: Output, tally: Tally) -> None:
@@ -251,11 +316,12 @@ def embed_all(shards: list[dict], options: argparse.Namespace, output: Output, t
                         f"the models wait {tally.model_waits:.1%} of the time")  # fmt: skip
         except ray.exceptions.RayTaskError:
             raise
-        except (ray.exceptions.RayError, ray.data.exceptions.ExecutionTimeoutError) as error:
+        except (ray.exceptions.RayError, Stalled) as error:
             writer.finish()
             reason = f"{type(error).__name__}: {str(error)[:300]}"
             left = [shard["name"] for shard in missing if shard["shard"] not in output.parts("embeddings")]
-            if len(left) == len(missing):
+            # With fewer machines than before it may go better.
+            if len(left) == len(missing) and room_for_models(options) >= options.pool:
                 raise SystemExit(f"{reason}\nNo progress with {len(left)} shards, such as {left[:3]}.") from None
             say(f"{reason}\nGoing on with what is left of the cluster.")
         finally:
@@ -323,7 +389,8 @@ def embed_and_account(manifest: dict, shards: list[dict], options: argparse.Name
     if counts["errors"]:
         say("\n".join(embed_output.reasons(output)))
     if tally.rows:
-        say(f"{tally.rows} rows in {seconds:.0f} s; the models waited {tally.model_waits:.1%} of the time")
+        say(f"{tally.rows} rows in {seconds:.0f} s; the models waited {tally.model_waits:.1%} of the "
+            f"{tally.waited + tally.worked:.1f} s after their first batch")  # fmt: skip
     return manifest
 
 
@@ -343,14 +410,14 @@ def dry_run(shards: list[dict], options: argparse.Namespace) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> dict:
-    for module in (embed_sources, embed_stages):  # which the other machines do not have
+    for module in (embed_sources, embed_stages, sys.modules[__name__]):  # which the other machines do not have
         ray.cloudpickle.register_pickle_by_value(module)
     try:
         return run(parse(arguments))
     except KeyboardInterrupt:
         say("Interrupted. The same command goes on from what is written.")
         raise SystemExit(130) from None
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, Stalled) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from None
 
 

@@ -1,5 +1,6 @@
 """Embedding data sets on Ray: what is read, what is written, and that nothing is lost or done twice, whatever dies."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -36,6 +37,7 @@ from ray.cluster_utils import Cluster  # noqa: E402
 PICTURES = ROOT / "examples" / "pictures"
 ENTRIES = json.loads((PICTURES / "examples.json").read_text("utf-8"))
 NODE = {"num_cpus": 2, "object_store_memory": 100_000_000, "include_dashboard": False}
+BENCHMARK = importlib.util.spec_from_file_location("benchmark", ROOT / "benchmarks" / "embed_dataset.py")
 IDS = pa.schema([("id", pa.string())])
 SCRIPT = ROOT / "examples" / "embed_dataset.py"
 
@@ -468,12 +470,79 @@ def test_columns_that_do_not_fit_are_refused(options, tmp_path, option, column):
 @pytest.mark.slow
 def test_code_reaches_machines_that_do_not_have_it(tmp_path):
     """Unpickled in a process that cannot import this folder."""
-    for module in (embed_sources, embed_stages):
+    for module in (embed_sources, embed_stages, embed_dataset):
         ray.cloudpickle.register_pickle_by_value(module)
-    (tmp_path / "code").write_bytes(ray.cloudpickle.dumps([embed_stages.decode, embed_stages.Embed]))
+    code = [embed_stages.decode, embed_stages.Embed, embed_dataset.Watch]
+    (tmp_path / "code").write_bytes(ray.cloudpickle.dumps(code))
     code = "import pickle, sys; print([each.__name__ for each in pickle.load(open(sys.argv[1], 'rb'))])"
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "code"], capture_output=True, text=True, cwd=tmp_path)
-    assert done.stdout.strip() == "['decode', 'Embed']", done.stderr[-2000:]
+    assert done.stdout.strip() == "['decode', 'Embed', 'Watch']", done.stderr[-2000:]
+
+
+# ------------------------------------------------------------------------------------------------ places for models
+
+
+def machines(monkeypatch, *there: tuple[int, int]) -> None:
+    """A cluster of machines with so many GPUs and CPUs, and one that is gone."""
+    nodes = [{"Alive": True, "Resources": {"GPU": float(gpus), "CPU": float(cpus)}} for gpus, cpus in there]
+    monkeypatch.setattr(ray, "nodes", lambda: [*nodes, {"Alive": False, "Resources": {"GPU": 8.0, "CPU": 64.0}}])
+
+
+@pytest.mark.parametrize(
+    "there, changes, placed",
+    [
+        ([(0, 2)], {}, (0, 1, 1)),
+        ([(8, 64), (8, 64)], {}, (1, 16, 112)),
+        ([(8, 64), (8, 64)], {"gpus_per_model": 3}, (3, 4, 124)),  # no model lies on two machines
+        ([(8, 64)], {"gpus_per_model": 2, "models": 3, "decoders": 10}, (2, 3, 10)),
+        ([(0, 16)], {"cpus_per_model": 4, "models": 3}, (0, 3, 4)),
+    ],
+)
+def test_models_have_their_places(options, monkeypatch, there, changes, placed):
+    given = options("data", **changes)
+    given.gpus_per_model = changes.get("gpus_per_model")
+    machines(monkeypatch, *there)
+    embed_dataset.place_models(given)
+    assert (given.gpus_per_model, given.pool, given.tasks) == placed
+
+
+def test_models_without_a_place_are_refused_and_later_as_many_as_are_left(options, monkeypatch):
+    given = options("data", models=2)
+    machines(monkeypatch, (0, 2))
+    with pytest.raises(ValueError, match="`--models` must fit into the cluster of 1 machines with 0 GPUs and 2 CPUs"):
+        embed_dataset.place_models(given)
+    machines(monkeypatch, (0, 2), (0, 2))
+    embed_dataset.place_models(given)
+    assert given.pool == 2
+    machines(monkeypatch, (0, 2))
+    embed_dataset.place_models(given, is_first=False)
+    assert given.pool == 1
+
+
+def test_a_stall_begins_with_the_first_batch_or_a_lost_place(options, monkeypatch):
+    given, now = options("data", models=2, stall_minutes=1), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    machines(monkeypatch, (0, 2), (0, 2))
+    embed_dataset.place_models(given)
+
+    def step(watch, seconds):
+        now[0] += seconds
+        watch.on_execution_step(None)
+
+    watch = embed_dataset.Watch(given)
+    step(watch, 10_000)  # a model that takes long to load
+    watch.batch()
+    step(watch, 59)
+    watch.batch()
+    step(watch, 59)
+    with pytest.raises(embed_dataset.Stalled, match="--stall-minutes"):
+        step(watch, 2)
+    watch = embed_dataset.Watch(given)
+    machines(monkeypatch, (0, 2))
+    step(watch, 10)
+    step(watch, 59)
+    with pytest.raises(embed_dataset.Stalled):
+        step(watch, 2)
 
 
 # -------------------------------------------------------------------------------------------------------- the costs
@@ -518,6 +587,18 @@ def test_rows_of_tars_are_estimated_from_how_far_was_read(options, tmp_path):
     assert embed_costs.total_rows(shards, batches) == (pytest.approx(60, abs=3), False)
 
 
+def test_what_the_readme_says_is_what_was_measured():
+    benchmark = importlib.util.module_from_spec(BENCHMARK)  # its name is that of the example
+    BENCHMARK.loader.exec_module(benchmark)
+    report = json.loads(benchmark.MEASURED.read_text("utf-8"))
+    assert benchmark.summary(report) in (ROOT / "README.md").read_text("utf-8")
+    assert report["h100s"] == benchmark.on_h100s()
+    few, *_, many = report["results"]
+    assert few["errors"] == many["errors"] == 0 and many["rows"] == 10 * few["rows"]
+    assert many["peak_together_mb"] < 1.2 * few["peak_together_mb"]
+    assert all(run["model_waits"] < 0.1 for run in report["results"])
+
+
 # ------------------------------------------------------------------------------------------------------------- Ray
 
 
@@ -529,11 +610,11 @@ def cluster():
 
 
 def start(command: list[str], log: Path) -> subprocess.Popen:
-    file = log.open("w")
-    return subprocess.Popen([sys.executable, SCRIPT, *command], stdout=file, stderr=file, cwd=log.parent)
+    with log.open("w") as file:
+        return subprocess.Popen([sys.executable, SCRIPT, *command], stdout=file, stderr=file, cwd=log.parent)
 
 
-def wait_for_parts(folder: Path, count: int, process: subprocess.Popen, seconds: float = 120) -> int:
+def wait_for_parts(folder: Path, count: int, process: subprocess.Popen, seconds: float = 300) -> int:
     """Until there are some, and never until all: the process must be at work."""
     end = time.time() + seconds
     while time.time() < end and process.poll() is None:
@@ -583,6 +664,17 @@ def test_a_killed_driver_goes_on_without_gaps_or_duplicates(arguments, options, 
 
 
 @pytest.mark.slow
+def test_the_command_of_the_readme(tmp_path):
+    """The first one of its section, but for the place of the output."""
+    section = (ROOT / "README.md").read_text("utf-8").partition("### Embed a billion pictures")[2]
+    line = next(line for line in section.splitlines() if line.startswith("python examples/embed_dataset.py"))
+    command = line.replace("--output out", f"--output {tmp_path}").split()
+    assert str(tmp_path) in command
+    subprocess.run([sys.executable, *command[1:]], cwd=ROOT, check=True, timeout=500)
+    assert len(pq.read_table(tmp_path / "embeddings")) == len(ENTRIES)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["MapWorker(Map(Embed)", "FlatMap(decode)"])
 def test_a_killed_worker_is_replaced(arguments, options, tmp_path, victim):
     path = write_parquet(tmp_path / "data.parquet", rows(400))
@@ -613,7 +705,7 @@ def test_a_lost_node(arguments, options, tmp_path, head_cpus):
         process = start(arguments(path, **given, **more), tmp_path / "log")
         wait_for_parts(tmp_path / "out", 10, process)
         nodes.remove_node(node, allow_graceful=False)
-        assert process.wait(timeout=400) == 0, (tmp_path / "log").read_text()[-3000:]
+        assert process.wait(timeout=500) == 0, (tmp_path / "log").read_text()[-3000:]
     finally:
         nodes.shutdown()
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["result"]["embedded"] == 600
