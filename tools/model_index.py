@@ -35,7 +35,7 @@ def eval_results(results: dict) -> list[EvalResult]:
     for language, part in results.items():
         if not isinstance(part, dict) or "caption_exact" not in part:
             continue  # not a language, but a count, a baseline or how it was measured
-        for mode in (key for key, value in part.items() if isinstance(value, dict)):
+        for mode in (key for key in part if key.startswith("InternVL-")):
             for key, (task, metric, name) in PER_MODE.items():
                 found.append(one_result(dataset(results, language), task, metric, f"{name}, {mode}", part[mode][key]))
         for key, (task, metric, name) in PER_LANGUAGE.items():
