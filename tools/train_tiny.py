@@ -258,8 +258,8 @@ class Trainer:
         return 0.3 + 0.5 * self.progress
 
     def strength(self) -> float:
-        """Of the augmentation: it grows over the first third, and is less at the end."""
-        return min(1.0, 0.1 + 2.7 * self.progress, 1.0 - 2.5 * (self.progress - 0.8))
+        """Of the augmentation: it grows over the first third, and falls again from the second on."""
+        return min(1.0, 0.1 + 2.7 * self.progress, 1.0 - 1.5 * (self.progress - 0.6))
 
     def sample(self) -> tuple[list[int], torch.Tensor, list[str]]:
         """A batch of different concepts, one augmented picture of each, and a language for each."""
@@ -287,6 +287,13 @@ class Trainer:
         logits = self.model.logit_scale.exp() * F.normalize(embeds.float(), dim=-1) @ anchors.T
         return F.cross_entropy(logits.float(), concepts, label_smoothing=0.05)
 
+    def distance(self, texts: torch.Tensor, concepts: torch.Tensor) -> torch.Tensor:
+        """
+        How far names are from their anchors. That it is the nearest is not enough: pictures, less sure of their anchors,
+        are compared with names in the end.
+        """
+        return 1 - F.cosine_similarity(texts.float(), self.anchors.detach()[concepts], dim=-1).mean()
+
     def wrong_concepts(self, images: torch.Tensor, numbers: torch.Tensor) -> list[int]:
         """For each picture another concept, drawn by how near its anchor is: at first any, later the nearest."""
         with torch.no_grad():
@@ -312,6 +319,7 @@ class Trainer:
         losses = {
             "itc_c": model._contrastive_loss(images[:named], texts, valid),
             "anchor": self.anchor_loss(images, targets) + self.anchor_loss(texts, targets[:named]),
+            "near": 2 * self.distance(texts, targets[:named]),
             "keywords": self.anchor_loss(keywords, self.shares([fits for _, fits in asked])),
         }
 
