@@ -289,8 +289,8 @@ class Trainer:
 
     def distance(self, texts: torch.Tensor, concepts: torch.Tensor) -> torch.Tensor:
         """
-        How far names are from their anchors. That it is the nearest is not enough: pictures, less sure of their anchors,
-        are compared with names in the end.
+        How far names are from their anchors. To have the right one as the nearest is not enough: pictures, which are
+        less sure of theirs, are compared with the names in the end.
         """
         return 1 - F.cosine_similarity(texts.float(), self.anchors.detach()[concepts], dim=-1).mean()
 
