@@ -57,7 +57,7 @@ FIGURES = {
     "text_to_image_r1": "text-to-image R@1",
     "zero_shot_20": "20-way zero-shot",
 }
-MATCH_WEIGHT = 0.2
+MATCH_WEIGHT = 0.3
 CAPTIONS = {
     "exact": "caption is the exact name",
     "same subgroup": "caption is a name of the same subgroup, such as another bird",

@@ -15,6 +15,9 @@ concepts, by a random one of the training artists, and adds up
   against all concepts, not only against the batch. Keywords and pairs of them learn by it alone: their target is all
   the concepts that they fit. tools/tiny_texts.py says which texts are kept back.
 
+Then, in `--finish` steps, the vision tower stays as it is and QLLaMA alone learns: names come nearer to what pictures
+have become.
+
 Augmentation grows over the first third and is less at the end; names stand alone more and more often. The held-out
 artist, Twemoji, is never shown. Matrices are trained with Muon, everything else with AdamW, products in bfloat16.
 """
@@ -245,12 +248,22 @@ class Trainer:
         return [muon, torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))]
 
     def rate(self, step: int) -> float:
-        """Warm up, then fall to zero along a cosine."""
-        return min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * min(step / self.arguments.steps, 1.0)))
+        """Warm up, then fall to zero along a cosine; and once more from a third of the height."""
+        begin, length, peak = 0, self.arguments.steps, 1.0
+        if step >= length:
+            begin, length, peak = length, self.arguments.finish, 0.35
+        return (
+            peak * min(1.0, (step - begin + 1) / 50) * 0.5 * (1 + math.cos(math.pi * min((step - begin) / length, 1.0)))
+        )
 
     @property
     def progress(self) -> float:
-        return self.step / self.arguments.steps
+        return min(1.0, self.step / self.arguments.steps)
+
+    @property
+    def finishing(self) -> bool:
+        """Whether what the vision tower knows is fixed, and texts alone come nearer to it."""
+        return self.step >= self.arguments.steps
 
     @property
     def bare(self) -> float:
@@ -281,11 +294,11 @@ class Trainer:
         embeds = torch.cat([self.model._pool_text(batch, batch > 0) for batch in batches])
         return embeds[torch.tensor(order).argsort()]
 
-    def anchor_loss(self, embeds: torch.Tensor, concepts: torch.Tensor) -> torch.Tensor:
+    def anchor_loss(self, embeds: torch.Tensor, concepts: torch.Tensor, smoothing: float = 0.05) -> torch.Tensor:
         """`concepts` [B], or shares of them [B, concepts]"""
-        anchors = F.normalize(self.anchors, dim=-1)
+        anchors = F.normalize(self.anchors.detach() if self.finishing else self.anchors, dim=-1)
         logits = self.model.logit_scale.exp() * F.normalize(embeds.float(), dim=-1) @ anchors.T
-        return F.cross_entropy(logits.float(), concepts, label_smoothing=0.05)
+        return F.cross_entropy(logits.float(), concepts, label_smoothing=smoothing)
 
     def distance(self, texts: torch.Tensor, concepts: torch.Tensor) -> torch.Tensor:
         """
@@ -303,23 +316,25 @@ class Trainer:
             return torch.multinomial(weights, 1, generator=self.generator)[:, 0].tolist()
 
     def losses(self) -> dict[str, torch.Tensor]:
-        model, sampler, joint = self.model, self.sampler, self.arguments.joint
+        model, sampler, finishing = self.model, self.sampler, self.finishing
+        named, joint = (self.arguments.batch, 64) if finishing else (self.arguments.named, self.arguments.joint)
         numbers, pixels, languages = self.sample()
-        named = self.arguments.named
         rows = zip(numbers[:named], languages, strict=False)
         names = [sampler.name(*row, bare=self.bare) for row in rows]
         asked = [sampler.keywords(*row) for row in zip(numbers[:joint], languages[:joint], strict=True)]
         targets = torch.tensor(numbers)
         valid = torch.ones(named, dtype=torch.bool)
 
-        image_states = model._image_states(pixels)
-        images = model.clip_projector(image_states)
+        with torch.set_grad_enabled(not finishing):
+            image_states = model._image_states(pixels)
+            images = model.clip_projector(image_states)
         texts = self.embed([sampler.ids("summarize:" + text) for text in [*names, *(text for text, _ in asked)]])
         texts, keywords = texts.split([len(names), len(asked)])
         losses = {
             "itc_c": model._contrastive_loss(images[:named], texts, valid),
-            "anchor": self.anchor_loss(images, targets) + self.anchor_loss(texts, targets[:named]),
-            "near": 2 * self.distance(texts, targets[:named]),
+            "anchor": self.anchor_loss(images, targets)
+            + self.anchor_loss(texts, targets[:named], smoothing=0.0 if finishing else 0.05),
+            "near": (20 if finishing else 2) * self.distance(texts, targets[:named]),
             "keywords": self.anchor_loss(keywords, self.shares([fits for _, fits in asked])),
         }
 
@@ -364,7 +379,7 @@ class Trainer:
         return {name: float(loss.detach()) for name, loss in losses.items()}
 
     def state(self) -> dict:
-        names = ("steps", "batch", "named", "joint", "seed", "rate")
+        names = ("steps", "finish", "batch", "named", "joint", "seed", "rate")
         return {
             "step": self.step,
             "seconds": self.seconds,
@@ -461,6 +476,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DEFAULT_CACHE)
     parser.add_argument("--out", type=Path, default=ROOT / "tiny")
     parser.add_argument("--steps", type=int, default=6500)
+    parser.add_argument("--finish", type=int, default=1000, help="steps after those, for the texts alone")
     parser.add_argument("--batch", type=int, default=256, help="pictures, each of another concept")
     parser.add_argument("--named", type=int, default=128, help="of these so many for the contrast with names")
     parser.add_argument("--joint", type=int, default=40, help="of these so many for matching and captions")
@@ -476,9 +492,10 @@ def main() -> None:
     trainer = Trainer(arguments)
     if arguments.checkpoint.exists() and not arguments.fresh:
         trainer.resume(torch.load(arguments.checkpoint, weights_only=True))
-    last = min(arguments.steps, arguments.stop_at or arguments.steps)
+    total = arguments.steps + arguments.finish
+    last = min(total, arguments.stop_at or total)
     saved = time.monotonic()
-    with tqdm(total=arguments.steps, initial=trainer.step, mininterval=5) as bar:
+    with tqdm(total=total, initial=trainer.step, mininterval=5) as bar:
         while trainer.step < last:
             losses = trainer.train_step()
             bar.update()
