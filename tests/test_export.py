@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import export  # noqa: E402
 
 PICTURES = ROOT / "examples" / "pictures"
-PATCH = 12
+PATCH = 8
 # Pictures, rows and columns of patches: the table's own grid, larger and smaller ones, tall, wide, the least.
 GRIDS = [(1, 4, 4), (3, 4, 4), (2, 6, 5), (2, 3, 9), (1, 2, 2)]
 # Rows of ids with padding on the right, the left, both sides and in the middle; as ids, 0 is padding.

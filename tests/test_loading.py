@@ -197,11 +197,11 @@ def test_resized_positions_are_saved_and_loaded(flat, tmp_path, force_image_size
     model_class = repo_class("modeling_internvl.InternVLModel")
     model = model_class(repo_class("configuration_internvl.InternVLConfig").from_dict(fields)).eval()
     size = force_image_size or 48
-    assert model.vision_model.embeddings.position_embedding.shape[1] == 1 + (size // 12) ** 2
-    model.vision_model.resize_pos_embeddings(size, 96, 12)
+    assert model.vision_model.embeddings.position_embedding.shape[1] == 1 + (size // 8) ** 2
+    model.vision_model.resize_pos_embeddings(size, 96, 8)
     model.save_pretrained(tmp_path / "saved")
     again = model_class.from_pretrained(tmp_path / "saved")
-    assert again.vision_model.embeddings.position_embedding.shape[1] == 1 + 8**2
+    assert again.vision_model.embeddings.position_embedding.shape[1] == 1 + 12**2
     pixels = torch.ones(1, 3, 96, 96)
     torch.testing.assert_close(again.float().encode_image(pixels), model.encode_image(pixels))
 

@@ -283,9 +283,9 @@ def test_clip_benchmark_classes(checkpoint, model, batch, letter):
 def test_towers_of_other_projects(model, batch):
     pixels = batch["pixel_values"]
     # RADIO
-    assert model.vision_model.embeddings.patch_size == model.config.vision_config.patch_size == 12
+    assert model.vision_model.embeddings.patch_size == model.config.vision_config.patch_size == 8
     teacher = model.vision_model(pixels)
-    assert teacher.last_hidden_state.shape == (3, 1 + (48 // 12) ** 2, 128)
+    assert teacher.last_hidden_state.shape == (3, 1 + (48 // 8) ** 2, 128)
     # RAG indexes
     index = model.vision_model(pixel_values=pixels).last_hidden_state[:, 0]
     assert torch.equal(index, teacher.pooler_output) and index.shape == (3, 128)

@@ -541,8 +541,8 @@ def mteb():
 META = {"name": "OpenGVLab/InternVL-14B-224px", "revision": "main", "modalities": ["image", "text"]}
 
 
-def retrieval_task(mteb, direction, top_ranked=None):
-    """Four names and their pictures, as an in-memory task of mteb."""
+def retrieval_task(mteb, direction, top_ranked=None, right=range(4)):
+    """Four names and their pictures, as an in-memory task of mteb; `right` says which answers which."""
     from datasets import Dataset
     from mteb.mocks.mock_tasks.retrieval import MockAny2AnyRetrievalI2TTask, MockAny2AnyRetrievalT2ITask
 
@@ -555,7 +555,7 @@ def retrieval_task(mteb, direction, top_ranked=None):
             data = self.dataset["default"]["test"]
             data["queries"] = Dataset.from_dict({"id": [f"q{i}" for i in range(4)]} | queries)
             data["corpus"] = Dataset.from_dict({"id": [f"d{i}" for i in range(4)]} | corpus)
-            data["relevant_docs"] = {f"q{i}": {f"d{i}": 1} for i in range(4)}
+            data["relevant_docs"] = {f"q{i}": {f"d{j}": 1} for i, j in enumerate(right)}
             data["top_ranked"] = top_ranked
 
     return Emoji()
@@ -573,17 +573,18 @@ def test_mteb_evaluates_retrieval(mteb, embedder, direction, tmp_path):
 
 
 def test_mteb_evaluates_re_ranking(mteb, cross_encoder, model, processor):
-    """The score is that of the model's own probabilities: every name's picture among all four."""
+    """The score is that of the model's own probabilities; the right picture is said to be another than the name's."""
     from mteb.models import CrossEncoderWrapper
 
     encoder = CrossEncoderWrapper(cross_encoder)
     encoder.mteb_model_meta = encoder.mteb_model_meta.model_copy(update=META)
-    task = retrieval_task(mteb, "t2i", top_ranked={f"q{i}": [f"d{j}" for j in range(4)] for i in range(4)})
+    right = [1, 2, 3, 0]
+    task = retrieval_task(mteb, "t2i", {f"q{i}": [f"d{j}" for j in range(4)] for i in range(4)}, right)
     result = mteb.evaluate(encoder, task, cache=None, show_progress_bar=False)
     with torch.no_grad():
         pixels, names = processor(images=PICTURES).pixel_values, processor(text=NAMES, task="match")
         odds = model.match(pixels, **names, all_pairs=True).diff(dim=-1)[..., 0].T  # [names, pictures]
-    ranks = (odds >= odds.diagonal()[:, None]).sum(1)
+    ranks = (odds >= odds[torch.arange(4), right][:, None]).sum(1)
     assert 1 < ranks.max()
     expected = (1 / torch.log2(ranks + 1.0)).mean()
     assert abs(result.task_results[0].get_score() - float(expected)) < 1e-4

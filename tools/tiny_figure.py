@@ -78,6 +78,7 @@ def main() -> None:
             poster.lines(MARGIN + column * width + THUMBNAIL + 12, lines)
         poster.y += 8 * LINE + 24
     poster.save(arguments.out)
+    Image.open(arguments.out).quantize(64, dither=Image.Dither.NONE).save(arguments.out, optimize=True)
     print(arguments.out)
 
 
