@@ -27,6 +27,7 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 
 from emoji_data import DEFAULT_CACHE, LANGUAGES, load
+from model_index import replace_between
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tiny" / "photographs.json"
@@ -142,12 +143,6 @@ def table(results: dict) -> str:
     return "\n".join([*rows, "", measured])
 
 
-def write_table(results: dict) -> None:
-    before, _, rest = CARD.read_text("utf-8").partition(START)
-    _, _, after = rest.partition(END)
-    CARD.write_text(f"{before}{START}\n{table(results)}\n{END}{after}", "utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(ROOT))
@@ -167,7 +162,7 @@ def main() -> None:
         "transformers": transformers.__version__,
     }
     RESULTS.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
-    write_table(results)
+    replace_between(CARD, START, END, table(results))
     print(table(results))
 
 

@@ -43,7 +43,7 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor, TorchAoConfig
 
 from emoji_data import DEFAULT_CACHE, LANGUAGES, EmojiData, load
-from model_index import write_model_index
+from model_index import replace_between, write_model_index
 from tiny_texts import CAPTION_PROMPTS, Texts, phrases
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -287,12 +287,6 @@ def spread_table(spread: dict[str, dict[str, list[float]]]) -> str:
         cells = " | ".join(f"{min(values[language]):.3f} to {max(values[language]):.3f}" for language in LANGUAGES)
         rows.append(f"| {title} | {cells} |")
     return "\n".join(rows)
-
-
-def replace_between(path: Path, start: str, end: str, text: str) -> None:
-    before, _, rest = path.read_text("utf-8").partition(start)
-    _, _, after = rest.partition(end)
-    path.write_text(f"{before}{start}\n{text}\n{end}{after}", "utf-8")
 
 
 def write_tables(results: dict) -> None:

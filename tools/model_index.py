@@ -29,6 +29,13 @@ PER_LANGUAGE = {
 }
 
 
+def replace_between(path: Path, start: str, end: str, text: str) -> None:
+    """Put `text` between two marks of a card."""
+    before, _, rest = path.read_text("utf-8").partition(start)
+    _, _, after = rest.partition(end)
+    path.write_text(f"{before}{start}\n{text}\n{end}{after}", "utf-8")
+
+
 def eval_results(results: dict) -> list[EvalResult]:
     """Every figure of results.json that the model itself is responsible for, in four digits."""
     found = []

@@ -2,7 +2,7 @@
 
 Names are learnt, all of them. Of the keywords that Unicode gives each emoji in three languages a fifth is *held out*:
 neither the model nor its tokenizer is ever trained on one, whatever the emoji. So is a fifth of the pairs of other
-keywords of one emoji, such as "red fruit", and every one of `PHRASES`, which were written down by hand. What is kept
+keywords of one emoji, such as "evil smile", and every one of `PHRASES`, which were written down by hand. What is kept
 back does not depend on chance or on the order of anything: a hash of the text decides.
 """
 
