@@ -3,16 +3,17 @@
     python tools/emoji_data.py                                     # build the dataset in .cache/emoji
     python tools/emoji_data.py --examples examples/pictures --count 36   # also write some held-out pictures
 
-A *concept* is one emoji: a name and keywords in three languages (Unicode CLDR), and its picture in up to nine sets of
-artwork. Eight of them are for training. The ninth, Twemoji, is held out, so a model can be asked about things it knows,
+A *concept* is one emoji: a name and keywords in three languages (Unicode CLDR), and its picture in up to eleven sets of
+artwork. Ten of them are for training. The other, Twemoji, is held out, so a model can be asked about things it knows,
 drawn by a hand it has never seen.
 
     set                 artist      licence            set            artist      licence
     noto                Google      Apache-2.0         fxemoji        Mozilla     Apache-2.0
     noto-v1             Google      Apache-2.0         emojione       EmojiOne    CC-BY-4.0
-    fluent-emoji-flat   Microsoft   MIT                streamline     Streamline  CC-BY-4.0
-    fluent-emoji        Microsoft   MIT                twemoji        Twitter     CC-BY-4.0
-    fluent-emoji-3d     Microsoft   MIT
+    fluent-emoji-flat   Microsoft   MIT                emojione-v1    EmojiOne    CC-BY-SA-4.0
+    fluent-emoji        Microsoft   MIT                openmoji       OpenMoji    CC-BY-SA-4.0
+    fluent-emoji-3d     Microsoft   MIT                streamline     Streamline  CC-BY-4.0
+                                                       twemoji        Twitter     CC-BY-4.0
 
 Everything comes from npm packages with a pinned version and a checked SHA-512. They are downloaded with `npm pack`,
 which runs no code of theirs. Needed besides npm: numpy, Pillow, resvg_py and tqdm.
@@ -114,6 +115,16 @@ ARTWORK = {
         "streamline-emojis",
         "1.2.4",
         "sha512-iNr9T9XuZVTyQPJO8ZlLxBzPkpi7qMl+z1l0C31vpEMqhPMelth3n7CeWQYtixdetDPdI81yeG4ROqjWpYJE6A==",
+    ),
+    "openmoji": _artwork(
+        "openmoji",
+        "1.2.29",
+        "sha512-vXdhkqcXVSO6suy+m9LbcUM3OdVyuNOtpV8/als/WqfkQIRxevL5Geb/g+6GH/Qwnq1OqksEmaDGTCmZ5nFKJQ==",
+    ),
+    "emojione-v1": _artwork(
+        "emojione-v1",
+        "1.2.3",
+        "sha512-UjI2VQEXVtGlPBvQuxEizro7QCgBcJDOYwKUupquvvZ8UV4xOlvm45IU82JYWegiAWLerY79gFLMZ26U6Ms+ww==",
     ),
     HELD_OUT: _artwork(
         "twemoji",
@@ -558,7 +569,11 @@ def _write_json(path: Path, value) -> None:
 
 
 def is_built(cache: Path) -> bool:
-    return (cache / "concepts.json").is_file() and (cache / "pictures.npz").is_file()
+    """Whether `cache` holds the dataset, of these sets and no others."""
+    if not (cache / "concepts.json").is_file() or not (cache / "pictures.npz").is_file():
+        return False
+    with np.load(cache / "pictures.npz") as arrays:
+        return arrays["sources"].tolist() == list(ARTWORK)
 
 
 def build(sources: Sources, cache: Path, processes: int) -> None:

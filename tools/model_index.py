@@ -31,8 +31,10 @@ PER_LANGUAGE = {
 
 def replace_between(path: Path, start: str, end: str, text: str) -> None:
     """Put `text` between two marks of a card."""
-    before, _, rest = path.read_text("utf-8").partition(start)
-    _, _, after = rest.partition(end)
+    before, opened, rest = path.read_text("utf-8").partition(start)
+    _, closed, after = rest.partition(end)
+    if not opened or not closed:
+        raise ValueError(f"{path} has no place for a table: {start} and {end} are not both there")
     path.write_text(f"{before}{start}\n{text}\n{end}{after}", "utf-8")
 
 

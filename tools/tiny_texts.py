@@ -17,9 +17,18 @@ from emoji_data import LANGUAGES, hexcode_of
 
 # What stands around a name, or around keywords. "{}" alone is more than one of them on purpose.
 TEMPLATES = {
-    "en": ("{}", "{}", "a photo of {}", "a picture of {}", "a drawing of a {}", "this is {}"),
-    "zh": ("{}", "{}", "一张{}的照片", "{}的图片", "这是{}"),
-    "ja": ("{}", "{}", "{}の写真", "{}の絵", "これは{}です"),
+    "en": (
+        "{}",
+        "{}",
+        "a photo of {}",
+        "a photo of a {}.",
+        "This is a photo of {}.",
+        "a picture of the {}",
+        "a drawing of a {}",
+        "this is {}",
+    ),
+    "zh": ("{}", "{}", "一张{}的照片", "这是一张{}的照片。", "{}的图片", "这是{}"),
+    "ja": ("{}", "{}", "{}の写真", "これは{}の写真です。", "{}の絵", "これは{}です"),
 }
 CAPTION_PROMPTS = {"en": "English caption:", "zh": "中文描述:", "ja": "日本語の説明:"}
 JOINTS = {"en": ("{} {}",), "zh": ("{} {}", "{}的{}"), "ja": ("{} {}", "{}の{}")}

@@ -12,11 +12,12 @@ concepts, by a random one of the training artists, and adds up
   the concepts, in a random language,
 * matching against a wrong name that is the likelier to be drawn the nearer it is, and captioning, on `--joint` of them,
 * for training only, the contrast of each embedding with one learnable anchor per concept: with it every step compares
-  against all concepts, not only against the batch. Keywords and pairs of them learn by it alone: their target is all
-  the concepts that they fit. tools/tiny_texts.py says which texts are kept back.
+  against all concepts, not only against the batch. Names are drawn to their anchor besides. Keywords and pairs of them
+  learn by anchors alone: their target is all the concepts that they fit. tools/tiny_texts.py says which texts are kept
+  back.
 
-Then, in `--finish` steps, the vision tower stays as it is and QLLaMA alone learns: names come nearer to what pictures
-have become.
+Then, in `--finish` steps, the vision tower stays as it is and QLLaMA alone learns, from three times as many texts a
+step: pictures come to see names as they see the anchors.
 
 Augmentation grows over the first third and is less at the end; names stand alone more and more often. The held-out
 artist, Twemoji, is never shown. Matrices are trained with Muon, everything else with AdamW, products in bfloat16.
@@ -70,16 +71,17 @@ class Augmentation:
         rows = [torch.stack([cosine * aspect, -sine + shear, x], dim=1), torch.stack([sine, cosine / aspect, y], dim=1)]
         return torch.stack(rows, dim=1)
 
-    def colours(self, rgb: torch.Tensor, strength: float) -> torch.Tensor:
-        """Mix channels a little, change contrast and brightness, and take all colour from a few."""
-        count = len(rgb)
+    def colours(self, drawn: torch.Tensor, strength: float) -> torch.Tensor:
+        """Mix channels, change contrast, brightness and light, take all colour from a few: in and out [B, 4, H, W]"""
+        count, rgb, alpha = len(drawn), drawn[:, :3], drawn[:, 3:]
         mix = torch.eye(3) + 0.12 * strength * torch.randn(count, 3, 3, generator=self.generator)
-        grey = (self.uniform(count, 0, 1) < 0.06 * strength).view(-1, 1, 1)
+        grey = self.sometimes(count, 0.06 * strength).view(-1, 1, 1)
         mix = torch.where(grey, torch.full((3, 3), 1 / 3), mix)
-        rgb = torch.einsum("bij,bjhw->bihw", mix, rgb)
         contrast = 1 + self.uniform(count, -0.3, 0.3) * strength
-        brightness = self.uniform(count, -0.15, 0.15) * strength
-        return ((rgb - 0.5) * contrast.view(-1, 1, 1, 1) + 0.5 + brightness.view(-1, 1, 1, 1)).clamp(0, 1)
+        brightness = self.uniform(count, -0.15, 0.15) * strength + 0.5 * (1 - contrast)
+        mixed = (mix * contrast.view(-1, 1, 1) @ rgb.flatten(2)).view_as(rgb) + brightness.view(-1, 1, 1, 1) * alpha
+        lit = mixed * self.light(count, drawn.shape[-1], strength)
+        return torch.cat([torch.minimum(lit.clamp_(min=0), alpha), alpha], dim=1)
 
     def background(self, count: int, strength: float) -> torch.Tensor:
         """White, one colour, or a soft blur of colours."""
@@ -99,13 +101,12 @@ class Augmentation:
         place = torch.linspace(-1, 1, size)
         return (1 + slope[0] * place + slope[1] * place[:, None])[:, None]
 
-    def outline(self, drawn: torch.Tensor, strength: float) -> torch.Tensor:
-        """Put a line of black or of another colour around what some pictures show: premultiplied [B, 4, H, W]"""
-        count, alpha = len(drawn), drawn[:, 3:]
+    def outline(self, drawn: torch.Tensor) -> torch.Tensor:
+        """Put a line of black or of another colour around what pictures show: in and out premultiplied [B, 4, H, W]"""
+        alpha = drawn[:, 3:]
         ring = (F.max_pool2d(alpha, 5, 1, 2) - alpha).clamp(min=0)
-        colour = torch.rand(count, 3, 1, 1, generator=self.generator) * self.sometimes(count, 0.5)
-        lined = torch.cat([drawn[:, :3] + colour * ring, alpha + ring], dim=1)
-        return torch.where(self.sometimes(count, 0.2 * strength), lined, drawn)
+        colour = torch.rand(len(drawn), 3, 1, 1, generator=self.generator) * self.sometimes(len(drawn), 0.5)
+        return torch.cat([drawn[:, :3] + colour * ring, alpha + ring], dim=1)
 
     def rectangles(self, count: int, low: float, high: float, share: float) -> torch.Tensor:
         """A rectangle, its sides between `low` and `high`, on a share of the pictures: [count, 1, size, size]"""
@@ -119,24 +120,24 @@ class Augmentation:
 
     def draw(self, rgba: torch.Tensor, strength: float) -> torch.Tensor:
         """uint8 [B, H, W, 4] -> premultiplied float [B, 4, size, size]"""
-        pictures = rgba.permute(0, 3, 1, 2).float() / 255
-        alpha = pictures[:, 3:]
-        light = self.light(len(rgba), rgba.shape[1], strength)
-        rgb = (self.colours(pictures[:, :3], strength) * light).clamp(0, 1)
-        drawn = self.outline(torch.cat([rgb * alpha, alpha], dim=1), strength)
+        drawn = rgba.permute(0, 3, 1, 2).float() / 255
+        drawn[:, :3] *= drawn[:, 3:]
+        lined = self.sometimes(len(rgba), 0.2 * strength).flatten()
+        drawn[lined] = self.outline(drawn[lined])
         shape = [len(rgba), 4, self.size, self.size]
         grid = F.affine_grid(self.affine(len(rgba), strength), shape, align_corners=False)
-        return F.grid_sample(drawn, grid, align_corners=False)
+        return self.colours(F.grid_sample(drawn, grid, align_corners=False), strength)
 
     def __call__(self, rgba: torch.Tensor, others: torch.Tensor, strength: float) -> torch.Tensor:
         """uint8 [B, H, W, 4], twice -> normalised float [B, 3, size, size]"""
         count = len(rgba)
-        drawn = torch.where(
-            self.rectangles(count, 0.3, 0.8, 0.3 * strength), self.draw(others, strength), self.draw(rgba, strength)
-        )
+        drawn = self.draw(rgba, strength)
+        parts = self.rectangles(count, 0.3, 0.8, 0.3 * strength)
+        mixed = parts.flatten(1).any(1)
+        drawn[mixed] = torch.where(parts[mixed], self.draw(others[mixed], strength), drawn[mixed])
         rgb = drawn[:, :3] + self.background(count, strength) * (1 - drawn[:, 3:])
-        blurred = F.avg_pool2d(F.pad(rgb, (1, 1, 1, 1), mode="replicate"), 3, 1)
-        rgb = torch.where(self.sometimes(count, 0.2 * strength), blurred, rgb)
+        blurred = self.sometimes(count, 0.2 * strength).flatten()
+        rgb[blurred] = F.avg_pool2d(F.pad(rgb[blurred], (1, 1, 1, 1), mode="replicate"), 3, 1)
         colour = torch.rand(count, 3, 1, 1, generator=self.generator)
         rgb = torch.where(self.rectangles(count, 0.15, 0.4, 0.2 * strength), colour, rgb)
         return (rgb - self.mean) / self.std
@@ -208,8 +209,8 @@ class Trainer:
         for picture in self.data.train_mask.nonzero()[0]:
             self.pictures_of[self.data.concept[picture]].append(int(picture))
         config = AutoConfig.from_pretrained(ROOT, subfolder="tiny", trust_remote_code=True)
-        config.label_smoothing = 0.05
-        config.vision_config.drop_path_rate = 0.1
+        # Names are to lie on their concepts. With smoothing they keep a distance, from which pictures find others.
+        config.label_smoothing = 0.0
         model_class = get_class_from_dynamic_module("modeling_internvl.InternVLForPreTraining", str(ROOT))
         self.model = model_class(config).train()
         self.model.vision_model.gradient_checkpointing_disable()  # layers of width 128: nothing to save
@@ -221,7 +222,8 @@ class Trainer:
                 setattr(self.model, name, torch.compile(getattr(self.model, name), dynamic=name != "_image_states"))
         # The zeros that training at scale starts from would leave all queries alike for long.
         nn.init.normal_(self.model.query_tokens, std=0.02)
-        self.anchors = nn.Parameter(torch.randn(len(self.data.concepts), config.clip_embed_dim))
+        # Short ones turn fast: a step of AdamW is as long for all.
+        self.anchors = nn.Parameter(0.3 * torch.randn(len(self.data.concepts), config.clip_embed_dim))
         tokenizer = AutoTokenizer.from_pretrained(ROOT, subfolder="tiny", trust_remote_code=True)
         processor = AutoImageProcessor.from_pretrained(ROOT, subfolder="tiny")
         self.generator = torch.Generator().manual_seed(arguments.seed)
@@ -248,10 +250,10 @@ class Trainer:
         return [muon, torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))]
 
     def rate(self, step: int) -> float:
-        """Warm up, then fall to zero along a cosine; and once more from a third of the height."""
+        """Warm up, then fall to zero along a cosine; and once more from half the height."""
         begin, length, peak = 0, self.arguments.steps, 1.0
         if step >= length:
-            begin, length, peak = length, self.arguments.finish, 0.35
+            begin, length, peak = length, self.arguments.finish, 0.5
         return (
             peak * min(1.0, (step - begin + 1) / 50) * 0.5 * (1 + math.cos(math.pi * min((step - begin) / length, 1.0)))
         )
@@ -274,17 +276,17 @@ class Trainer:
         """Of the augmentation: it grows over the first third, and falls again from the second on."""
         return min(1.0, 0.1 + 2.7 * self.progress, 1.0 - 1.5 * (self.progress - 0.6))
 
-    def sample(self) -> tuple[list[int], torch.Tensor, list[str]]:
-        """A batch of different concepts, one augmented picture of each, and a language for each."""
-        if len(self.order) < self.arguments.batch:
+    def draw_concepts(self, count: int) -> list[int]:
+        """Draw different concepts, each as often as any other."""
+        if len(self.order) < count:
             self.order = torch.randperm(len(self.data.concepts), generator=self.generator).tolist()
-        indices, self.order = self.order[: self.arguments.batch], self.order[self.arguments.batch :]
-        pictures, others = ([self.sampler.choose(self.pictures_of[index]) for index in indices] for _ in range(2))
-        return (
-            indices,
-            self.augment(self.rgba[pictures], self.rgba[others], self.strength()),
-            [self.sampler.choose(LANGUAGES) for _ in indices],
-        )
+        drawn, self.order = self.order[:count], self.order[count:]
+        return drawn
+
+    def pictures(self, numbers: list[int]) -> torch.Tensor:
+        """An augmented picture of each concept, by any of the artists: [len(numbers), 3, H, W]"""
+        pictures, others = ([self.sampler.choose(self.pictures_of[number]) for number in numbers] for _ in range(2))
+        return self.augment(self.rgba[pictures], self.rgba[others], self.strength())
 
     def embed(self, rows: list[list[int]], parts: int = 3) -> torch.Tensor:
         """Text embeddings, computed with texts of like length together, so that little is padded."""
@@ -294,7 +296,7 @@ class Trainer:
         embeds = torch.cat([self.model._pool_text(batch, batch > 0) for batch in batches])
         return embeds[torch.tensor(order).argsort()]
 
-    def anchor_loss(self, embeds: torch.Tensor, concepts: torch.Tensor, smoothing: float = 0.05) -> torch.Tensor:
+    def anchor_loss(self, embeds: torch.Tensor, concepts: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
         """`concepts` [B], or shares of them [B, concepts]"""
         anchors = F.normalize(self.anchors.detach() if self.finishing else self.anchors, dim=-1)
         logits = self.model.logit_scale.exp() * F.normalize(embeds.float(), dim=-1) @ anchors.T
@@ -307,6 +309,14 @@ class Trainer:
         """
         return 1 - F.cosine_similarity(texts.float(), self.anchors.detach()[concepts], dim=-1).mean()
 
+    def difference(self, seen: torch.Tensor, texts: torch.Tensor, concepts: torch.Tensor) -> torch.Tensor:
+        """
+        How differently pictures see names and their anchors: the squared difference of the logits. Pictures find an
+        anchor by small differences of cosines, so what counts is where pictures differ, and a distance does not know.
+        """
+        apart = F.normalize(texts.float(), dim=-1) - F.normalize(self.anchors.detach()[concepts], dim=-1)
+        return (self.model.logit_scale.exp() * F.normalize(seen.float(), dim=-1) @ apart.T).square().mean()
+
     def wrong_concepts(self, images: torch.Tensor, numbers: torch.Tensor) -> list[int]:
         """For each picture another concept, drawn by how near its anchor is: at first any, later the nearest."""
         with torch.no_grad():
@@ -317,33 +327,41 @@ class Trainer:
 
     def losses(self) -> dict[str, torch.Tensor]:
         model, sampler, finishing = self.model, self.sampler, self.finishing
-        named, joint = (self.arguments.batch, 64) if finishing else (self.arguments.named, self.arguments.joint)
-        numbers, pixels, languages = self.sample()
-        rows = zip(numbers[:named], languages, strict=False)
-        names = [sampler.name(*row, bare=self.bare) for row in rows]
-        asked = [sampler.keywords(*row) for row in zip(numbers[:joint], languages[:joint], strict=True)]
+        # Without the gradient of the vision tower there is time for more texts.
+        more = 3 if finishing else 1
+        named, asked, joint = (
+            more * rows for rows in (self.arguments.named, self.arguments.asked, self.arguments.joint)
+        )
+        numbers = self.draw_concepts(named if finishing else self.arguments.batch)
+        languages = [sampler.choose(LANGUAGES) for _ in numbers]
+        pixels = self.pictures(numbers[:joint] if finishing else numbers)
+        names = [sampler.name(*row, bare=self.bare) for row in zip(numbers[:named], languages, strict=False)]
+        keywords = [sampler.keywords(*row) for row in zip(numbers[:asked], languages, strict=False)]
         targets = torch.tensor(numbers)
-        valid = torch.ones(named, dtype=torch.bool)
+        losses = {}
 
         with torch.set_grad_enabled(not finishing):
             image_states = model._image_states(pixels)
             images = model.clip_projector(image_states)
-        texts = self.embed([sampler.ids("summarize:" + text) for text in [*names, *(text for text, _ in asked)]])
-        texts, keywords = texts.split([len(names), len(asked)])
-        losses = {
-            "itc_c": model._contrastive_loss(images[:named], texts, valid),
-            "anchor": self.anchor_loss(images, targets)
-            + self.anchor_loss(texts, targets[:named], smoothing=0.0 if finishing else 0.05),
-            "near": (20 if finishing else 2) * self.distance(texts, targets[:named]),
-            "keywords": self.anchor_loss(keywords, self.shares([fits for _, fits in asked])),
-        }
+        texts = self.embed([sampler.ids("summarize:" + text) for text in [*names, *(text for text, _ in keywords)]])
+        texts, embedded_keywords = texts.split([named, asked])
+        losses["anchor_names"] = self.anchor_loss(texts, targets[:named])
+        losses["near"] = 5 * self.distance(texts, targets[:named])
+        losses["keywords"] = self.anchor_loss(embedded_keywords, self.shares([fits for _, fits in keywords]))
+        if not finishing:
+            valid = torch.ones(named, dtype=torch.bool)
+            losses["itc_c"] = model._contrastive_loss(images[:named], texts, valid)
+            losses["anchor"] = self.anchor_loss(images, targets, smoothing=0.05)
 
         captions, labels = sampler.captions(numbers[:joint], languages[:joint])
         states = model._joint_states(image_states[:joint], captions, None, see_all=False)
         queries, text = states.split([model.config.num_query_token, captions.shape[1]], dim=1)
         queried = model.clip_projector2(queries)
-        losses["itc_g"] = model._contrastive_loss(queried, texts[:joint], valid[:joint])
-        losses["anchor_g"] = self.anchor_loss(queried, targets[:joint])
+        if finishing:
+            seen = torch.cat([images, queried.detach().float()])
+            losses["alike"] = 2 * self.difference(seen, texts, targets[:named])
+        losses["itc_g"] = model._contrastive_loss(queried, texts[:joint], torch.ones(joint, dtype=torch.bool))
+        losses["anchor_g"] = self.anchor_loss(queried, targets[:joint], smoothing=0.05)
         learnt = labels[:, 1:] != -100
         logits = model.qllama.lm_head(text[:, :-1][learnt])
         losses["itg"] = F.cross_entropy(logits.float(), labels[:, 1:][learnt], label_smoothing=0.05)
@@ -379,7 +397,7 @@ class Trainer:
         return {name: float(loss.detach()) for name, loss in losses.items()}
 
     def state(self) -> dict:
-        names = ("steps", "finish", "batch", "named", "joint", "seed", "rate")
+        names = ("steps", "finish", "batch", "named", "asked", "joint", "seed", "rate")
         return {
             "step": self.step,
             "seconds": self.seconds,
@@ -475,11 +493,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=DEFAULT_CACHE)
     parser.add_argument("--out", type=Path, default=ROOT / "tiny")
-    parser.add_argument("--steps", type=int, default=6500)
-    parser.add_argument("--finish", type=int, default=1000, help="steps after those, for the texts alone")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--finish", type=int, default=1500, help="steps after those, for the texts alone")
     parser.add_argument("--batch", type=int, default=256, help="pictures, each of another concept")
-    parser.add_argument("--named", type=int, default=128, help="of these so many for the contrast with names")
-    parser.add_argument("--joint", type=int, default=40, help="of these so many for matching and captions")
+    parser.add_argument("--named", type=int, default=96, help="of these so many for the contrast with names")
+    parser.add_argument("--asked", type=int, default=32, help="of these so many for keywords")
+    parser.add_argument("--joint", type=int, default=32, help="of these so many for matching and captions")
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
