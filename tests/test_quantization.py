@@ -39,7 +39,7 @@ FORMATS = {
 }
 # The least cosine of any embedding to that of float32 weights.
 LEAST_COSINE = {"torchao-weight-only": 0.999, "torchao-dynamic": 0.998, "bnb-8bit": 0.999}
-LEAST_COSINE_OF_4_BITS = 0.88
+LEAST_COSINE_OF_4_BITS = 0.85
 
 
 def config_of(method, skip=None):
