@@ -2,7 +2,7 @@
 
     python examples/search.py index FOLDER                  # and again whenever something changed: only that is read
     python examples/search.py query "熊猫"                  # the pictures that fit best
-    python examples/search.py query "a red panda" --rerank --mode InternVL-G --labels panda fox lion
+    python examples/search.py query "panda" --rerank --mode InternVL-G --labels panda fox lion
     python examples/search.py query --picture FILE -k 5 --json
     python examples/search.py problems                      # files that are not indexed, and why
     python examples/search.py page                          # the same in a browser, on this machine alone

@@ -38,7 +38,7 @@ FORMATS = {
     "bnb-nf4-double": "bitsandbytes 4-bit, double quantisation",
 }
 # The least cosine of any embedding to that of float32 weights.
-LEAST_COSINE = {"torchao-weight-only": 0.999, "torchao-dynamic": 0.998, "bnb-8bit": 0.999}
+LEAST_COSINE = {"torchao-weight-only": 0.999, "torchao-dynamic": 0.998, "bnb-8bit": 0.998}
 LEAST_COSINE_OF_4_BITS = 0.85
 
 
