@@ -13,7 +13,6 @@ import os
 import shutil
 from pathlib import Path
 
-import sentencepiece
 from transformers import PreTrainedTokenizer
 
 PREFIX = "summarize:"
@@ -76,6 +75,8 @@ class InternVLTokenizer(PreTrainedTokenizer):
         if not os.path.isfile(vocab_file):
             raise FileNotFoundError(f"`vocab_file` must be the path of a SentencePiece model, got {str(vocab_file)!r}.")
         self.vocab_file = str(vocab_file)
+        import sentencepiece  # the model loads without it
+
         self.sp_model = sentencepiece.SentencePieceProcessor()
         self.sp_model.Load(self.vocab_file)
 
