@@ -34,13 +34,15 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tools")]
 
 import embed_costs  # noqa: E402
 
+from model_index import replace_between  # noqa: E402
+
 README = ROOT / "README.md"
 MEASURED = Path(__file__).with_suffix(".json")
-START, END = "<!-- results:embed -->", "<!-- /results:embed -->"
+MARKS = "<!-- results:embed -->", "<!-- /results:embed -->"
 STORE_GB = 0.1
 DIFFERENT = 500
 EMBED = ["--embed", "image", "caption", "--num-beams", "3", "--max-new-tokens", "8", "--dtype", "float32"]
@@ -145,7 +147,6 @@ def summary(report: dict) -> str:
     header = ["pictures", "input", "time", "most memory", "of it driver", "workers", "object store", "the model waits"]
     return "\n\n".join(
         [
-            START,
             table(header, runs),
             f"Written by `{report['command']}`, with an object store of {report['object_store_mb']:.0f} MB, on "
             f"{report['machine']}; {packages}.",
@@ -154,17 +155,8 @@ def summary(report: dict) -> str:
             ),
             f"{embed_costs.H100_FLOPS / 1e12:.0f} TFLOPS of an H100 (data sheet of the SXM, bfloat16, dense), of which "
             f"{report['mfu']:.0%} are reached, an assumption; float16.",
-            END,
         ]
     )
-
-
-def write(report: dict, out: Path) -> None:
-    out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-    if out == MEASURED:
-        before, _, rest = README.read_text("utf-8").partition(START)
-        _, _, after = rest.partition(END)
-        README.write_text(before + summary(report) + after, "utf-8")
 
 
 def main() -> None:
@@ -193,7 +185,9 @@ def main() -> None:
         "mfu": MFU,
         "h100s": on_h100s(),
     }
-    write(report, options.out)
+    options.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    if options.out == MEASURED:
+        replace_between(README, *MARKS, summary(report))
 
 
 if __name__ == "__main__":

@@ -26,8 +26,12 @@ from pathlib import Path
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+from model_index import replace_between  # noqa: E402
+
 README = ROOT / "README.md"
-START, END = "<!-- results:search -->", "<!-- /results:search -->"
+MARKS = "<!-- results:search -->", "<!-- /results:search -->"
 OUT = Path(__file__).with_suffix(".json")
 SOURCES = ROOT / "examples" / "pictures"
 KINDS = (("png", {}), ("jpg", {"quality": 90}), ("webp", {"quality": 90}))
@@ -152,12 +156,6 @@ def table(report: dict) -> str:
     return "\n".join([*lines, "", f"Measured by `{report['command']}` on {report['machine']}; {packages}."])
 
 
-def write_table(report: dict) -> None:
-    before, _, rest = README.read_text("utf-8").partition(START)
-    _, _, after = rest.partition(END)
-    README.write_text(f"{before}{START}\n{table(report)}\n{END}{after}", "utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pictures", type=int, default=10_000)
@@ -175,7 +173,7 @@ def main() -> None:
     }
     options.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     if options.out == OUT:
-        write_table(report)
+        replace_between(README, *MARKS, table(report))
     print(json.dumps(report, indent=1))
 
 

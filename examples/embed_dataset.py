@@ -389,8 +389,10 @@ def embed_and_account(manifest: dict, shards: list[dict], options: argparse.Name
     if counts["errors"]:
         say("\n".join(embed_output.reasons(output)))
     if tally.rows:
-        say(f"{tally.rows} rows in {seconds:.0f} s; the models waited {tally.model_waits:.1%} of the "
-            f"{tally.waited + tally.worked:.1f} s after their first batch")  # fmt: skip
+        say(f"{tally.rows} rows in {seconds:.0f} s")
+    counted = tally.waited + tally.worked
+    if counted > 1:  # of a few rows all are in the first batch, and a share of nothing says nothing
+        say(f"the models waited {tally.model_waits:.1%} of the {counted:.1f} s after their first batch")
     return manifest
 
 

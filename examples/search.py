@@ -24,7 +24,7 @@ import os
 import sys
 from pathlib import Path
 
-from search_index import COLUMNS, Embedder, Index, Searcher, SearchError, printable
+from search_index import COLUMNS, Embedder, Index, Searcher, SearchError, check_question, printable
 
 ROOT = Path(__file__).resolve().parents[1]
 MODES = tuple(COLUMNS)
@@ -89,8 +89,9 @@ def index(options: argparse.Namespace) -> None:
 
 
 def query(options: argparse.Namespace) -> None:
+    check_question(options.words, options.picture, options.rerank)  # what is wrong is said before the model is loaded
     found = Index(options.index)
-    found.open()  # a missing index is said before the model is loaded
+    found.open()
     searcher = Searcher(found, Embedder(options.model, options.subfolder, options.crop))
     wanted = {"words": options.words, "picture": options.picture, "k": options.k, "mode": options.mode}
     results = searcher.search(**wanted, rerank=options.rerank, labels=options.labels)
@@ -101,16 +102,21 @@ def query(options: argparse.Namespace) -> None:
         print(json.dumps(rows, indent=1))
         return
     for result in results:
-        match = "" if result.match is None else f"  match {result.match:.3f}"
+        scores = f"{result.cosine:.3f}"
+        if result.match is not None:
+            scores = f"{result.score:.2f}  cosine {scores}  match {result.match:.3f}"
         label = "" if result.label is None else f"  {result.label} {result.share:.0%}"
         caption = "" if result.caption is None else f"  “{result.caption}”"
         gone = "  (no longer there)" if result.gone else ""
-        print(f"{result.cosine:.3f}{match}  {printable(result.path)}{caption}{label}{gone}")
+        print(f"{scores}  {printable(result.path)}{caption}{label}{gone}")
 
 
 def problems(options: argparse.Namespace) -> None:
-    for path, reason in Index(options.index).problems():
+    found = Index(options.index).problems()
+    for path, reason in found:
         print(f"{printable(path)}: {reason}")
+    if not found:
+        print("No problems.", file=sys.stderr)
 
 
 def page(options: argparse.Namespace) -> None:

@@ -609,6 +609,17 @@ class Result:
     thumbnail: bytes
 
 
+def check_question(words: str, picture: str, rerank: bool) -> None:
+    """
+    Raises:
+        `SearchError`: words and picture, or neither; re-ranking without words.
+    """
+    if bool(words.strip()) == bool(picture):
+        raise SearchError("Ask with words or with a picture, one of them.")
+    if rerank and picture:
+        raise SearchError("Re-ranking compares pictures with words, so a picture cannot be asked with.")
+
+
 class Searcher:
     """
     Answers queries, from any number of threads.
@@ -645,10 +656,7 @@ class Searcher:
             `SearchError`: words and picture, or neither; a picture that cannot be read; re-ranking without words.
         """
         words = words.strip()
-        if bool(words) == bool(picture):
-            raise SearchError("Ask with words or with a picture, one of them.")
-        if rerank and not words:
-            raise SearchError("Re-ranking compares pictures with words, so a picture cannot be asked with.")
+        check_question(words, picture, rerank)
         if mode not in COLUMNS:
             raise SearchError(f"`mode` must be one of {', '.join(COLUMNS)}, got {mode!r}.")
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:

@@ -73,7 +73,7 @@ def shown(result: Result) -> str:
     """A picture of the grid. Names of files and captions are foreign text."""
     lines = [f"<b>{result.cosine:.3f}</b>"]
     if result.match is not None:
-        lines[0] += f" · match {result.match:.0%}"
+        lines = [f"<b>{result.score:.2f}</b> · cosine {result.cosine:.3f} · match {result.match:.0%}"]
     if result.label is not None:
         lines.append(f"{html.escape(result.label)} {result.share:.0%}")
     if result.caption is not None:

@@ -714,6 +714,8 @@ def test_the_commands(folder, trained, tmp_path, capsys):
     options = ["--rerank", "--mode", "InternVL-G", "--labels", "rocket", "panda"]
     lines = run("query", "パンダの顔", *where, *model, *options, capsys=capsys).splitlines()
     assert len(lines) == 6 and "panda.png" in lines[0] and " match " in lines[0] and " panda " in lines[0]
+    scores = [float(line.split()[0]) for line in lines]
+    assert scores == sorted(scores, reverse=True) and all(" cosine " in line for line in lines)
     lines = run("query", "--picture", PICTURES / "pizza.png", *where, *model, "-k", 1, capsys=capsys).splitlines()
     assert len(lines) == 1 and lines[0].startswith("1.000") and "pizza.png" in lines[0]
 
@@ -727,6 +729,10 @@ def test_the_commands(folder, trained, tmp_path, capsys):
         (["index", "{tmp}/nowhere"], "there is none of this name: .*nowhere"),
         (["index", "{tmp}", "--index", "{tmp}/i", "--model", "{tmp}"], "--model .* cannot be loaded"),
         (["query", "--index", "{indexed}", "--model", "{trained}"], "Ask with words or with a picture"),
+        (
+            ["query", "--picture", "a.png", "--rerank", "--index", "{indexed}", "--model", "{tmp}"],
+            "Re-ranking compares",
+        ),
         (["query", "a", "-k", "0", "--index", "{indexed}", "--model", "{trained}"], "`k` must be a positive"),
     ],
 )
@@ -763,7 +769,7 @@ def load_module(path: Path):
 
 def test_the_readme_has_the_table_that_was_measured(benchmark):
     readme = (ROOT / "README.md").read_text("utf-8")
-    between = readme.partition(benchmark.START)[2].partition(benchmark.END)[0].strip()
+    between = readme.partition(benchmark.MARKS[0])[2].partition(benchmark.MARKS[1])[0].strip()
     measured = json.loads(benchmark.OUT.read_text("utf-8")) if benchmark.OUT.exists() else None
     assert between == (benchmark.table(measured) if measured else "")
 

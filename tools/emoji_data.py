@@ -437,10 +437,9 @@ class PictureSet:
     """Ready-made pictures, each in a file named by its code points."""
 
     folder: Path
-    suffix: str
 
     def match(self, hexcodes: Iterable[str], index: NameIndex) -> dict[str, str]:
-        files = {plain_hexcode(path.stem): path.name for path in self.folder.glob(f"*{self.suffix}")}
+        files = {plain_hexcode(path.stem): path.name for path in self.folder.glob("*.webp")}
         return {hexcode: files[hexcode] for hexcode in hexcodes if hexcode in files}
 
     def drawing(self, name: str) -> bytes:
@@ -483,7 +482,7 @@ class Sources:
             for name, package in tqdm(ARTWORK.items(), "icon sets", unit="set")
             if name not in PICTURES
         }
-        sets = icon_sets | {name: PictureSet(folders[ARTWORK[name]] / "assets", ".webp") for name in PICTURES}
+        sets = icon_sets | {name: PictureSet(folders[ARTWORK[name]] / "assets") for name in PICTURES}
         # Microsoft's sets name their icons alike, and only the flat one has a character map.
         icon_sets["fluent-emoji"].chars = icon_sets["fluent-emoji-flat"].chars
 
@@ -602,7 +601,9 @@ def load(cache: str | Path = DEFAULT_CACHE) -> EmojiData:
     """Load the dataset that `python tools/emoji_data.py` built in `cache`."""
     cache = Path(cache)
     if not is_built(cache):
-        raise FileNotFoundError(f"no emoji dataset in {cache}: build it with `python tools/emoji_data.py`")
+        raise FileNotFoundError(
+            f"no emoji dataset in {cache}, or one of other sets: build it with `python tools/emoji_data.py`"
+        )
     with np.load(cache / "pictures.npz") as arrays:
         return EmojiData(
             concepts=_read_json(cache / "concepts.json"),

@@ -494,7 +494,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DEFAULT_CACHE)
     parser.add_argument("--out", type=Path, default=ROOT / "tiny")
     parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--finish", type=int, default=1500, help="steps after those, for the texts alone")
+    parser.add_argument("--finish", type=int, default=2500, help="steps after those, for the texts alone")
     parser.add_argument("--batch", type=int, default=256, help="pictures, each of another concept")
     parser.add_argument("--named", type=int, default=96, help="of these so many for the contrast with names")
     parser.add_argument("--asked", type=int, default=32, help="of these so many for keywords")
