@@ -601,9 +601,7 @@ def load(cache: str | Path = DEFAULT_CACHE) -> EmojiData:
     """Load the dataset that `python tools/emoji_data.py` built in `cache`."""
     cache = Path(cache)
     if not is_built(cache):
-        raise FileNotFoundError(
-            f"no emoji dataset in {cache}, or one of other sets: build it with `python tools/emoji_data.py`"
-        )
+        raise FileNotFoundError(f"no dataset of these sets in {cache}: build it with `python tools/emoji_data.py`")
     with np.load(cache / "pictures.npz") as arrays:
         return EmojiData(
             concepts=_read_json(cache / "concepts.json"),
