@@ -40,8 +40,12 @@ from torch.export import Dim, ExportedProgram
 from transformers import AutoModel, AutoModelForTextEncoding, AutoProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from model_index import replace_between
+
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "examples" / "pictures"
+REPORT = ROOT / "benchmarks" / "export.json"
+MARKS = "<!-- results:export -->", "<!-- /results:export -->"
 VISION_CLASS = "modeling_internvl.InternVLVisionModelWithProjection"
 MODES = ("InternVL-C", "InternVL-G")
 SIDES = ("vision", "text")
@@ -507,7 +511,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--unnormalized", action="store_true", help="leave embeddings as `encode_image` gives them")
     parser.add_argument("--int8", action="store_true", help="ONNX with dynamically quantised layers too")
     parser.add_argument("--check", action="store_true", help="compare all files with the model")
-    parser.add_argument("--report", type=Path, help="with --check: write export.json here too")
+    parser.add_argument("--report", type=Path, help="with --check: write export.json here too; ours into the README")
     options = parser.parse_args(arguments)
     if options.report and not options.check:
         parser.error("--report needs --check")
@@ -528,6 +532,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(table(report))
         if options.report:
             options.report.write_bytes((out / "export.json").read_bytes())
+            if options.report.resolve() == REPORT:
+                replace_between(ROOT / "README.md", *MARKS, table(report))
     if report["failed"]:
         raise SystemExit(f"Not close to the model (rtol {RTOL}, atol {ATOL}): {', '.join(report['failed'])}")
 
