@@ -1,6 +1,8 @@
 """What a run of examples/embed_dataset.py will take: from a sample on these machines, and by arithmetic on H100s."""
 
 import argparse
+import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,10 @@ def estimate(shards: list[dict], batches: list[dict], options: argparse.Namespac
     rows = sum(batch["rows"] for batch in batches)
     if not rows:
         raise ValueError("`--data` must hold rows, got none in the sample.")
+    errors = [error["reason"] for batch in batches for error in json.loads(batch["errors"])]
+    reasons = [f"{number} times: {reason[:120]}" for reason, number in Counter(errors).most_common(5)]
+    if len(errors) == rows:
+        raise ValueError(f"Nothing in the sample of {rows} rows can be embedded: {'; '.join(reasons)}.")
     # An actor's first batch also warms it up, and if it is all there is, that is said by `warm`.
     warm = [batch for batch in batches if batch["waited"] is not None and batch["rows"]]
     steady = warm or [batch for batch in batches if batch["rows"]]
@@ -34,6 +40,7 @@ def estimate(shards: list[dict], batches: list[dict], options: argparse.Namespac
     return {
         "sample": rows,
         "errors": rows - sum(batch["embedded"] for batch in batches),
+        "reasons": reasons,
         "rows": total,
         "is_counted": is_counted,
         "is_warm": bool(warm),
@@ -60,9 +67,12 @@ def total_rows(shards: list[dict], batches: list[dict]) -> tuple[int, bool]:
 
 def lines(found: dict[str, Any], options: argparse.Namespace) -> list[str]:
     how = "counted" if found["is_counted"] else "estimated from the bytes of the sample; compressed tars have more"
-    warm = "" if found["is_warm"] else ", warming up included: take a larger `--sample-rows`"
+    warm = "" if found["is_warm"] else ", warming up included"
+    if warm and found["sample"] < found["rows"]:
+        warm += ": take a larger `--sample-rows`"
     text = [
         f"sample: {found['sample']} rows, {found['errors']} of them errors",
+        *(f"  {reason}" for reason in found["reasons"]),
         f"rows: {found['rows']:,} ({how})",
         f"model: {found['model_rate']:.1f} rows/s each, {found['models']} of them{warm}",
         f"reading and decoding: {found['decode_rate']:.1f} rows/s each CPU, {found['decoders']} of them",

@@ -374,7 +374,7 @@ def embed_and_account(manifest: dict, shards: list[dict], options: argparse.Name
         say("Other versions of packages than in an earlier run on this folder; manifest.json lists them.")
     embed_output.write_manifest(output, manifest)
     if already:
-        say(f"Going on: {already} of {len(shards)} shards are there.")
+        say(f"Going on: {already} of {len(shards)} shards are there. What the input is was read when this was begun.")
     embed_all(shards, options, output, tally)
     counts = embed_output.check_counts(shards, output)
     output.remove_leftovers()

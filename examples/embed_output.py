@@ -22,6 +22,7 @@ SETTINGS = (
     "model", "subfolder", "model_version", "dtype", "embed", "mode", "crop", "embeddings", "truncate", "batch_size",
     "prompt", "max_new_tokens", "num_beams", "data", "source", "shard_rows", "image_column", "text_column", "id_column",
 )  # fmt: skip
+MODULES = ("configuration", "modeling", "processing", "tokenization")  # what the names of a model's files begin with
 PACKAGES = ("torch", "transformers", "ray", "pyarrow", "pillow", "safetensors")
 ERRORS = pa.schema([("id", pa.string()), ("source", pa.string()), ("reason", pa.string())])
 WRITERS = 8
@@ -181,7 +182,7 @@ def reasons(output: Output, most: int = 5) -> Iterable[str]:
 
 
 def model_version(options: argparse.Namespace) -> str:
-    """The commit of an id on the Hub; of a folder a hash of its weights, settings and code."""
+    """The commit of an id on the Hub; of a folder a hash of its weights, settings and modules."""
     folder = Path(options.model)
     if not folder.is_dir():
         where = {"revision": options.revision, "subfolder": options.subfolder, "trust_remote_code": True}
@@ -195,7 +196,9 @@ def model_version(options: argparse.Namespace) -> str:
     files = [
         path for path in (folder / options.subfolder).iterdir() if path.suffix in (".safetensors", ".json", ".model")
     ]
-    for path in sorted([*files, *folder.glob("*.py")]):
+    # In a clone scripts of one's own may lie beside the model's modules.
+    modules = [path for kind in MODULES for path in folder.glob(f"{kind}_*.py")]
+    for path in sorted([*files, *modules]):
         with path.open("rb") as file:
             whole.update(f"{path.relative_to(folder)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return f"sha256:{whole.hexdigest()}"

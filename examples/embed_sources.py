@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 ENDINGS = {"parquet": (".parquet", ".pq"), "webdataset": (".tar", ".tar.gz", ".tgz")}
@@ -337,6 +337,8 @@ def decoded(data: Any) -> Image.Image:
         if short == 0 or long > MAX_ASPECT * short or short * long > MAX_PIXELS:
             raise ValueError(f"{picture.size} pixels; at most {MAX_PIXELS}, {MAX_ASPECT} times as long as wide")
         picture.load()
+    except UnidentifiedImageError:  # its message has an address, and no two would be alike
+        raise ValueError("picture: of no format that Pillow knows, or damaged" if data else "picture: empty") from None
     except DAMAGED as error:
         raise ValueError(f"picture: {type(error).__name__}: {str(error)[:200]}") from None
     return picture

@@ -16,6 +16,7 @@ import embed_sources
 import pyarrow as pa
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from filelock import FileLock
 from transformers import AutoModel, AutoModelForTextEncoding, AutoProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -144,12 +145,15 @@ class Embed:
             if hasattr(model, "look_at"):  # the modes and the caption share it
                 seen = model.look_at(seen, queries=options.needs_queries)
             if "image" in options.embed:
-                found |= {name: model.embed_image(seen, mode) for name, mode in MODES.items() if mode in options.mode}
+                modes = {name: mode for name, mode in MODES.items() if mode in options.mode}
+                found |= {name: model.embed_image(seen, mode, normalize=False) for name, mode in modes.items()}
             if "caption" in options.embed:
                 found |= self.captions(seen)
         if inputs:
-            found["text"] = model.embed_text(**inputs)
-        return found
+            found["text"] = model.embed_text(**inputs, normalize=False)
+        # In bfloat16 the length of what is divided by its length is off by up to half a percent.
+        tensors = {name: F.normalize(each.float(), dim=-1) for name, each in found.items() if torch.is_tensor(each)}
+        return found | tensors
 
     def captions(self, seen: Any) -> dict[str, Any]:
         options = self.options
@@ -161,7 +165,7 @@ class Embed:
         # A picture that nothing was written of is an error in the end.
         texts = quietly(self.processor, text=[text or "nothing" for text in written])
         texts = {name: tensor.to(self.model.device) for name, tensor in texts.items()}
-        return {"caption": self.model.embed_text(**texts), "caption_text": written}
+        return {"caption": self.model.embed_text(**texts, normalize=False), "caption_text": written}
 
 
 def load_model(options: argparse.Namespace) -> Any:

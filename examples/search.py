@@ -8,7 +8,7 @@
     python examples/search.py page                          # the same in a browser, on this machine alone
 
 Without `--model` it is the tiny checkpoint of this repository, which knows emoji; the published 14B is
-`--model PATH_OR_ID --subfolder ""`. The index lies in `.cache/search` of the clone, or in `--index`; the folders that
+`--model PATH_OR_ID`. The index lies in `.cache/search` of the clone, or in `--index`; the folders that
 are indexed are only read. Files are pictures by their names or by their first bytes, and of an animation the first
 picture is seen. Any number of folders may go into one index.
 
@@ -133,7 +133,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         {"index": index, "query": query, "problems": problems, "page": page}[options.command](options)
     except KeyboardInterrupt:
-        sys.exit("\nInterrupted. What was done is kept; the same command goes on.")
+        kept = " What was done is kept; the same command goes on." if options.command == "index" else ""
+        sys.exit(f"\nInterrupted.{kept}")
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except SearchError as error:

@@ -155,7 +155,9 @@ def make_page(searcher: Searcher) -> gr.Blocks:
 
 def serve(searcher: Searcher, host: str, port: int) -> None:
     theme = gr.themes.Default(font=FONT, font_mono=["ui-monospace", "monospace"])
+    # Gradio's own lines would advise to publish the page.
+    print(f"Serving on http://{host}:{port}; Ctrl-C ends it.", flush=True)
     try:
-        make_page(searcher).launch(server_name=host, server_port=port, theme=theme, css=CSS, share=False, quiet=False)
+        make_page(searcher).launch(server_name=host, server_port=port, theme=theme, css=CSS, share=False, quiet=True)
     except OSError as error:  # the port is taken
         raise SearchError(f"`--host {host} --port {port}`: {error}") from error

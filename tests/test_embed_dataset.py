@@ -277,7 +277,8 @@ def test_errors_of_rows_say_what_is_wrong_and_leave_the_others_alone(options, tm
         "no text": (png, None),
         "text": (png, " "),
         "ids": (png, "panda " * 100),
-        "UnidentifiedImageError": (b"GIF", "x"),
+        "no format that Pillow knows": (b"GIF", "x"),
+        "empty": (b"", "x"),
         "also good": (png, "熊猫"),
     }
     given = options("data", embed=["image", "text"])
@@ -330,17 +331,19 @@ def test_embeddings_are_those_of_the_model(options, tmp_path, trained, embed, mo
     expected = {}
     with torch.inference_mode():
         if "image" in embed:
-            expected |= {f"image_{name[-1].lower()}": model.embed_image(pixels, name) for name in mode}
+            expected |= {f"image_{name[-1].lower()}": model.embed_image(pixels, name, normalize=False) for name in mode}
         if "text" in embed:
-            expected["text"] = model.embed_text(**processor(text=[entry["text"] for entry in entries]))
+            expected["text"] = model.embed_text(**processor(text=[entry["text"] for entry in entries]), normalize=False)
         if "caption" in embed:
             ids = model.generate(pixels, **processor(text="English caption:", task="caption"), max_new_tokens=8)
             texts = [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
             assert found["caption_text"].to_pylist() == texts and all(texts)
-            expected["caption"] = model.embed_text(**processor(text=texts))
+            expected["caption"] = model.embed_text(**processor(text=texts), normalize=False)
     assert set(found.column_names) == {"id", "source", *expected, *(["caption_text"] if "caption" in embed else [])}
     for name, values in expected.items():
-        torch.testing.assert_close(torch.tensor(found[name].to_pylist()), values.float())
+        normalised = torch.tensor(found[name].to_pylist())
+        torch.testing.assert_close(normalised, torch.nn.functional.normalize(values.float(), dim=-1))
+        torch.testing.assert_close(normalised.norm(dim=-1), torch.ones(4))  # whatever the type of the weights
 
 
 def test_the_waiting_is_measured(options, tmp_path):
@@ -565,17 +568,39 @@ def test_the_estimate_is_the_slower_of_models_and_decoders(options):
     given.pool = 2
     shards = [{"start": 0, "stop": 36_000, "bytes": 1}, {"start": 0, "stop": 36_000, "bytes": 1}]
     one = {"shard": 0, "rows": 10, "embedded": 9, "decoded": 0.5, "worked": 1.0, "table": b"x" * 50, "end": 0}
+    one["errors"] = json.dumps([{"id": "a", "reason": "no text"}])
     batches = [one | {"waited": None, "worked": 100.0}, one | {"waited": 0.1}, one | {"waited": 0.1}]
     found = embed_costs.estimate(shards, batches, given)
     assert (found["model_rate"], found["decode_rate"], found["decoders"], found["errors"]) == (10, 20, 6, 3)
     assert (found["rate"], found["rows"], found["hours"], found["output_bytes"]) == (20, 72_000, 1, 360_000)
     text = "\n".join(embed_costs.lines(found, given))
+    assert "3 times: no text" in text and "larger" not in text
     assert "1.00 hours x 2 an hour = 2.00" in text and "which the models allow" in text
     rate = 989e12 * 0.5 / embed_costs.picture_flops(["InternVL-C"])
     assert f"= {rate:.0f} pictures/s on a GPU" in text and f"{1e9 / rate / 3600:,.0f} GPU-hours" in text
     given.tasks = 1
     slower = embed_costs.estimate(shards, [each | {"decoded": 1.0} for each in batches], given)
-    assert slower["rate"] == 10 and "decoders allow" in embed_costs.lines(slower, given)[4]
+    assert slower["rate"] == 10 and "decoders allow" in "\n".join(embed_costs.lines(slower, given))
+
+
+def test_of_errors_alone_nothing_is_estimated(options):
+    given = options("data", dry_run=True)
+    shards = [{"start": 0, "stop": 2, "bytes": 1}]
+    errors = json.dumps([{"id": "a", "reason": "no text"}, {"id": "b", "reason": "no text"}])
+    batch = {"shard": 0, "rows": 2, "embedded": 0, "errors": errors}
+    with pytest.raises(ValueError, match="Nothing in the sample of 2 rows can be embedded: 2 times: no text"):
+        embed_costs.estimate(shards, [batch], given)
+
+
+def test_the_version_of_a_folder_is_that_of_the_models_own_files(options, trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "model")
+    given = options("data")
+    given.model, given.subfolder, given.revision = str(folder), "", None
+    before = embed_output.model_version(given)
+    (folder / "my_script.py").write_text("1")
+    assert embed_output.model_version(given) == before
+    (folder / "modeling_internvl.py").write_text("1")
+    assert embed_output.model_version(given) != before
 
 
 def test_rows_of_tars_are_estimated_from_how_far_was_read(options, tmp_path):
