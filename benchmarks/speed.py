@@ -31,12 +31,14 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize
 from transformers import AutoModel, AutoProcessor, DynamicCache, TorchAoConfig
 from transformers.utils import logging
 
+from model_index import replace_between  # of tools/, where `measuring` looks too
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 MEASURED = ROOT / "benchmarks" / "speed.json"
 CURVES = ROOT / "benchmarks" / "curves.png"
 README = ROOT / "README.md"
-START, END = "<!-- results:speed -->", "<!-- /results:speed -->"
+MARKS = "<!-- results:speed -->", "<!-- /results:speed -->"
 INTRODUCTION = """\
 # How fast
 
@@ -628,16 +630,14 @@ def summary(measured: dict[str, Any]) -> str:
     """What the README says, as Markdown."""
     rows = [Row(**row) for found in measured.values() for row in found["rows"]]
     lines = [f"* {row.headline.format(format(row.value, '.3g'))};" for row in rows if row.headline]
-    return "\n".join([START, *lines[:-1], lines[-1].replace(";", "."), "", f"On {measured['vision']['machine']}.", END])
+    return "\n".join([*lines[:-1], lines[-1].replace(";", "."), "", f"On {measured['vision']['machine']}."])
 
 
 def write(measured: dict[str, Any]) -> None:
     MEASURED.write_text(json.dumps(measured, indent=1, ensure_ascii=False) + "\n")
     RESULTS.write_text(report(measured))
     if "vision" in measured:
-        before, _, rest = README.read_text("utf-8").partition(START)
-        _, _, after = rest.partition(END)
-        README.write_text(before + summary(measured) + after, "utf-8")
+        replace_between(README, *MARKS, summary(measured))
 
 
 def main() -> None:

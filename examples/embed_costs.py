@@ -39,7 +39,7 @@ def estimate(shards: list[dict], batches: list[dict], options: argparse.Namespac
     rate = min(model_rate * options.pool, decode_rate * options.tasks)
     return {
         "sample": rows,
-        "errors": rows - sum(batch["embedded"] for batch in batches),
+        "errors": len(errors),
         "reasons": reasons,
         "rows": total,
         "is_counted": is_counted,

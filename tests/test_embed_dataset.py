@@ -616,7 +616,8 @@ def test_what_the_readme_says_is_what_was_measured():
     benchmark = importlib.util.module_from_spec(BENCHMARK)  # its name is that of the example
     BENCHMARK.loader.exec_module(benchmark)
     report = json.loads(benchmark.MEASURED.read_text("utf-8"))
-    assert benchmark.summary(report) in (ROOT / "README.md").read_text("utf-8")
+    start, end = benchmark.MARKS
+    assert f"{start}\n{benchmark.summary(report)}\n{end}" in (ROOT / "README.md").read_text("utf-8")
     assert report["h100s"] == benchmark.on_h100s()
     few, *_, many = report["results"]
     assert few["errors"] == many["errors"] == 0 and many["rows"] == 10 * few["rows"]

@@ -90,4 +90,5 @@ def test_results_are_those_that_were_measured():
 
 def test_what_the_readme_says_is_what_was_measured():
     readme = (ROOT / "README.md").read_text("utf-8")
-    assert speed.summary(json.loads(speed.MEASURED.read_text())) in readme
+    start, end = speed.MARKS
+    assert f"{start}\n{speed.summary(json.loads(speed.MEASURED.read_text()))}\n{end}" in readme
