@@ -15,6 +15,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizer
 
+from .compat_internvl import pipeline_task
+
 PREFIX = "summarize:"
 # Pipelines that call a tokenizer to have texts embedded, and know nothing of what that takes here.
 EMBEDDING_PIPELINES = ("zero-shot-image-classification", "feature-extraction")
@@ -99,7 +101,7 @@ class InternVLTokenizer(PreTrainedTokenizer):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """As in transformers; in a pipeline that embeds texts `default_task` is "embed"."""
         tokenizer = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        if kwargs.get("_from_pipeline") in EMBEDDING_PIPELINES:
+        if pipeline_task(kwargs) in EMBEDDING_PIPELINES:
             tokenizer.default_task = "embed"
         return tokenizer
 
