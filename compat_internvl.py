@@ -21,9 +21,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 OLDEST = (4, 57)
-# Releases with a broken feature: (package, version, feature, reason). That feature alone is refused there. Features:
-# "loading", "device maps", "captions", "training", "sentence-transformers".
-KNOWN_BAD: tuple[tuple[str, str, str, str], ...] = ()
+# Releases that break a feature: (package, version, feature, reason). That feature alone is refused there. Features are
+# "loading", "device maps", "captions", "training" and "sentence-transformers".
+KNOWN_BAD: tuple[tuple[str, str, str, str], ...] = (
+    ("transformers", "5.0.0", "device maps", "a method other than `forward` finds weights on no device"),
+)
 
 
 def release(text: str) -> tuple[int, ...]:
@@ -46,7 +48,8 @@ def refuse_known_bad(feature: str) -> None:
         except PackageNotFoundError:
             continue
         if listed:
-            raise RuntimeError(f"{feature} do not work with {package} {bad}: {reason}. Install another {package}.")
+            advice = f"Install another release: pip install --upgrade {package}"
+            raise RuntimeError(f"{package} {bad} breaks {feature}: {reason}. {advice}")
 
 
 check_release(transformers.__version__)
