@@ -61,8 +61,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
 try:
     from transformers import CLIPImageProcessorPil
-except ImportError:  # 4.57, where the plain name is the PIL one; goes with 4.57
-    from transformers import CLIPImageProcessor as CLIPImageProcessorPil
+except ImportError:  # up to 5.1 the plain name is the PIL one; goes when 5.2 is the oldest
+    from transformers import CLIPImageProcessor as CLIPImageProcessorPil  # noqa: F401
 
 # The dtype of a model that is loaded without one: since 5.0 the config's. Goes with 4.57.
 DEFAULT_DTYPE = "auto" if VERSION >= (5, 0) else torch.float32
@@ -102,7 +102,7 @@ def causal_mask(config: Any, states: torch.Tensor, padding: torch.Tensor | None,
     return create_causal_mask(**arguments)
 
 
-# ------------------------------------------------------------------------------------------------------ caches, generate
+# ----------------------------------------------------------------------------------------------------- caches, generate
 
 # 5.24 calls `past_key_values` `cache`; goes when 5.24 is the oldest.
 CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
@@ -174,7 +174,7 @@ def name_image_processor(processor_class: type) -> type:
 
 
 def pipeline_task(arguments: dict[str, Any]) -> str | None:
-    """The task of the pipeline that calls `from_pretrained`, if one does. Goes when pipelines document how they say it."""
+    """The task of the pipeline that calls `from_pretrained`, if one does. Goes when pipelines document how to tell."""
     return arguments.get("_from_pipeline")
 
 
@@ -199,7 +199,7 @@ def under_hook(method: Callable) -> Callable:
     return call
 
 
-def is_loaded(parameter: nn.Parameter) -> bool:
+def is_loaded(parameter: torch.Tensor) -> bool:
     """Whether a checkpoint filled a parameter, where `_init_weights` writes to a slice of it."""
     return getattr(parameter, "_is_hf_initialized", False)
 
@@ -232,7 +232,7 @@ GATHERED = "colwise_rep" if VERSION < (5, 1) else "colwise_gather_output"
 VISION_MLP = {"fc*": GATHERED} if VERSION < (5, 0) else {"fc1": "colwise", "fc2": "rowwise"}
 
 
-def collect_tp_plan(model: nn.Module) -> None:
+def collect_tp_plan(model: Any) -> None:
     """Set the plan that the classes name and nothing else: 4.57 drops a class's own, 5.23 adds the embeddings."""
     plan = dict(type(model)._tp_plan)
     for name, part in model.named_children():
@@ -288,6 +288,3 @@ def save_quantized_root_parameters(model: Any) -> None:
         return state, metadata
 
     model.hf_quantizer.get_state_dict_and_metadata = flattened
-
-
-__all__ = ["check_release", "refuse_known_bad"]

@@ -36,6 +36,7 @@ from .compat_internvl import (
 from .configuration_internvl import QLlamaConfig
 from .modeling_intern_vit import InternPreTrainedModel, RegistryAttention, rms_norm_class, run_layers
 
+
 def attention_mask_for(
     config: QLlamaConfig,
     hidden_states: torch.Tensor,

@@ -50,7 +50,9 @@ def test_no_other_module_names_a_version_or_an_undocumented_name(name):
 
 def test_the_patterns_find_what_they_are_for():
     text = (ROOT / COMPAT).read_text()
-    assert VERSIONS.search("needs transformers 4.57") and VERSIONS.search("# torch 2.13 has") and VERSIONS.search("5.24.0")
+    assert (
+        VERSIONS.search("needs transformers 4.57") and VERSIONS.search("# torch 2.13 has") and VERSIONS.search("5.24.0")
+    )
     assert not VERSIONS.search("6.7 of 13.8 billion") and not VERSIONS.search("a transformers release")
     assert len(set(UNDOCUMENTED.findall(text))) >= 12
 
@@ -85,7 +87,9 @@ for auto_class in classes:
         print(error)
 """
     done = run_python(code, tmp_path, flat)
-    sentence = "InternVL-14B needs transformers 4.57 or newer, and 4.51.3 is installed: pip install --upgrade transformers"
+    sentence = (
+        "InternVL-14B needs transformers 4.57 or newer, and 4.51.3 is installed: pip install --upgrade transformers"
+    )
     assert done.stdout.splitlines() == [sentence] * len(ENTRY_POINTS)
 
 
@@ -114,7 +118,10 @@ def test_a_known_bad_release_refuses_its_feature_and_no_more(compat, flat, monke
     installed = transformers.__version__
     for feature in calls:
         for module in modules:
-            entries = (("transformers", installed, feature, "no reason"), ("nothing", "1.0", "loading", "not installed"))
+            entries = (
+                ("transformers", installed, feature, "no reason"),
+                ("nothing", "1.0", "loading", "not installed"),
+            )
             monkeypatch.setattr(module, "KNOWN_BAD", entries)
         for name, call in calls.items():
             if name == feature or (feature == "loading" and name in ("device maps", "sentence-transformers")):
@@ -352,7 +359,9 @@ def test_the_plan_of_tensor_parallelism_is_that_of_the_classes(compat):
     model._tp_plan = {"embed_tokens": "colwise"}
     compat.collect_tp_plan(model)
     parts = {"vision_model": model.vision_model, "qllama": model.qllama}
-    assert model._tp_plan == {f"{name}.{key}": value for name, part in parts.items() for key, value in part._tp_plan.items()}
+    assert model._tp_plan == {
+        f"{name}.{key}": value for name, part in parts.items() for key, value in part._tp_plan.items()
+    }
     assert set(compat.VISION_MLP.values()) <= {"colwise", "rowwise", compat.GATHERED}
 
 

@@ -79,6 +79,13 @@ def test_dtypes(folder, options, dtype):
     assert model.config.dtype == dtype
 
 
+def test_the_path_may_be_named(folder):
+    """As transformers names it."""
+    model_class = repo_class("modeling_internvl.InternVLModel")
+    named = model_class.from_pretrained(pretrained_model_name_or_path=folder, dtype="auto")
+    assert torch.equal(named.itm_head.weight, model_class.from_pretrained(folder, dtype="auto").itm_head.weight)
+
+
 @pytest.fixture(scope="module")
 def hub_cache(folder, tmp_path_factory):
     """
