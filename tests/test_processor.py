@@ -17,9 +17,11 @@ from PIL import Image, ImageDraw
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from processing_internvl import CLIPImageProcessorPil, InternVLProcessor  # noqa: E402
-from tokenization_internvl import InternVLTokenizer  # noqa: E402
+from conftest import repo_class  # noqa: E402
 
+InternVLTokenizer = repo_class("tokenization_internvl.InternVLTokenizer")
+InternVLProcessor = repo_class("processing_internvl.InternVLProcessor")
+CLIPImageProcessorPil = sys.modules[InternVLProcessor.__module__].CLIPImageProcessorPil
 TINY = ROOT / "tiny"
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 MODES = "1 L P RGB RGBA CMYK YCbCr HSV I F LA PA RGBX RGBa La I;16 I;16L I;16B I;16N".split()
@@ -357,7 +359,7 @@ def test_default_task_decides_for_calls_that_name_none(processor):
 def test_fresh_process_loads_saves_and_serves_pipelines(processor, tmp_path):
     repository = tmp_path / "repository"
     (repository / "tiny").mkdir(parents=True)
-    code_files = ("tokenization_internvl.py", "processing_internvl.py")
+    code_files = ("compat_internvl.py", "tokenization_internvl.py", "processing_internvl.py")
     configs = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
     for name in (*code_files, *configs, *(f"tiny/{name}" for name in configs)):
         shutil.copy(ROOT / name, repository / name)

@@ -15,8 +15,9 @@ import sentencepiece
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tokenization_internvl import InternVLTokenizer  # noqa: E402
+from conftest import repo_class  # noqa: E402
 
+InternVLTokenizer = repo_class("tokenization_internvl.InternVLTokenizer")
 TINY_MODEL = ROOT / "tiny" / "tokenizer.model"
 REAL_MODEL = Path(os.environ.get("INTERNVL_TOKENIZER", ROOT.parent / "shared" / "reference" / "tokenizer.model"))
 needs_real = pytest.mark.skipif(
@@ -60,7 +61,12 @@ def tokenizer(model_file):
 @pytest.fixture
 def repository(tmp_path):
     """The tokenizer part of the repository as the Hub would serve it, with a config class that loads nothing."""
-    for name in ("tokenization_internvl.py", "tokenizer_config.json", "tiny/tokenizer_config.json"):
+    for name in (
+        "compat_internvl.py",
+        "tokenization_internvl.py",
+        "tokenizer_config.json",
+        "tiny/tokenizer_config.json",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     config = {"model_type": "internvl_14b", "auto_map": {"AutoConfig": "configuration_internvl.InternVLConfig"}}
