@@ -1,5 +1,6 @@
 """What benchmarks/speed.py measures with: models at the 14B's widths, their peers, clocks and counters."""
 
+import inspect
 import itertools
 import sys
 import time
@@ -16,7 +17,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModel, DynamicCache, LlamaConfig, LlamaForCausalLM, LogitsProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    DynamicCache,
+    GenerationMixin,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -26,6 +35,10 @@ import simulate_devices  # noqa: E402
 WIDTH, VISION_WIDTH, VOCABULARY = 4096, 3200, 49_954
 QUERIES, PROMPT, BEAMS, LAYERS = 96, 5, 5, 2
 CARD = "cuda:0"
+# What transformers calls a cache.
+CACHE_NAME = {"cache", "past_key_values"}.intersection(
+    inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+).pop()
 
 # ------------------------------------------------------------------------------------------------------- comparing
 
@@ -313,14 +326,13 @@ def original_caption(model: Any, seen: Any, prompt: torch.Tensor, **options: Any
 
     def all_at_once(
         input_ids: torch.Tensor,
-        past_key_values: Any = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
-        **unused: Any,
+        **others: Any,
     ) -> dict[str, Any]:
-        inputs = {"past_key_values": past_key_values, "attention_mask": attention_mask, "use_cache": True}
-        if past_key_values.get_seq_length():
+        inputs = {CACHE_NAME: others[CACHE_NAME], "attention_mask": attention_mask, "use_cache": True}
+        if others[CACHE_NAME].get_seq_length():
             return inputs | {"input_ids": input_ids[:, -1:], "logits_to_keep": 1}
         queries = model.config.num_query_token
         picture = {"encoder_hidden_states": encoder_hidden_states, "num_bidirectional": queries}
@@ -401,9 +413,10 @@ def run_text(model: Any, dtype: torch.dtype) -> Callable[[], Any]:
 
 def run_decoding(model: Any, dtype: torch.dtype) -> Callable[[], Any]:
     tokens, cache = torch.zeros(1, 12, dtype=torch.long, device=CARD), DynamicCache(config=model.config)
-    model(input_ids=tokens, past_key_values=cache, use_cache=True)
+    named = {CACHE_NAME: cache, "use_cache": True}
+    model(input_ids=tokens, **named)
     last = tokens.narrow(1, 0, 1)
-    return lambda: model(input_ids=last, past_key_values=cache, use_cache=True)
+    return lambda: model(input_ids=last, **named)
 
 
 def operators_per_layer(

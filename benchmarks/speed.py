@@ -418,7 +418,7 @@ def int8(bench: Bench) -> None:
     states, cache_of = model.vision_model(pixels(4)).last_hidden_state, {}
     for each in (model, quantised):
         cache_of[each] = DynamicCache(config=model.config.qllama_config)
-        model.qllama.model(input_ids=m.ids(BEAMS, 101), past_key_values=cache_of[each], use_cache=True)
+        model.qllama.model(input_ids=m.ids(BEAMS, 101), cache=cache_of[each], use_cache=True)
     step = m.ids(BEAMS, 2)[:, :1]
     calls: dict[str, tuple[str, Callable[[Any], torch.Tensor]]] = {
         "vision encoder, batch 4": (">= 2.5", lambda each: each.vision_model(pixels(4)).last_hidden_state),
@@ -427,7 +427,7 @@ def int8(bench: Bench) -> None:
         "the queries over 4 pictures": (">= 2.5", lambda each: each._query_states(states)),
         "decoding, 5 rows": (
             ">= 2",
-            lambda each: each.qllama.model(input_ids=step, past_key_values=cache_of[each], use_cache=True)[0],
+            lambda each: each.qllama.model(input_ids=step, cache=cache_of[each], use_cache=True)[0],
         ),
     }
     for work, (target, call) in calls.items():
@@ -513,7 +513,7 @@ def overhead(bench: Bench) -> None:
     runs: dict[str, Callable[[Any], Any]] = {
         "vision": lambda model: model(image),
         "text": lambda model: model(input_ids=tokens, use_cache=False),
-        "decoding": lambda model: model(input_ids=tokens[:, :1], past_key_values=caches[model], use_cache=True),
+        "decoding": lambda model: model(input_ids=tokens[:, :1], use_cache=True, **{m.CACHE_NAME: caches[model]}),
     }
     for name, run in runs.items():
         part = "text" if name == "decoding" else name
