@@ -1,0 +1,62 @@
+"""With device maps and disk offload every method gives the bits of the plain model."""
+
+import pytest
+import torch
+
+from conftest import load
+
+pytest.importorskip("accelerate")
+PIXELS = torch.linspace(-2, 2, 2 * 3 * 48 * 48).sin().view(2, 3, 48, 48)
+IDS = torch.tensor([[1, 405, 353, 2326, 2, 0], [1, 405, 353, 77, 900, 2]])
+PLANS = {
+    "in memory": {"": "cpu"},
+    "split": {"": "cpu", "qllama": "disk", "query_tokens": "disk", "vision_model.encoder.layers.1": "disk"},
+    "all on disk": {"": "disk"},
+}
+CALLS = {
+    "InternVL-C": lambda model: model(IDS, PIXELS, mode="InternVL-C").to_tuple(),
+    "InternVL-G": lambda model: model(IDS, PIXELS, mode="InternVL-G").to_tuple(),
+    "embed_image": lambda model: (model.embed_image(PIXELS, "InternVL-G"),),
+    "embed_text": lambda model: (model.embed_text(IDS, IDS > 0),),
+    "encode_image": lambda model: (model.encode_image(PIXELS), model.encode_image(PIXELS, "InternVL-G")),
+    "encode_text": lambda model: (model.encode_text(IDS),),
+    "match": lambda model: (model.match(PIXELS, IDS), model.match(PIXELS, IDS, all_pairs=True)),
+    "features": lambda model: (*model.get_image_features(PIXELS), model.get_text_features(IDS)),
+}
+CAPTIONS = {
+    "greedy": {"max_new_tokens": 5},
+    "beams": {"max_new_tokens": 5, "num_beams": 3},
+    "static": {"max_new_tokens": 5, "cache_implementation": "static"},
+}
+
+
+@pytest.fixture(scope="module")
+def plain(trained):
+    return load(trained, dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module", params=PLANS)
+def mapped(request, trained, tmp_path_factory):
+    model = load(
+        trained,
+        dtype=torch.bfloat16,
+        device_map=PLANS[request.param],
+        offload_folder=str(tmp_path_factory.mktemp("off")),
+    )
+    on_disk = any(parameter.device.type == "meta" for parameter in model.parameters())
+    assert on_disk == (request.param != "in memory")
+    return model
+
+
+@pytest.mark.parametrize("call", CALLS)
+@torch.inference_mode()
+def test_every_method_gives_the_same_bits(mapped, plain, call):
+    wanted = CALLS[call](plain)
+    for _ in range(2):  # what was fetched once must be fetched again
+        assert all(torch.equal(*pair) for pair in zip(CALLS[call](mapped), wanted, strict=True))
+
+
+@pytest.mark.feature("generate")
+@pytest.mark.parametrize("way", CAPTIONS)
+def test_captions_are_the_same(mapped, plain, way):
+    assert mapped.generate(PIXELS, **CAPTIONS[way]).tolist() == plain.generate(PIXELS, **CAPTIONS[way]).tolist()
