@@ -13,7 +13,10 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from conftest import CODE, GOLDEN, ROOT, golden_model, load, repo_class
+from conftest import CODE, GOLDEN, ROOT, golden_model, load
+
+sys.path.insert(0, str(ROOT / "tools"))
+from matrix import known_bad  # noqa: E402
 
 FRESH = Path(__file__).resolve().parent / "fresh"
 # Scripts that read what another one wrote.
@@ -24,23 +27,20 @@ torch.set_num_threads(1)  # a second process runs beside the tests
 
 
 def pytest_configure(config):
-    config.addinivalue_line(
-        "markers", "fresh(name): checks the output of fresh/NAME.py, which runs in its own interpreter"
-    )
-    config.addinivalue_line(
-        "markers", "feature(name): belongs to a feature that KNOWN_BAD of compat_internvl.py may name"
-    )
+    config.addinivalue_line("markers", "fresh(name): checks the output of fresh/NAME.py, run in its own interpreter")
+    config.addinivalue_line("markers", "feature(name): a feature that KNOWN_BAD in compat_internvl.py may refuse")
 
 
 # ------------------------------------------------------------------------------------------------ refused features
 
 
-def refused() -> dict[str, str]:
-    """Feature -> reason, for the features that KNOWN_BAD refuses with the installed packages."""
-    if not (ROOT / "compat_internvl.py").is_file():
-        return {}
-    known_bad = repo_class("compat_internvl.KNOWN_BAD")
-    return {feature: reason for package, bad, feature, reason in known_bad if installed(package) == bad}
+def refused(item) -> str | None:
+    """Why KNOWN_BAD refuses the feature of a test with the installed packages; None if it does not."""
+    features = [mark.args[0] for mark in item.iter_markers("feature")]
+    for package, bad, feature, reason in known_bad():
+        if feature in features and installed(package) == bad:
+            return reason
+    return None
 
 
 def installed(package: str) -> str | None:
@@ -51,20 +51,18 @@ def installed(package: str) -> str | None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_pyfunc_call(pyfuncitem):
-    """Where KNOWN_BAD names a test's feature, the test must fail with that reason; it then counts as skipped."""
-    reasons = refused()
-    marks = [mark.args[0] for mark in pyfuncitem.iter_markers("feature") if mark.args[0] in reasons]
-    if not marks:
-        return (yield)
-    reason = reasons[marks[0]]
-    try:
-        yield
-    except Exception as error:
-        if reason in str(error):
-            pytest.skip(f"refused: {reason}")
-        raise
-    pytest.fail(f"KNOWN_BAD names {marks[0]!r} for this version, but it worked: {reason}")
+def pytest_runtest_makereport(item, call):
+    """A test of a refused feature must fail with the reason of the refusal; it then counts as skipped."""
+    report = yield
+    reason = refused(item)
+    if reason is None or report.skipped:
+        return report
+    path, line, _ = item.location
+    if call.excinfo is not None and reason in str(call.excinfo.value):
+        report.outcome, report.longrepr = "skipped", (path, line, f"Skipped: refused: {reason}")
+    elif call.when == "call" and report.passed:
+        report.outcome, report.longrepr = "failed", f"KNOWN_BAD refuses this, but it works: {reason}"
+    return report
 
 
 # ---------------------------------------------------------------------------------------------- fresh interpreters

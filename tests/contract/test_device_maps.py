@@ -6,6 +6,7 @@ import torch
 from conftest import load
 
 pytest.importorskip("accelerate")
+pytestmark = pytest.mark.feature("device maps")
 PIXELS = torch.linspace(-2, 2, 2 * 3 * 48 * 48).sin().view(2, 3, 48, 48)
 IDS = torch.tensor([[1, 405, 353, 2326, 2, 0], [1, 405, 353, 77, 900, 2]])
 PLANS = {
@@ -56,7 +57,7 @@ def test_every_method_gives_the_same_bits(mapped, plain, call):
         assert all(torch.equal(*pair) for pair in zip(CALLS[call](mapped), wanted, strict=True))
 
 
-@pytest.mark.feature("generate")
+@pytest.mark.feature("captions")
 @pytest.mark.parametrize("way", CAPTIONS)
 def test_captions_are_the_same(mapped, plain, way):
     assert mapped.generate(PIXELS, **CAPTIONS[way]).tolist() == plain.generate(PIXELS, **CAPTIONS[way]).tolist()

@@ -48,7 +48,7 @@ def test_match(fresh, half, processor, pixels):
     torch.testing.assert_close(torch.tensor(fresh["match"]), logits.float().softmax(-1)[..., 1], **CLOSE)
 
 
-@pytest.mark.feature("generate")
+@pytest.mark.feature("captions")
 def test_caption(fresh, half, processor, pixels):
     prompt = processor(text="中文描述:", task="caption")
     ids = half.generate(pixels, **prompt, num_beams=3, max_new_tokens=6)

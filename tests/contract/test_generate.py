@@ -7,7 +7,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from conftest import golden
 
-pytestmark = pytest.mark.feature("generate")
+pytestmark = pytest.mark.feature("captions")
 INPUTS, EXPECTED = golden("tiny/inputs"), golden("tiny/expected")
 PIXELS, PROMPTS = INPUTS["pixel_values"], INPUTS["prompt_ids"]
 LENGTHS = {"max_new_tokens": 12, "min_new_tokens": 8}

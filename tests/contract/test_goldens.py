@@ -63,7 +63,7 @@ def test_match(model):
     assert_close(every[rows % len(every), rows], logits, **TOLERANCE)
 
 
-@pytest.mark.feature("generate")
+@pytest.mark.feature("captions")
 @pytest.mark.parametrize("name, beams", [("generate_greedy", 1), ("generate_beam5", 5)])
 def test_captions(model, name, beams):
     wanted = EXPECTED[name][:, 1:].tolist()  # the original put <s> in front

@@ -43,7 +43,7 @@ def test_saved_model_embeds_and_matches_to_the_same_bits(fresh, saved):
     assert len(saved["embeds"]) == 5 and fresh["embeds"] == saved["embeds"]
 
 
-@pytest.mark.feature("generate")
+@pytest.mark.feature("captions")
 @pytest.mark.fresh("load")
 def test_saved_model_writes_the_same_captions(fresh, saved):
     assert len(saved["captions"]) == 4 and fresh["captions"] == saved["captions"]
@@ -91,7 +91,7 @@ def test_nothing_optional_is_needed(fresh):
     assert len(fresh["embeds"]) == 5 and fresh["imported"] == []
 
 
-@pytest.mark.feature("generate")
+@pytest.mark.feature("captions")
 @pytest.mark.fresh("bare")
 def test_nothing_optional_is_needed_for_captions(fresh):
     assert fresh["captions"] == 4

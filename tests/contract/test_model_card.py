@@ -26,7 +26,7 @@ def test_logits(fresh, half, mode):
     assert ids.shape == (3, 80) and set(ids[:, 0].tolist()) == {1} and all(2 in row for row in ids.tolist())
 
 
-@pytest.mark.feature("generate")
+@pytest.mark.feature("captions")
 def test_caption(fresh, half, processor):
     prompt, found, caption = fresh["caption"]
     pixels = torch.tensor(fresh["comparison"]["pixel_values"])[:1].bfloat16()

@@ -56,7 +56,7 @@ def test_feature_extraction(make, tiny, processor):
         torch.testing.assert_close(torch.tensor(found).reshape(3, -1), wanted, **CLOSE)
 
 
-@pytest.mark.feature("generate")
+@pytest.mark.feature("captions")
 def test_image_text_to_text(make, tiny, processor, images):
     write = make("image-text-to-text")
     prompts = ["English caption:", "中文描述:", "English caption:", "English caption:"]

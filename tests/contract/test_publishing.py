@@ -3,7 +3,7 @@
 import pytest
 
 
-@pytest.mark.feature("generate")  # the tool's own check writes captions
+@pytest.mark.feature("captions")  # the tool's own check writes captions
 @pytest.mark.fresh("publish")
 def test_the_tool_checks_what_it_made(interpreters, work):
     done = interpreters.start("publish").result()
@@ -23,7 +23,7 @@ def test_it_embeds_as_the_clone(fresh, interpreters):
     assert fresh["embeds"] == interpreters.found("save")["embeds"]
 
 
-@pytest.mark.feature("generate")
+@pytest.mark.feature("captions")
 @pytest.mark.fresh("published")
 def test_it_writes_the_clones_captions(fresh, interpreters):
     assert fresh["captions"] == interpreters.found("save")["captions"]

@@ -8,6 +8,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from conftest import ROOT
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
+pytestmark = pytest.mark.feature("sentence-transformers")
 NAMES = ["panda", "lion", "pizza", "rocket"]
 IMAGES = [str(ROOT / "examples" / "pictures" / f"{name}.png") for name in NAMES]
 TEXTS = ["a photo of a panda", "狮子", "a  pizza with two spaces", "ロケット"]

@@ -91,10 +91,23 @@ def training():
 
 
 @part
+def lora():
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        return False
+    base = AutoModel.from_pretrained(TRAINED, dtype=torch.float32, **TRUST)
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["attn.qkv", "self_attn.q_proj"]))
+    adapted(**inputs).logits_per_image.sum().backward()
+    adapted.merge_and_unload()
+    return True
+
+
+@part
 def saving():
-    model.save_pretrained(WORK / "noticed_model")
-    processor.save_pretrained(WORK / "noticed_model")
-    AutoModel.from_pretrained(WORK / "noticed_model", dtype="auto", **TRUST)
+    model.save_pretrained(WORK / "deprecations_model")
+    processor.save_pretrained(WORK / "deprecations_model")
+    AutoModel.from_pretrained(WORK / "deprecations_model", dtype="auto", **TRUST)
 
 
 @part
