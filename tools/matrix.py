@@ -65,9 +65,16 @@ print(json.dumps({name: installed(name) for name in sys.argv[1:]}))
 
 @dataclass
 class Result:
-    """One run of the contract: `counts` by subject, of "passed", "failed", "skipped" and "refused"."""
+    """
+    One run of the contract.
+
+    Attributes:
+        counts: by subject, of "passed", "failed", "skipped" and "refused" checks.
+        refusal: why nothing was run, where KNOWN_BAD refuses to load the model at all.
+    """
 
     versions: dict[str, str]
+    refusal: str = ""
     counts: dict[str, Counter] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     seconds: float = 0
@@ -127,6 +134,11 @@ def installed(python: Path, *names: str) -> dict[str, str]:
 def contract(name: str, python: Path) -> Result:
     """Run the contract with an interpreter."""
     result = Result(installed(python, "torch", *LIBRARIES))
+    for package, bad, feature, reason in known_bad():
+        if feature == "loading" and result.versions.get(package) == bad:
+            print(f"{name}: refused by KNOWN_BAD: {reason}", flush=True)
+            result.refusal = reason
+            return result
     print(f"{name}: running the contract on transformers {result.versions['transformers']} ...", flush=True)
     ENVIRONMENTS.mkdir(parents=True, exist_ok=True)
     report = ENVIRONMENTS / f"{name}.xml"
@@ -199,6 +211,8 @@ def table(results: dict[str, Result]) -> str:
 
 
 def cells(result: Result) -> list[str]:
+    if result.refusal:
+        return [f"refused: {result.refusal}", *[""] * len(SUBJECTS)]
     found = [cell(result.counts.get(subject, Counter())) for subject in SUBJECTS]
     return [*found, f"{result.seconds:.0f} ({result.cpu_seconds:.0f})"]
 
