@@ -2,12 +2,12 @@
 
     python tools/matrix.py                                     # all versions; writes the table
     python tools/matrix.py --only 4.57.6 newest                # some of them; writes nothing
-    python tools/matrix.py --python .venv/bin/python           # an interpreter that exists; writes nothing
+    python tools/matrix.py --python .venv/bin/python           # an existing interpreter; writes nothing
 
-Each version gets an environment under .cache/matrix, of 1.2 GB, which takes a minute or more to make and is used again.
-Only torch and transformers are pinned in it; "newest" pins torch alone and is upgraded before every run, so it is what
-`pip install` gives a user today. A check that is skipped counts as a failure, unless KNOWN_BAD in compat_internvl.py
-refuses its feature. The exit status is 1 if anything failed.
+Each version gets an environment under .cache/matrix (1.4 GB, one to three minutes to make), which later runs reuse.
+Only torch and transformers are pinned in it. "newest" pins torch alone and is upgraded before every run, so it is what
+`pip install` gives a user today. A skipped check counts as a failure, unless KNOWN_BAD in compat_internvl.py refuses its
+feature. The exit status is 1 if anything failed.
 """
 
 import argparse
@@ -100,7 +100,7 @@ def requirements(name: str) -> list[str]:
 
 
 def environment(name: str) -> Path:
-    """The interpreter of a version's environment, which is made, or upgraded, if it must be."""
+    """The interpreter of a version's environment, which is created or upgraded first where necessary."""
     folder = ENVIRONMENTS / name
     python, ready, wanted = folder / "bin" / "python", folder / "ready", shlex.join(requirements(name))
     if name != NEWEST and ready.is_file() and ready.read_text() == wanted:
@@ -228,15 +228,17 @@ def cell(counts: Counter) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", metavar="VERSION", help=f"some of {', '.join(VERSIONS)}, or any other")
-    parser.add_argument("--python", type=Path, help="an interpreter that exists, instead of environments made here")
-    parser.add_argument("--no-write", action="store_true", help="leave the table of docs/versions.md as it is")
+    parser.add_argument("--python", type=Path, help="use this interpreter instead of making environments")
+    parser.add_argument(
+        "--no-write", action="store_true", help="do not write the table, not even after a run of all versions"
+    )
     arguments = parser.parse_args()
     if arguments.python:
         if arguments.only and len(arguments.only) > 1:
             parser.error("--python is one interpreter, so --only takes one version with it")
         pythons = {(arguments.only or ["given"])[0]: arguments.python.absolute()}
     else:
-        # Made first, so that one which cannot be made fails at once, and the runs are timed without it.
+        # All are made before the first run: a failing install shows early, and is not part of any timing.
         pythons = {name: environment(name) for name in arguments.only or VERSIONS}
     results = {name: contract(name, python) for name, python in pythons.items()}
     text = table(results)
