@@ -6,8 +6,8 @@
 
 Each version gets an environment under .cache/matrix (1.4 GB, one to three minutes to make), which later runs reuse.
 Only torch and transformers are pinned in it. "newest" pins torch alone and is upgraded before every run, so it is what
-`pip install` gives a user today. A skipped check counts as a failure, unless KNOWN_BAD in compat_internvl.py refuses its
-feature. The exit status is 1 if anything failed.
+`pip install` gives a user today. A skipped check counts as a failure, unless KNOWN_BAD in compat_internvl.py refuses
+its feature. The exit status is 1 if anything failed.
 """
 
 import argparse
@@ -201,7 +201,8 @@ def table(results: dict[str, Result]) -> str:
     for package, version, feature, reason in known_bad():
         if package == "transformers" and version not in run_versions:
             rows.append([version, f"`{feature}` is refused: {reason}", *[""] * (len(columns) - 2)])
-    lines = [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
+    lines = [f"| {' | '.join(cells)} |" for cells in (columns, *rows)]
+    lines.insert(1, "|---" * len(columns) + "|")
     torch_version = next(iter(results.values())).versions["torch"]
     machine = (
         f"a CPU ({platform.machine()}, {os.cpu_count()} cores), torch {torch_version}, Python {sys.version.split()[0]}"
