@@ -95,7 +95,7 @@ def known_bad() -> list[tuple[str, str, str, str]]:
 
 
 def requirements(name: str) -> list[str]:
-    pin = {NEWEST: "", name: f"=={name}" if name.count(".") == 2 else f"=={name}.*"}[name]
+    pin = "" if name == NEWEST else f"=={name}" if name.count(".") > 1 else f"=={name}.*"
     return [TORCH, f"transformers{pin}", *LIBRARIES[1:], *OTHERS]
 
 
