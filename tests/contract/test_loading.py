@@ -5,12 +5,14 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
+from transformers.utils import is_torchvision_available
 
 from conftest import GOLDEN, INDEX, TOLERANCE, golden, load
 
-CLASSES = ["InternVLConfig", "InternVLModel", "InternVLProcessor", "InternVLTokenizer", "internvl_14b", 48, 48]
+CLASSES = ["InternVLConfig", "InternVLModel", "InternVLProcessor", "InternVLTokenizer", "internvl_14b"]
 CULPRIT = "itm_head.bias"
 
 
@@ -18,6 +20,18 @@ CULPRIT = "itm_head.bias"
 @pytest.mark.parametrize("place", ["folder", "subfolder"])
 def test_auto_classes(fresh, place):
     assert fresh[f"{place}_classes"] == CLASSES
+
+
+@pytest.mark.fresh("load")
+@pytest.mark.parametrize("place", ["folder", "subfolder"])
+def test_auto_image_processor(fresh, place):
+    """AutoProcessor needs no torchvision; in transformers 5.4 to 5.17 AutoImageProcessor itself requires it."""
+    found = fresh[f"{place}_image_processor"]
+    minor = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if (5, 4) <= minor <= (5, 17) and not is_torchvision_available():
+        assert "torchvision" in found
+    else:
+        assert found == ["CLIPImageProcessor", 48, 48]
 
 
 @pytest.mark.fresh("load")

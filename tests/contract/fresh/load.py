@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
 
 TRUST = {"trust_remote_code": True}
-CLASSES = [AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, AutoImageProcessor]
+CLASSES = [AutoConfig, AutoModel, AutoProcessor, AutoTokenizer]
 
 
 @part
@@ -45,8 +45,15 @@ def auto_dtype():
 
 def names(folder, **where):
     loaded = [each.from_pretrained(folder, **TRUST, **where) for each in CLASSES]
-    size = loaded[-1].crop_size
-    return [*(type(each).__name__ for each in loaded[:-1]), loaded[0].model_type, size["height"], size["width"]]
+    return [*(type(each).__name__ for each in loaded), loaded[0].model_type]
+
+
+def image_processor(folder, **where):
+    """Its class and crop size, or the packages that transformers requires for AutoImageProcessor itself."""
+    if missing := getattr(AutoImageProcessor, "_backends", None):  # a placeholder class
+        return list(missing)
+    loaded = AutoImageProcessor.from_pretrained(folder, **TRUST, **where)
+    return [type(loaded).__name__.removesuffix("Pil"), loaded.crop_size["height"], loaded.crop_size["width"]]
 
 
 @part
@@ -57,6 +64,16 @@ def folder_classes():
 @part
 def subfolder_classes():
     return names(WORK / "clone", subfolder="tiny")
+
+
+@part
+def folder_image_processor():
+    return image_processor(TRAINED)
+
+
+@part
+def subfolder_image_processor():
+    return image_processor(WORK / "clone", subfolder="tiny")
 
 
 @part
