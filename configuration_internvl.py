@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from .compat_internvl import set_attention_name
 from .configuration_intern_vit import (
     InternVisionConfig,
     require,
@@ -41,7 +42,7 @@ class QLlamaConfig(PretrainedConfig):
 
     model_type = "qllama"
     base_config_key = "qllama_config"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     def __init__(
         self,
@@ -134,7 +135,7 @@ class InternVLConfig(PretrainedConfig):
         clip_embed_dim (`int`): width of the shared embedding space.
         attn_pool_num_heads (`int`): heads of the attention pools `clip_projector` and `clip_projector2`.
         num_query_token (`int`): learnable queries; also set on the QLLaMA config.
-        label_smoothing (`float`): of the contrastive training loss, in [0, 1).
+        label_smoothing (`float`): of the contrastive loss of stage 2, in [0, 1); it has no effect on retrieval.
         cross_attention_frequency (`int`): also set on the QLLaMA config.
         use_backbone_lora, use_qllama_lora (`int`): ranks of the LoRA adapters of a checkpoint that the original's code
             fine-tuned; 0 is none. `from_pretrained` adds them to the weights and sets these to 0.
@@ -204,7 +205,7 @@ class InternVLConfig(PretrainedConfig):
         self._share_with_sub_configs()
         self._check_fields()
         if attn_implementation is not None:
-            self._attn_implementation = attn_implementation
+            set_attention_name(self, attn_implementation)
 
     def _share_with_sub_configs(self) -> None:
         self.qllama_config.num_query_token = self.num_query_token
@@ -255,7 +256,7 @@ class InternVLConfig(PretrainedConfig):
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PretrainedConfig:
         """The config that transformers' generation and caches are to read: QLLaMA's."""
-        # transformers >= 5 asks while its own part of the config is being built.
+        # transformers may ask while its own part of the config is being built.
         return getattr(self, "qllama_config", self)
 
 

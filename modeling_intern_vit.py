@@ -13,11 +13,9 @@ Where this file differs from the original implementation, and why:
 The base classes at the top serve all three modeling files.
 """
 
-import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from copy import copy, deepcopy
 from functools import partial
 from pathlib import Path
@@ -29,26 +27,32 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, __version__
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import logging
 
+from .compat_internvl import (
+    CAN_OFFLOAD_A_STATE,
+    DEFAULT_DTYPE,
+    GATHERED,
+    LOADING_PROBLEMS,
+    VISION_MLP,
+    attention_function,
+    attention_name,
+    collect_tp_plan,
+    ignore_in_checkpoint,
+    recompute_by_default,
+    recomputed,
+    refuse_known_bad,
+    root_parameters_in_tensor_parallel,
+    save_quantized_root_parameters,
+    set_tp_size,
+)
 from .configuration_intern_vit import InternVisionConfig
 
 logger = logging.get_logger(__name__)
-
-# What differs between the supported versions of transformers.
-VERSION = tuple(int(part) for part in __version__.split(".")[:2])
-# The dtype of a model that is loaded without one being asked for: since 5.0 the config's, before that float32.
-DEFAULT_DTYPE = "auto" if VERSION >= (5, 0) else torch.float32
-# How `_tp_plan` is spelt. Up to 5.0 a split layer whose output is gathered is called "colwise_rep". 4.57 reads each
-# digit of a name as "*", so that `fc1` and `fc2` have to share one style there.
-GATHERED = "colwise_rep" if VERSION < (5, 1) else "colwise_gather_output"
-VISION_MLP = {"fc*": GATHERED} if VERSION < (5, 0) else {"fc1": "colwise", "fc2": "rowwise"}
 
 # The config's names for the ranks of the original's LoRA adapters, and what these are multiplied with: alpha / r.
 LORA_RANKS = ("use_backbone_lora", "use_qllama_lora")
@@ -59,7 +63,7 @@ NOT_INTERN_VIT = [r"^qllama\.", r"^clip_projector2?\.", r"^itm_head\.", r"^(quer
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, in fewer passes over memory where torch 2.13 has no fused kernel for it: in float32 on the CPU."""
+    """torch's RMSNorm; faster in float32 on the CPU, where torch has no fused kernel."""
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         plain = states.device.type == "cpu" and states.dtype == self.weight.dtype == torch.float32
@@ -112,7 +116,7 @@ class RegistryAttention(nn.Module):
     Base of every attention here: holds what the functions of transformers' attention registry look for on a module.
 
     Args:
-        config: a config whose `_attn_implementation` names the attention function.
+        config: a config whose `attn_implementation` names the attention function.
         num_heads (`int`), head_dim (`int`): shape of the queries.
         num_key_value_groups (`int`): query heads per key/value head.
         dropout (`float`): of the attention weights, in training.
@@ -135,15 +139,13 @@ class RegistryAttention(nn.Module):
 
     def attention_function(self, dtype: torch.dtype, has_mask: bool) -> Callable:
         """Look the configured function up in the registry."""
-        name = self.config._attn_implementation
+        name = attention_name(self.config)
         if name is not None and name.startswith("flash") and dtype == torch.float32:
             # FlashAttention has no float32 kernels, and SDPA does not take its masks.
             if has_mask:
                 raise ValueError(f"`attn_implementation={name!r}` needs a model in float16 or bfloat16, got float32.")
             name = "sdpa"
-        if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):  # transformers >= 5.0
-            return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
-        return eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+        return attention_function(name, eager_attention_forward)
 
     def attend(
         self,
@@ -208,11 +210,7 @@ class InternPreTrainedModel(PreTrainedModel):
     def post_init(self) -> None:
         """As in transformers; the plan for tensor parallelism is what the classes say and nothing else."""
         super().post_init()
-        # transformers 4.57 drops a class's own plan, and 5.23 adds one for the embeddings.
-        self._tp_plan = dict(type(self)._tp_plan)
-        for name, part in self.named_children():
-            plan = getattr(part, "_tp_plan", {})
-            self._tp_plan |= {f"{name}.{layer}": style for layer, style in plan.items()}
+        collect_tp_plan(self)
 
     def compile_layers(self, **options: Any) -> None:
         """
@@ -236,7 +234,14 @@ class InternPreTrainedModel(PreTrainedModel):
         return True  # transformers would guess from the source text of each module
 
     @classmethod
-    def from_pretrained(cls, *args: Any, strict: bool = True, output_loading_info: bool = False, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *model_args: Any,
+        strict: bool = True,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """
         As in transformers, but strict: tensors that the checkpoint lacks, has in another shape or has too many are an
         error, where transformers would only log them and go on with random weights.
@@ -251,33 +256,34 @@ class InternPreTrainedModel(PreTrainedModel):
         A checkpoint with adapters of the original's fine-tuning (`use_backbone_lora`, `use_qllama_lora`) is read into
         RAM whole, and its adapters are added to its weights.
         """
+        checkpoint = pretrained_model_name_or_path
+        refuse_known_bad("loading")
+        if kwargs.get("device_map") is not None:
+            refuse_known_bad("device maps")
         if strict:
             kwargs["ignore_mismatched_sizes"] = True  # transformers' own error names no tensor; ours below does
         ranks = tensor_parallel_ranks(**kwargs)
-        cls._check_plan(args[0], kwargs, ranks)
+        cls._check_plan(checkpoint, kwargs, ranks)
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = with_skip_list(kwargs["quantization_config"], cls._keep_unquantized)
         try:
-            plain_args, plain_kwargs = cls._without_adapters(args, kwargs)
-            with parameters_of_the_model_itself():
-                model, info = super().from_pretrained(*plain_args, output_loading_info=True, **plain_kwargs)
+            source, plain_kwargs = cls._without_adapters(checkpoint, kwargs)
+            with root_parameters_in_tensor_parallel():
+                model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **plain_kwargs)
         except SafetensorError as error:
-            raise OSError(f"{_damaged_files(args[0], kwargs.get('subfolder', ''))}: {error}") from error
-        if plain_args is not args:  # transformers was not told where all this comes from
-            model.name_or_path = model.config.name_or_path = str(args[0])
+            raise OSError(f"{_damaged_files(checkpoint, kwargs.get('subfolder', ''))}: {error}") from error
+        if source is not checkpoint:  # transformers was not told where all this comes from
+            model.name_or_path = model.config.name_or_path = str(checkpoint)
             if model.can_generate():
-                model.generation_config = _generation_config(args[0], kwargs) or model.generation_config
-        kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-        problems = {kind: info[kind] for kind in kinds if info.get(kind)}
+                model.generation_config = _generation_config(checkpoint, kwargs) or model.generation_config
+        problems = {kind: info[kind] for kind in LOADING_PROBLEMS if info.get(kind)}
         if strict and problems:
             listed = "; ".join(f"{kind}: {_abbreviate(names)}" for kind, names in problems.items())
             raise ValueError(f"The checkpoint does not fit {cls.__name__} ({listed}). `strict=False` loads it anyhow.")
-        for part in model.children():  # `generate` runs on a part, and asks it how many of the heads a rank has
+        for part in model.children():
             if ranks > 1 and isinstance(part, PreTrainedModel):
-                part._tp_size = ranks
-        if hasattr(model, "hf_quantizer"):
-            flatten = model.hf_quantizer.get_state_dict_and_metadata
-            model.hf_quantizer.get_state_dict_and_metadata = partial(flattened_for_saving, flatten)
+                set_tp_size(part, ranks)
+        save_quantized_root_parameters(model)
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -289,7 +295,7 @@ class InternPreTrainedModel(PreTrainedModel):
             raise ValueError("`device_map` offloads to the disk, which a model that torchao quantises cannot do.")
         if ranks > 1:
             check_ranks(cls._config_for(checkpoint, kwargs), ranks)
-        # 4.57 cannot read a checkpoint of a single file for {"": "disk"}; written out it can.
+        # Not every release reads a checkpoint of a single file for {"": "disk"}; written out they do.
         if isinstance(device_map, dict) and (set(device_map) != {""} or device_map[""] == "disk"):
             kwargs["device_map"] = complete_device_map(cls._empty_model(checkpoint, kwargs), device_map)
         elif isinstance(device_map, str) and max_memory and kwargs.get("quantization_config") is None:
@@ -299,29 +305,28 @@ class InternPreTrainedModel(PreTrainedModel):
             check_budgets(cls._empty_model(checkpoint, kwargs), max_memory, dtype or torch.float32)
 
     @classmethod
-    def _without_adapters(cls, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Arguments that load the same: if the checkpoint has adapters, its weights with them added."""
-        if args[0] is None or kwargs.get("state_dict") is not None:
-            return args, kwargs
-        config = cls._config_for(args[0], kwargs)
+    def _without_adapters(cls, checkpoint: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """A source and arguments that load the same: if the checkpoint has adapters, its weights with them added."""
+        if checkpoint is None or kwargs.get("state_dict") is not None:
+            return checkpoint, kwargs
+        config = cls._config_for(checkpoint, kwargs)
         fields = vars(config)
         if not set(LORA_RANKS) & set(fields):  # the vision tower's own config, made from that of the joint model
-            fields, _ = PretrainedConfig.get_config_dict(args[0], **_hub_arguments(kwargs))
+            fields, _ = PretrainedConfig.get_config_dict(checkpoint, **_hub_arguments(kwargs))
         if not any(fields.get(name) for name in LORA_RANKS):
-            return args, kwargs
+            return checkpoint, kwargs
         device_map = kwargs.get("device_map")
-        if VERSION < (5, 0) and isinstance(device_map, dict) and "disk" in device_map.values():
-            # 4.57 offloads nothing but files.
+        if not CAN_OFFLOAD_A_STATE and isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError(
                 "`device_map` offloads to the disk, which needs a checkpoint without adapters: save it first."
             )
-        state = read_checkpoint(args[0], **_hub_arguments(kwargs))
+        state = read_checkpoint(checkpoint, **_hub_arguments(kwargs))
         if not any(".lora_" in name for name in state):
-            return args, kwargs  # adapters that were never trained change nothing
+            return checkpoint, kwargs  # adapters that were never trained change nothing
         config = deepcopy(config)
         for name in set(LORA_RANKS) & set(vars(config)):
             setattr(config, name, 0)
-        return (None, *args[1:]), kwargs | {"config": config, "state_dict": merge_adapters(state)}
+        return None, kwargs | {"config": config, "state_dict": merge_adapters(state)}
 
     @classmethod
     def _config_for(cls, checkpoint: Any, kwargs: dict[str, Any]) -> Any:
@@ -339,15 +344,6 @@ class InternPreTrainedModel(PreTrainedModel):
             return cls(cls._config_for(checkpoint, kwargs))
 
 
-def ignore_in_checkpoint(model: PreTrainedModel, patterns: list[str]) -> None:
-    """
-    Set the names (regular expressions) that a checkpoint of the joint model may have beyond those of `model`. To be
-    called after `post_init`, which in transformers >= 5 collects those of the submodules, a list that is not its own.
-    """
-    is_v5 = isinstance(model._keys_to_ignore_on_load_unexpected, set)
-    model._keys_to_ignore_on_load_unexpected = set(patterns) if is_v5 else list(patterns)
-
-
 def run_layers(
     stack: Any, hidden_states: torch.Tensor, output_hidden_states: bool, *arguments: Any
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
@@ -361,7 +357,7 @@ def run_layers(
     recompute = stack.gradient_checkpointing and stack.training and torch.is_grad_enabled()
     all_states = [hidden_states]
     for layer in stack.layers:
-        call = partial(stack._gradient_checkpointing_func, layer.__call__) if recompute else layer
+        call = recomputed(stack, layer) if recompute else layer
         hidden_states = call(hidden_states, *arguments)
         if output_hidden_states:
             all_states.append(hidden_states)
@@ -508,7 +504,7 @@ class InternVisionEncoder(nn.Module):
         rates = [config.drop_path_rate * index / max(depth - 1, 1) for index in range(depth)]
         self.layers = nn.ModuleList([InternVisionEncoderLayer(config, rate) for rate in rates])
         self.gradient_checkpointing = True
-        self._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        recompute_by_default(self)
 
     def forward(
         self, hidden_states: torch.Tensor, output_hidden_states: bool = False
@@ -764,15 +760,6 @@ def with_skip_list(quantization_config: Any, modules: Iterable[str]) -> Any:
     return quantization_config
 
 
-def flattened_for_saving(flatten: Callable, *args: Any, **kwargs: Any) -> tuple[dict[str, Any] | None, dict[str, str]]:
-    """torchao's reader splits every name that its writer lists at a dot; those of root parameters have none."""
-    state, metadata = flatten(*args, **kwargs)
-    if "tensor_names" in metadata:
-        names = [name for name in json.loads(metadata["tensor_names"]) if "." in name]
-        metadata = metadata | {"tensor_names": json.dumps(names)}
-    return state, metadata
-
-
 def tensor_parallel_ranks(
     tp_plan: Any = None, tp_size: int | None = None, distributed_config: Any = None, **others: Any
 ) -> int:
@@ -790,32 +777,6 @@ def check_ranks(config: Any, ranks: int) -> None:
             if size % ranks:
                 problem = f"{name}={size} of {part.model_type} does not divide by {ranks}"
                 raise ValueError(f"{ranks} processes cannot share the model by tensor parallelism: {problem}.")
-
-
-@contextmanager
-def parameters_of_the_model_itself() -> Iterator[None]:
-    """
-    Let transformers 4.57 load parameters that belong to the model itself, such as `logit_scale`, in tensor parallel: it
-    splits every name into those of a module and of its parameter, and fails where there is no dot.
-    """
-    if VERSION >= (5, 0):
-        yield
-        return
-    from transformers import modeling_utils
-
-    shard = modeling_utils.shard_and_distribute_module
-
-    def load(model: Any, slices: Any, empty: Any, name: str, dtype: torch.dtype, *others: Any) -> None:
-        if "." in name:
-            shard(model, slices, empty, name, dtype, *others)
-        else:
-            setattr(model, name, nn.Parameter(slices[...].to(dtype)))
-
-    modeling_utils.shard_and_distribute_module = load
-    try:
-        yield
-    finally:
-        modeling_utils.shard_and_distribute_module = shard
 
 
 def _damaged_files(checkpoint: Any, subfolder: str) -> str:

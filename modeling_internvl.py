@@ -17,10 +17,9 @@ Where this file differs from the original implementation, and why:
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -29,13 +28,21 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, logging
 
-from .configuration_intern_vit import InternVisionConfig  # noqa: F401 - transformers 4.57 copies direct imports only
+from .compat_internvl import (
+    CACHE_NAME,
+    cache_of_kind,
+    copy_cache,
+    ignore_in_checkpoint,
+    refuse_known_bad,
+    under_hook,
+)
+from .configuration_intern_vit import InternVisionConfig  # noqa: F401 - some loaders copy direct imports only
 from .configuration_internvl import InternVLConfig
-from .modeling_intern_vit import InternPreTrainedModel, InternVisionModel, RegistryAttention, ignore_in_checkpoint
-from .modeling_qllama import QLlamaForCausalLM, QLlamaTextEncoder, copy_cache
+from .modeling_intern_vit import InternPreTrainedModel, InternVisionModel, RegistryAttention
+from .modeling_qllama import QLlamaForCausalLM, QLlamaTextEncoder
 
 logger = logging.get_logger(__name__)
 
@@ -274,7 +281,7 @@ class InternVLPreTrainedModel(InternPreTrainedModel):
     config_class = InternVLConfig
     base_model_prefix = "internvl"
     _no_split_modules = ["InternVisionEmbeddings", "InternVisionEncoderLayer", "QLlamaDecoderLayer", "AttentionPool"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     # Every embedding, match and word passes through one of these. In 8 bits they make a quarter of the error of tiny/'s
     # image embeddings (1 - cosine), and would save 2 % of the bytes at 14B (tools/quantised_sizes.py).
     _keep_unquantized = ("clip_projector", "clip_projector2", "itm_head", "qllama.lm_head")
@@ -298,23 +305,6 @@ class InternVLPreTrainedModel(InternPreTrainedModel):
                 nn.init.normal_(parameter, std=self.config.initializer_range)
             elif name == "logit_scale":
                 nn.init.constant_(parameter, math.log(1 / 0.07))
-
-
-def under_hook(method: Callable) -> Callable:
-    """
-    Run a public method as accelerate runs `forward`, the only one that its hooks know: parameters that sit on the model
-    itself are there although offloaded, and results come back to the device of the inputs. Not to be nested.
-    """
-
-    @wraps(method)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        hook = getattr(self, "_hf_hook", None)
-        if hook is None:
-            return method(self, *args, **kwargs)
-        args, kwargs = hook.pre_forward(self, *args, **kwargs)
-        return hook.post_forward(self, method(self, *args, **kwargs))
-
-    return call
 
 
 class TextSide:
@@ -732,7 +722,7 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
             inputs_embeds=queries,
             encoder_hidden_states=image_states,
             num_bidirectional=queries.shape[1],
-            past_key_values=cache,
+            cache=cache,
             use_cache=cache is not None,
         ).last_hidden_state
 
@@ -749,16 +739,21 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
         cache: Cache | None = None,
     ) -> torch.Tensor:
         """Run [queries ; text] over pictures: ids [B, L], mask [B, queries + L] -> [B, queries + L, C]"""
-        text = self.get_input_embeddings()(input_ids)  # [B, L, C]
-        queries = self.query_tokens.expand(len(text), -1, -1).to(text.device)
+        embeds = self._joint_embeds(input_ids)
         return self.qllama.model(
-            inputs_embeds=torch.cat([queries, text], dim=1),
-            attention_mask=None if mask is None else mask.to(text.device),
+            inputs_embeds=embeds,
+            attention_mask=None if mask is None else mask.to(embeds.device),
             encoder_hidden_states=image_states,
-            num_bidirectional=queries.shape[1] + (text.shape[1] if see_all else 0),
-            past_key_values=cache,
+            num_bidirectional=embeds.shape[1] if see_all else self.config.num_query_token,
+            cache=cache,
             use_cache=cache is not None,
         ).last_hidden_state
+
+    def _joint_embeds(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Ids [B, L] -> [queries ; text], [B, queries + L, C]"""
+        text = self.get_input_embeddings()(input_ids)  # [B, L, C]
+        queries = self.query_tokens.expand(len(text), -1, -1).to(text.device)
+        return torch.cat([queries, text], dim=1)
 
     # ------------------------------------------------------------------------------------------------ new calls
 
@@ -852,41 +847,50 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
         Raises:
             `ValueError`, `TypeError`: no picture, a bad picture, prompt or mask, an assistant or guidance.
         """
+        refuse_known_bad("captions")
         self._require_queries("`generate`")
         if pixel_values is None:
             raise ValueError("`pixel_values` must be given: there is nothing to write about.")
         seen = self._seen(pixel_values)
-        image_states = seen.image_states
-        input_ids, mask = self._prompt(input_ids, attention_mask, len(image_states), image_states.device)
+        input_ids, mask = self._prompt(input_ids, attention_mask, len(seen.image_states), seen.image_states.device)
         mask = self._with_queries(mask)
-        prefix = DynamicCache(config=self.config.qllama_config)
-        states = self._read_prompts(seen, input_ids, mask, prefix)
+        arguments = self._decoding_arguments(generation_config, generate_kwargs)
+        cache = self._read_prompts(seen, input_ids[:, :-1], mask[:, :-1])
+        config = arguments["generation_config"]
+        copies = max(config.num_beams or 1, config.num_return_sequences or 1)
+        if copies > 1:
+            cache.batch_repeat_interleave(copies)
+        kind, config.cache_implementation = config.cache_implementation, None
+        options, config.cache_config = config.cache_config, None
+        length = mask.shape[1] + config.max_new_tokens
+        # Embeddings and not ids, so that processors of logits, streamers and results see what is written and no prompt.
         return self.qllama.generate(
-            input_ids[:, :0],  # nothing is written yet; transformers 4.57 would look for it on the meta device
-            inputs_embeds=mask.unsqueeze(-1).to(self.dtype),  # only its length counts: what is written comes after it
+            input_ids[:, :0],
+            inputs_embeds=self._joint_embeds(input_ids),
             attention_mask=mask,
-            prefix=prefix,
-            prefix_logits=self.qllama.lm_head(states[:, -1:]),
-            **self._decoding_arguments(generation_config, generate_kwargs),
+            **{CACHE_NAME: cache_of_kind(kind, cache, self.config.qllama_config, length, options)},
+            **arguments,
         )
 
-    def _read_prompts(
-        self, seen: InternVLSeen, input_ids: torch.Tensor, mask: torch.Tensor, cache: Cache
-    ) -> torch.Tensor:
+    def _read_prompts(self, seen: InternVLSeen, input_ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache:
         """
-        Run the queries and prompts, ids [B, L] with a mask [B, num_query_token + L], into an empty cache, of B rows:
-        once, however many beams there will be. Returns states [B, ..., C] that end with those of the prompt.
+        Run the queries and prompts, ids [B, L] with a mask [B, num_query_token + L], into a new cache of B rows: once,
+        however many beams there will be. L may be 0.
         """
-        if seen.query_cache is None and len(seen.image_states) == len(input_ids):
-            return self._joint_states(seen.image_states, input_ids, mask, see_all=False, cache=cache)
-        query_cache = seen.query_cache
-        if query_cache is None:
-            query_cache = DynamicCache(config=self.config.qllama_config)
-            self._query_states(seen.image_states, query_cache)
-        copy_cache(query_cache, cache, batch_size=len(input_ids))
-        return self.qllama.model(
-            input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=True
-        ).last_hidden_state
+        batch, length = input_ids.shape
+        cache = DynamicCache(config=self.config.qllama_config)
+        if length and seen.query_cache is None and len(seen.image_states) == batch:
+            self._joint_states(seen.image_states, input_ids, mask, see_all=False, cache=cache)
+            return cache
+        if seen.query_cache is None:
+            self._query_states(seen.image_states, cache)
+        else:
+            copy_cache(seen.query_cache, cache)
+        if len(seen.image_states) != batch:
+            cache.batch_repeat_interleave(batch)
+        if length:
+            self.qllama.model(input_ids=input_ids, attention_mask=mask, cache=cache, use_cache=True)
+        return cache
 
     def _prompt(
         self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, batch: int, device: torch.device
@@ -976,8 +980,8 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
                 `(logits_per_image, logits_per_text)` is returned, as the original did.
             output_hidden_states (`bool`, *optional*): see pictures, as the vision tower of another model, LLaVA for
                 one: a tuple is returned, the vision tower's `BaseModelOutputWithPooling` with all `hidden_states`, and
-                a `BaseModelOutput` with the outputs of the queries [I, num_query_token, C]. The pictures may then come
-                first, without a name.
+                the outputs of the queries, a tensor [I, num_query_token, C]. The pictures may then come first, without
+                a name.
 
         Returns:
             [`InternVLOutput`]
@@ -999,10 +1003,10 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
         output = self._compare(text, image, attention_mask, mode)
         return output.logits_per_image, output.logits_per_text
 
-    def _see(self, pixel_values: torch.Tensor) -> tuple[BaseModelOutputWithPooling, BaseModelOutput]:
+    def _see(self, pixel_values: torch.Tensor) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
         self._require_queries("`output_hidden_states`")
         vision = self.vision_model(pixel_values, output_hidden_states=True)
-        return vision, BaseModelOutput(last_hidden_state=self._query_states(vision.last_hidden_state))
+        return vision, self._query_states(vision.last_hidden_state)
 
     def _compare(
         self,
@@ -1084,17 +1088,16 @@ class InternVLTrainingModel(InternVLModel):
 
     saved_as = "InternVLModel"
 
-    def _matching_loss(
+    def _matching_losses(
         self,
         image_states: torch.Tensor,
         input_ids: torch.Tensor,
         mask: torch.Tensor,
         labels: torch.Tensor,
     ) -> torch.Tensor:
-        """ITM: cross-entropy of match and no match; texts of two tokens, `<s> </s>`, say nothing and are left out."""
+        """ITM: the cross-entropy of match and no match, for each row."""
         logits = self._match(image_states, input_ids, mask).float()
-        losses = F.cross_entropy(logits, labels.to(logits.device), reduction="none")
-        return mean_of_valid(losses, mask.sum(dim=1) != 2)
+        return F.cross_entropy(logits, labels.to(logits.device), reduction="none")
 
     def _similarities(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of the local pictures to all ranks' texts and of the local texts to all ranks' pictures [B, W * B]."""
@@ -1150,6 +1153,7 @@ class InternVLForPreTraining(InternVLTrainingModel):
         Returns:
             [`InternVLTrainingOutput`]: `loss` = `loss_itm` + `loss_itc` + `loss_itg`.
         """
+        refuse_known_bad("training")
         batch, checked = len(pixel_values), self._checked
         positive_ids, positive_mask = checked("positive_input_ids", positive_input_ids, positive_attention_mask, batch)
         negative_ids, negative_mask = checked("negative_input_ids", negative_input_ids, negative_attention_mask, batch)
@@ -1159,12 +1163,14 @@ class InternVLForPreTraining(InternVLTrainingModel):
         image_states = self._image_states(pixel_values)
 
         num_negative = batch - batch // 2
-        loss_itm = self._matching_loss(
+        mask = _pad_together((negative_mask[:num_negative], positive_mask[num_negative:]))
+        losses = self._matching_losses(
             image_states,
             _pad_together((negative_ids[:num_negative], positive_ids[num_negative:])),
-            _pad_together((negative_mask[:num_negative], positive_mask[num_negative:])),
+            mask,
             torch.arange(len(image_states), device=image_states.device).ge(num_negative).long(),
         )
+        loss_itm = mean_of_valid(losses, mask.sum(dim=1) != 2)  # texts of two tokens, `<s> </s>`, say nothing
         states = self._joint_states(image_states, caption_ids, None, see_all=False)
         queries, text = states.split([self.config.num_query_token, caption_ids.shape[1]], dim=1)
         loss_itc = self._contrastive_loss(
@@ -1228,17 +1234,18 @@ class InternVLForRetrieval(InternVLTrainingModel):
         Returns:
             [`InternVLTrainingOutput`]: `loss` = `loss_itm` + `loss_itc`.
         """
+        refuse_known_bad("training")
         batch, checked = len(pixel_values), self._checked
         positive_ids, positive_mask = checked("positive_input_ids", positive_input_ids, positive_attention_mask, batch)
         negative_ids, negative_mask = checked("negative_input_ids", negative_input_ids, negative_attention_mask, batch)
         summary_ids, summary_mask = checked("summarize_input_ids", summarize_input_ids, summarize_attention_mask, batch)
         image_states = self._image_states(pixel_values)
-        loss_itm = self._matching_loss(
+        loss_itm = self._matching_losses(
             torch.cat([image_states, image_states]),
             _pad_together((negative_ids, positive_ids)),
             _pad_together((negative_mask, positive_mask)),
             torch.arange(2 * batch, device=image_states.device).ge(batch).long(),
-        )
+        ).mean()
         text_embeds = self._pool_text(summary_ids, summary_mask)
         targets = self._soft_targets(image_ids, batch, image_states.device)
         queried, pooled = self.clip_projector2(self._query_states(image_states)), self.clip_projector(image_states)
@@ -1261,9 +1268,9 @@ class InternVLForRetrieval(InternVLTrainingModel):
     def _contrastive_loss(
         self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
-        smoothing = self.config.label_smoothing
+        # The targets are soft already: the config's `label_smoothing` belongs to stage 2 (SPEC).
         losses = [
-            F.cross_entropy(logits, targets.to(logits.device), label_smoothing=smoothing)
+            F.cross_entropy(logits, targets.to(logits.device))
             for logits in self._similarities(image_embeds, text_embeds)
         ]
         return torch.stack(losses).mean()
@@ -1275,7 +1282,7 @@ def _pad_together(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return torch.cat([F.pad(part, (0, length - part.shape[1])) for part in parts])
 
 
-# The loader does this only if no model of transformers' own has a config of this name; 4.57 has one.
+# The loader does this only if no model of transformers' own has a config of this name; some releases have one.
 for model_class in (InternVLModel, InternVLTextModelWithProjection, InternVLVisionModelWithProjection):
     model_class.register_for_auto_class("AutoModel")
 

@@ -14,26 +14,27 @@ Where this file differs from the original implementation, and why:
 * Keys and values live in transformers' `Cache` objects, dynamic, static or quantised, as `generate` creates them.
 """
 
-import inspect
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.activations import ACT2FN
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from .compat_internvl import (
+    CACHE_NAME,
+    attention_name,
+    causal_mask,
+    check_unexpected,
+    either_cache,
+    is_loaded,
+    recompute_by_default,
+    update_cache,
+)
 from .configuration_internvl import QLlamaConfig
 from .modeling_intern_vit import InternPreTrainedModel, RegistryAttention, rms_norm_class, run_layers
-
-# What differs between the supported versions of transformers: `cache_position` is gone since 5.0, and `input_embeds`
-# is called `inputs_embeds` in later ones.
-MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
-CACHE_TAKES_POSITION = "cache_kwargs" in inspect.signature(Cache.update).parameters
-
 
 def attention_mask_for(
     config: QLlamaConfig,
@@ -52,32 +53,14 @@ def attention_mask_for(
     """
     if see_all and padding_mask is None:
         return None
-    implementation = config._attn_implementation
+    implementation = attention_name(config)
     if see_all and padding_mask is not None and implementation in ("eager", "sdpa"):
         visible = padding_mask[:, None, None].bool()  # [B, 1, 1, L], where transformers would fill [B, 1, L, L]
         if implementation == "sdpa":
             return visible
         lowest = torch.finfo(hidden_states.dtype).min
         return torch.zeros_like(visible, dtype=hidden_states.dtype).masked_fill(visible.logical_not(), lowest)
-    past = 0 if past_key_values is None else past_key_values.get_seq_length()
-    arguments = {"config": config, "attention_mask": padding_mask, "past_key_values": past_key_values}
-    arguments["inputs_embeds" if "inputs_embeds" in MASK_PARAMETERS else "input_embeds"] = hidden_states
-    if "cache_position" in MASK_PARAMETERS:
-        arguments["cache_position"] = torch.arange(hidden_states.shape[1], device=hidden_states.device) + past
-    if see_all:
-        arguments["or_mask_function"] = lambda batch, head, query, key: query >= 0
-    return create_causal_mask(**arguments)
-
-
-def update_cache(
-    cache: Cache, layer_idx: int, key: torch.Tensor, value: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Append keys and values [B, heads, L, head_dim] to a layer of the cache and return all that it holds."""
-    if not CACHE_TAKES_POSITION:
-        return cache.update(key, value, layer_idx)
-    # Each layer has its own length here: the layers before this one are already ahead.
-    position = torch.arange(key.shape[2], device=key.device) + cache.get_seq_length(layer_idx)
-    return cache.update(key, value, layer_idx, {"cache_position": position})
+    return causal_mask(config, hidden_states, padding_mask, past_key_values, see_all)
 
 
 def rotary_angles(config: QLlamaConfig, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -216,12 +199,12 @@ class QLlamaPreTrainedModel(InternPreTrainedModel):
     main_input_name = "input_ids"
     base_model_prefix = "model"
     _no_split_modules = ["QLlamaDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _keep_unquantized = ("lm_head",)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, nn.Embedding) and not getattr(module.weight, "_is_hf_initialized", False):
+        if isinstance(module, nn.Embedding) and not is_loaded(module.weight):
             nn.init.zeros_(module.weight[module.padding_idx])
 
 
@@ -250,7 +233,7 @@ class QLlamaModel(QLlamaPreTrainedModel):
         self.layers = nn.ModuleList(layers)
         self.norm = rms_norm_class()(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
-        self._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        recompute_by_default(self)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -281,6 +264,7 @@ class QLlamaModel(QLlamaPreTrainedModel):
         return_dict: bool | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         num_bidirectional: int = 0,
+        cache: Cache | None = None,
     ) -> tuple | BaseModelOutputWithPast:
         """
         Args:
@@ -288,7 +272,8 @@ class QLlamaModel(QLlamaPreTrainedModel):
             attention_mask (`torch.Tensor`, *optional*): [B, past + L], 1 for real tokens, 0 for padding. Not needed
                 for right-padded text: nothing real looks at what stands behind it.
             position_ids (`torch.Tensor`, *optional*): [1 or B, L]; by default they count the real tokens from 0.
-            past_key_values (`Cache`, *optional*): what came before; it is extended in place.
+            past_key_values, cache (`Cache`, *optional*): what came before, under either of its names; it is extended in
+                place.
             use_cache (`bool`, *optional*): return a cache; by default as the config says, but never in training.
             output_hidden_states (`bool`, *optional*): also return the embeddings and the output of every layer.
             return_dict (`bool`, *optional*): `False` for a plain tuple.
@@ -303,6 +288,7 @@ class QLlamaModel(QLlamaPreTrainedModel):
         Raises:
             `ValueError`: neither or both of `input_ids` and `inputs_embeds`, or fewer positions than queries.
         """
+        cache = either_cache(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, L, C]
@@ -312,26 +298,26 @@ class QLlamaModel(QLlamaPreTrainedModel):
             raise ValueError(f"With a picture the sequence must start with {queries} queries, got {length} positions.")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if position_ids is None:
-            position_ids = self.position_ids_for(hidden_states, attention_mask, past_key_values)
+            position_ids = self.position_ids_for(hidden_states, attention_mask, cache)
         see_all = num_bidirectional == length
-        mask = attention_mask_for(self.config, hidden_states, attention_mask, past_key_values, see_all)
+        mask = attention_mask_for(self.config, hidden_states, attention_mask, cache, see_all)
         hidden_states, all_states = run_layers(
             self,
             hidden_states,
             output_hidden_states,
             rotary_angles(self.config, position_ids, hidden_states.dtype),
             mask,
-            past_key_values,
+            cache,
             encoder_hidden_states,
             num_bidirectional,
         )
         output = BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values, hidden_states=all_states
+            last_hidden_state=self.norm(hidden_states), hidden_states=all_states, **{CACHE_NAME: cache}
         )
         return output.to_tuple() if return_dict is False else output
 
@@ -392,24 +378,24 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
         encoder_hidden_states: torch.Tensor | None = None,
         num_bidirectional: int = 0,
         logits_to_keep: int = 0,
-        logits: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        **unexpected: Any,
     ) -> tuple | CausalLMOutputWithPast:
         """
         Args:
-            logits_to_keep (`int`): compute logits for so many last positions only; 0 for all.
-            logits (`torch.Tensor`, *optional*): [B, 1, vocabulary], if they are known already: nothing runs then.
+            logits_to_keep (`int`): number of last positions to compute logits for; 0 for all.
             others: see [`QLlamaModel.forward`].
 
         Returns:
             `CausalLMOutputWithPast`: `logits` [B, kept, vocabulary].
         """
-        if logits is not None:
-            return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        check_unexpected(unexpected)
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -418,67 +404,9 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
         )
         logits = self.lm_head(output.last_hidden_state[:, -logits_to_keep:])
         output = CausalLMOutputWithPast(
-            logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states
+            logits=logits, hidden_states=output.hidden_states, **{CACHE_NAME: getattr(output, CACHE_NAME)}
         )
         return output.to_tuple() if return_dict is False else output
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.Tensor,
-        past_key_values: Cache | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        prefix: Cache | None = None,
-        prefix_logits: torch.Tensor | None = None,
-        use_cache: bool | None = True,
-        logits_to_keep: int = 1,
-        **unused: Any,
-    ) -> dict[str, Any]:
-        """
-        What `generate` feeds to `forward` at each step: all that the cache has not seen.
-
-        Args:
-            input_ids (`torch.Tensor`): [B, so far]; after `inputs_embeds`, if those are given.
-            prefix (`Cache`, *optional*): what `inputs_embeds` stands for, queries and prompts, already run. The first
-                step copies it into `generate`'s own cache, whatever its kind, each of its rows once per beam.
-            prefix_logits (`torch.Tensor`, *optional*): [B, 1, vocabulary], the logits after it; the first step's.
-        """
-        if past_key_values is None:
-            raise ValueError("`use_cache` must be True: the queries of the picture are only kept in the cache.")
-        if prefix is not None and past_key_values.get_seq_length() == 0:
-            copy_cache(prefix, past_key_values, batch_size=len(input_ids))
-            return {"logits": prefix_logits, "past_key_values": past_key_values}
-        seen = int(past_key_values.get_seq_length())
-        given = 0 if inputs_embeds is None else inputs_embeds.shape[1]
-        is_prompt = inputs_embeds is not None and seen < given
-        # With `synced_gpus` a rank that is ready goes on with the others: its cache grows, its ids do not.
-        first = min(seen - given, input_ids.shape[1] - 1)
-        step = inputs_embeds[:, seen:] if is_prompt else input_ids[:, first:]  # type: ignore[index]
-        position_ids = None
-        if past_key_values.is_compileable:
-            # torch.compile compiles a step once if all steps have the same shapes and strides: so a mask over the whole
-            # cache, where the padding mask grows, and copies, where slices have the strides of what grows.
-            states = torch.empty(*step.shape[:2], 0, dtype=self.dtype, device=step.device)
-            position_ids = self.model.position_ids_for(states, attention_mask, past_key_values)
-            attention_mask = attention_mask_for(self.config, states, attention_mask, past_key_values, see_all=False)
-            step, position_ids = (part.clone(memory_format=torch.contiguous_format) for part in (step, position_ids))
-        return {
-            "inputs_embeds": step if is_prompt else None,
-            "input_ids": None if is_prompt else step,
-            "past_key_values": past_key_values,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "use_cache": use_cache,
-            "logits_to_keep": logits_to_keep,
-        }
-
-
-def copy_cache(source: Cache, target: Cache, batch_size: int) -> None:
-    """Append every layer of a dynamic cache of N rows to another one, each row `batch_size / N` times in a row."""
-    for index, layer in enumerate(source.layers):
-        repeats = batch_size // len(layer.keys)
-        key, value = (states.repeat_interleave(repeats, dim=0) for states in (layer.keys, layer.values))
-        update_cache(target, index, key, value)
 
 
 __all__ = ["QLlamaForCausalLM", "QLlamaModel", "QLlamaTextEncoder"]

@@ -24,10 +24,7 @@ except ImportError as error:  # the loader's own message would name a package "P
     raise ImportError("InternVL's processor needs Pillow: pip install pillow") from error
 from transformers import BatchFeature, ProcessorMixin
 
-try:
-    from transformers import CLIPImageProcessorPil
-except ImportError:  # transformers 4.57, where the plain name is the PIL one; goes when 4.57 does
-    from transformers import CLIPImageProcessor as CLIPImageProcessorPil
+from .compat_internvl import CLIPImageProcessorPil, name_image_processor, pipeline_task
 
 
 class TextRecipe(NamedTuple):
@@ -51,6 +48,7 @@ PADDINGS = (True, False, "longest", "max_length")
 DEFAULT_PROMPT = "English caption:"
 
 
+@name_image_processor
 class InternVLProcessor(ProcessorMixin):
     """An image processor and a tokenizer that know the recipes of InternVL-14B.
 
@@ -70,9 +68,6 @@ class InternVLProcessor(ProcessorMixin):
 
     attributes = ["image_processor", "tokenizer"]
     tokenizer_class = "AutoTokenizer"
-    if not hasattr(ProcessorMixin, "get_attributes"):
-        # transformers 4.57 needs this name; 5.x reads the constructor and warns about it. Goes when 4.57 does.
-        image_processor_class = "CLIPImageProcessor"
 
     def __init__(self, image_processor, tokenizer, max_length=80, chat_template=None):
         _check_tokenizer(tokenizer)
@@ -88,7 +83,7 @@ class InternVLProcessor(ProcessorMixin):
         caller who wants embeddings does. Loading is the only moment at which the two can be told apart.
         """
         processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        if kwargs.get("_from_pipeline") == "image-text-to-text":
+        if pipeline_task(kwargs) == "image-text-to-text":
             processor.default_task = "caption"
         return processor
 
@@ -153,7 +148,7 @@ class InternVLProcessor(ProcessorMixin):
         return BatchFeature(data)
 
     def _encode_pictures(self, pictures, crop, return_tensors):
-        # The layout is said because 4.57 infers it, and takes a picture of height 1 or 3 for channels first.
+        # The layout is named: where it is inferred, an image of height 1 or 3 is taken for channels first.
         options: dict[str, Any] = {"input_data_format": "channels_last"}
         if crop == "squash":
             target = self.image_processor.crop_size

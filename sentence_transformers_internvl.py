@@ -6,7 +6,7 @@ class of its own, because one repository has one modules.json:
     cross_encoder = get_class_from_dynamic_module("sentence_transformers_internvl.InternVLCrossEncoder", repo)
     model = cross_encoder(repo, trust_remote_code=True)
 
-Written for sentence-transformers 5.7 and 6.2. The model itself does not need this file, and does not import it.
+docs/versions.md has the releases it is tested with. The model itself does not need this file, and does not import it.
 
 Where this file differs from sentence-transformers' own `Transformer` module, and why:
 
@@ -23,9 +23,23 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import CrossEncoder
-from sentence_transformers.base.modality import infer_modality
-from sentence_transformers.base.modules import InputModule
+from sentence_transformers.base.modality import infer_modality  # undocumented
+from sentence_transformers.base.modules import InputModule  # undocumented
 from transformers import AutoConfig, AutoModel, AutoProcessor
+
+from .compat_internvl import refuse_known_bad
+
+
+class CrossEncoderOfOneModule(CrossEncoder):
+    """A `CrossEncoder` that makes a module of its own for a repository that holds no CrossEncoder."""
+
+    def _load_default_modules(self, model_name_or_path: str, **kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
+        # undocumented; the last of such names: no other stands below
+        return [self.one_module(model_name_or_path, **kwargs)], {}
+
+    def one_module(self, model_name_or_path: str, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
 
 MODES = ("InternVL-C", "InternVL-G")
 ADDRESSES = ("http://", "https://", "data:")
@@ -126,6 +140,7 @@ class InternVLModule(InputModule):
 
     def __init__(self, model: Any, processor: Any):
         super().__init__()
+        refuse_known_bad("sentence-transformers")
         model.check_processor(processor)
         self.model = model
         self.processor = processor
@@ -400,16 +415,15 @@ class InternVLReranker(InternVLModule):
             yield rows, [(one_each[picture_of_pair[row] - start], known[row][1]) for row in rows]
 
 
-class InternVLCrossEncoder(CrossEncoder):
+class InternVLCrossEncoder(CrossEncoderOfOneModule):
     """A `CrossEncoder` of pictures and texts that is loaded from the repository of the joint model.
 
     `predict` and `rank` give the probability of a match; with `activation_fn=torch.nn.Identity()` its log-odds. What
     `save_pretrained` writes is loaded by the plain `CrossEncoder(folder, trust_remote_code=True)` too.
     """
 
-    def _load_default_modules(self, model_name_or_path: str, **kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
-        """Called for repositories that hold no CrossEncoder, as that of the joint model."""
-        return [InternVLReranker.load(model_name_or_path, **kwargs)], {}
+    def one_module(self, model_name_or_path: str, **kwargs: Any) -> Any:
+        return InternVLReranker.load(model_name_or_path, **kwargs)
 
     def predict(
         self,

@@ -1,12 +1,12 @@
 """The tokenizer of InternVL-14B: SentencePiece's own ids on every transformers release.
 
-Reference: the checkpoint's ``tokenizer.model`` as the slow ``LlamaTokenizer`` of transformers 4.37 read it (SPEC,
-"Sizes" and "Features and logits").
+Reference: the checkpoint's ``tokenizer.model`` as the original's slow ``LlamaTokenizer`` read it (SPEC, "Sizes" and
+"Features and logits").
 
-Why the library's tokenizer is not used: transformers 5 rebuilds ``LlamaTokenizer`` on the `tokenizers` library, which
+Why the library's tokenizer is not used: newer releases rebuild ``LlamaTokenizer`` on the `tokenizers` library, which
 ranks merges by vocabulary id where SentencePiece ranks them by score, so "A  double  space" and much Chinese text get
 other ids. Here SentencePiece itself splits the text. The base class, `PreTrainedTokenizer`, has the same name and the
-same hooks in 4.57 and 5.x, so nothing in this file depends on the release.
+same hooks in every supported release.
 """
 
 import os
@@ -14,6 +14,8 @@ import shutil
 from pathlib import Path
 
 from transformers import PreTrainedTokenizer
+
+from .compat_internvl import pipeline_task
 
 PREFIX = "summarize:"
 # Pipelines that call a tokenizer to have texts embedded, and know nothing of what that takes here.
@@ -24,7 +26,7 @@ class InternVLTokenizer(PreTrainedTokenizer):
     """SentencePiece tokenizer: ``<s>`` first, ``</s>`` last on request, padded on the right with id 0.
 
     Special tokens spelt out in a text ("</s>") become their ids, and the text on either side of one is encoded as a
-    text of its own, as in transformers 4.37. `decode` is SentencePiece's decode with special tokens left standing.
+    text of its own, as in the original. `decode` is SentencePiece's decode with special tokens left standing.
 
     Args:
         vocab_file (`str`): path of a SentencePiece model. It is the only file the constructor reads.
@@ -99,7 +101,7 @@ class InternVLTokenizer(PreTrainedTokenizer):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """As in transformers; in a pipeline that embeds texts `default_task` is "embed"."""
         tokenizer = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        if kwargs.get("_from_pipeline") in EMBEDDING_PIPELINES:
+        if pipeline_task(kwargs) in EMBEDDING_PIPELINES:
             tokenizer.default_task = "embed"
         return tokenizer
 
@@ -113,7 +115,7 @@ class InternVLTokenizer(PreTrainedTokenizer):
     def added_ends(self) -> dict[str, bool]:
         """`add_bos_token` and `add_eos_token` under a name that is saved.
 
-        transformers 5 drops the two flags themselves from ``tokenizer_config.json``; a tokenizer saved with
+        newer releases drop the two flags themselves from ``tokenizer_config.json``; a tokenizer saved with
         ``add_eos_token=True`` would come back without ``</s>``, and its embeddings would be wrong without an error.
         """
         return {"bos": bool(self.add_bos_token), "eos": bool(self.add_eos_token)}

@@ -123,8 +123,7 @@ def load_processor_and_model(arguments: Arguments) -> tuple[Any, Any]:
     model = model_class.from_pretrained(arguments.model, dtype=arguments.dtype, **where)
     model.check_processor(processor)
     if not arguments.gradient_checkpointing:
-        # The vision tower's is on unless told. Only transformers 5.23 knows the first name, and it warns of the second.
-        (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
+        model.vision_model.encoder.gradient_checkpointing = False  # on by default, as in the original
     for name, parameter in model.named_parameters():
         is_chosen = arguments.train == "full" or (arguments.train == "heads" and name.startswith(HEADS))
         parameter.requires_grad_(is_chosen and not name.startswith(UNUSED[arguments.objective]))

@@ -37,20 +37,20 @@ def test_tower_with_pictures_first_and_without_a_name(model, pixels):
     )
     assert len(vision.hidden_states) == layers + 1
     assert vision.hidden_states[-2].shape == (3, 1 + tokens, model.config.vision_config.hidden_size)
-    assert queries.last_hidden_state.shape == (3, model.config.num_query_token, model.config.hidden_size)
+    assert queries.shape == (3, model.config.num_query_token, model.config.hidden_size)
     expected = model.vision_model(pixels, output_hidden_states=True)
     for one, other in zip(vision.hidden_states, expected.hidden_states, strict=True):
         assert torch.equal(one, other)
     assert torch.equal(vision.hidden_states[-1], vision.last_hidden_state)
-    assert torch.equal(queries.last_hidden_state, model.get_image_features(pixels)[1])
+    assert torch.equal(queries, model.get_image_features(pixels)[1])
 
 
 @torch.inference_mode()
 def test_tower_by_name_is_the_same(model, pixels):
-    for one, other in zip(
-        model(pixel_values=pixels, output_hidden_states=True), model(pixels, output_hidden_states=True)
-    ):
-        assert torch.equal(one.last_hidden_state, other.last_hidden_state)
+    vision, queries = model(pixel_values=pixels, output_hidden_states=True)
+    expected_vision, expected_queries = model(pixels, output_hidden_states=True)
+    assert torch.equal(vision.last_hidden_state, expected_vision.last_hidden_state)
+    assert torch.equal(queries, expected_queries)
 
 
 def test_tower_is_for_pictures_alone(model, pixels, processor):

@@ -130,8 +130,8 @@ def test_beams_cost_nothing_before_the_first_word(model, inputs):
     layers, head = Calls(model.qllama.model.layers[0]), Calls(model.qllama.lm_head)
     model.generate(pixels, ids.masked_fill(ids == 2, 5), mask, num_beams=5, max_new_tokens=3, min_new_tokens=3)
     queries = model.config.num_query_token
-    assert [size[:2] for size in layers.sizes] == [(1, queries + 5), (5, 1), (5, 1)]
-    assert [size[:2] for size in head.sizes] == [(1, 1), (5, 1), (5, 1)]
+    assert [size[:2] for size in layers.sizes] == [(1, queries + 4), (5, 1), (5, 1), (5, 1)]
+    assert [size[:2] for size in head.sizes] == [(5, 1), (5, 1), (5, 1)]
 
 
 # --------------------------------------------------------------------------------------------- padding not computed

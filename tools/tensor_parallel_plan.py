@@ -1,4 +1,4 @@
-"""Print what each process holds of the model when `tp_plan="auto"` splits it: a markdown table.
+"""Print what each process holds of the model when tensor parallelism splits it: a markdown table.
 
     python tools/tensor_parallel_plan.py                  # the 14B, for 1, 2, 4 and 8 processes
     python tools/tensor_parallel_plan.py --whole .attn.   # as if layers with this in their name were not split

@@ -213,7 +213,7 @@ class Trainer:
         config.label_smoothing = 0.0
         model_class = get_class_from_dynamic_module("modeling_internvl.InternVLForPreTraining", str(ROOT))
         self.model = model_class(config).train()
-        self.model.vision_model.gradient_checkpointing_disable()  # layers of width 128: nothing to save
+        self.model.vision_model.encoder.gradient_checkpointing = False  # layers of width 128: nothing to save
         # On the CPU the gradient of SDPA in bfloat16 takes longer than all the rest of a step.
         self.model.set_attn_implementation("eager")
         if arguments.compile:

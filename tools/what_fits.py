@@ -96,7 +96,7 @@ def rows_of_processes() -> list[str]:
     lines = []
     for ranks in (2, 4, 8):
         held = sum(tensor_parallel_plan.bytes_held(model, ranks).values())
-        call = f'`tp_plan="auto"` under `torchrun --nproc-per-node {ranks}`'
+        call = f'`distributed_config={{"tp_size": {ranks}}}` under `torchrun --nproc-per-node {ranks}`'
         lines.append(row(f"{ranks} cards that work on each layer together", call, f"{gigabytes(held)} of weights each"))
     return lines
 

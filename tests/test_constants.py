@@ -1,0 +1,37 @@
+"""A constant that stands in several files, because some are imported alone, is the same in all of them."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+
+# Files that are not imported together: a host loads `handler.py` and `sentence_transformers_internvl.py` by themselves.
+COPIES = {
+    "MATCH_WEIGHT": ("handler.py", "examples/search_index.py", "tools/evaluate_tiny.py"),
+    "MODES": ("handler.py", "modeling_internvl.py", "sentence_transformers_internvl.py"),
+}
+
+
+def constants(path: Path) -> dict[str, object]:
+    """The literals that a module's top level gives names to."""
+    found = {}
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            try:
+                found[node.targets[0].id] = ast.literal_eval(node.value)
+            except ValueError:
+                continue
+    return found
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copies_are_equal(name):
+    values = {path: constants(ROOT / path)[name] for path in COPIES[name]}
+    assert len(set(values.values())) == 1, values
+
+
+def test_a_copy_that_differs_is_found(tmp_path):
+    (tmp_path / "x.py").write_text("A = 0.2\nB = (1, 'a')\nC = len(B)\n")
+    assert constants(tmp_path / "x.py") == {"A": 0.2, "B": (1, "a")}
