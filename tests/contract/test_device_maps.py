@@ -8,7 +8,6 @@ from conftest import load
 pytest.importorskip("accelerate")
 from accelerate import cpu_offload  # noqa: E402
 
-pytestmark = pytest.mark.feature("device maps")
 PIXELS = torch.linspace(-2, 2, 2 * 3 * 48 * 48).sin().view(2, 3, 48, 48)
 IDS = torch.tensor([[1, 405, 353, 2326, 2, 0], [1, 405, 353, 77, 900, 2]])
 PLANS = {
@@ -39,7 +38,13 @@ def plain(trained):
     return load(trained, dtype=torch.bfloat16)
 
 
-@pytest.fixture(scope="module", params=PLANS)
+def plans():
+    """The plans' names; those with a `device_map` need the feature of that name."""
+    maps = pytest.mark.feature("device maps")
+    return [pytest.param(name, marks=maps if plan else ()) for name, plan in PLANS.items()]
+
+
+@pytest.fixture(scope="module", params=plans())
 def mapped(request, trained, tmp_path_factory):
     plan, folder = PLANS[request.param], str(tmp_path_factory.mktemp("offload"))
     if plan is None:
