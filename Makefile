@@ -4,10 +4,12 @@ PYTEST = -m pytest -q
 # The root modules import each other relatively, so the type checker must see them as a package.
 ROOT_MODULES = $(wildcard *.py)
 ENVIRONMENTS = .venv .venv-oldest .venv-demo .venv-app
+# The interpreter that `make test-contract` uses, of any environment with the packages of tools/matrix.py.
+CONTRACT_PYTHON ?= .venv/bin/python
 # The folder that `make app` searches.
 PICTURES ?= examples/pictures
 
-.PHONY: app bench demo test test-slow test-oldest lint tiny clean
+.PHONY: app bench demo test test-slow test-oldest test-contract matrix lint tiny clean
 
 demo: .venv-demo/ready
 	.venv-demo/bin/python examples/demo.py
@@ -24,6 +26,12 @@ test-slow: .venv/ready
 
 test-oldest: .venv-oldest/ready
 	.venv-oldest/bin/python $(PYTEST) tests
+
+test-contract: $(if $(filter .venv/%,$(CONTRACT_PYTHON)),.venv/ready)
+	OMP_NUM_THREADS=1 $(CONTRACT_PYTHON) $(PYTEST) tests/contract
+
+matrix: .venv/ready
+	.venv/bin/python tools/matrix.py
 
 lint: .venv/ready
 	.venv/bin/ruff check --config tests/ruff.toml .
