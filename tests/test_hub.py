@@ -20,7 +20,7 @@ from safetensors.torch import save as save_bytes
 from transformers import AutoProcessor
 from transformers.pipelines import SUPPORTED_TASKS
 
-from conftest import INDEX, ROOT, load, run_python
+from conftest import INDEX, ROOT, load, run_interpreter
 
 sys.path.insert(0, str(ROOT / "tools"))
 import model_index
@@ -557,7 +557,7 @@ def by_id(full, flat_tiny, tmp_path_factory):
     }
     code = f"import os\nos.environ['HF_HUB_CACHE'] = {str(cache)!r}\n" + BY_ID
     picture = ROOT / "examples" / "pictures" / "panda.png"
-    run_python(code, folder, ROOT / "tools", json.dumps(asked), picture)
+    run_interpreter(code, folder, ROOT / "tools", json.dumps(asked), picture)
     return json.loads((folder / "found.json").read_text())
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoProcessor, BertTokenizer, CLIPImageProcessor
 
-from conftest import ROOT, load, repo_class, run_python
+from conftest import ROOT, load, repo_class, run_interpreter
 
 PICTURE = ROOT / "examples" / "pictures" / "panda.png"
 
@@ -133,10 +133,10 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 
 
 def message_without(package, trained, folder, code):
-    """What a fresh process says that lacks a package."""
+    """What a new interpreter says that lacks a package."""
     guarded = "\n".join("    " + line for line in code.strip().splitlines())
     script = f"{HIDE}\ntry:\n{guarded}\nexcept Exception as error:\n    print('SAID', type(error).__name__, error)\n"
-    return run_python(script, folder, trained, package).stdout
+    return run_interpreter(script, folder, trained, package).stdout
 
 
 def test_pillow_is_named_as_pip_knows_it(trained, tmp_path):
