@@ -143,8 +143,7 @@ def random_state(folder: Path) -> dict[str, torch.Tensor]:
 
 def run_python(code: str, folder: Path, *arguments: object) -> subprocess.CompletedProcess:
     """Run `code` in a fresh process (see fresh.py): no terminal, no network, an empty cache of remote code."""
-    command = ["-c", code, *map(str, arguments)]
-    return succeeded(run_fork(command, folder, HF_MODULES_CACHE=str(folder / "modules")))
+    return succeeded(run_fork(["-c", code, *arguments], folder, HF_MODULES_CACHE=str(folder / "modules")))
 
 
 def run_interpreter(code: str, folder: Path, *arguments: object) -> subprocess.CompletedProcess:
@@ -155,8 +154,9 @@ def run_interpreter(code: str, folder: Path, *arguments: object) -> subprocess.C
     return succeeded(subprocess.run(command, env=environment, **options))
 
 
-def run_fork(command: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess:
+def run_fork(command: list, folder: Path | str, **environment: str) -> subprocess.CompletedProcess:
     """What `python COMMAND` would do, `-c CODE` or a script and its arguments, in a fork of a preloaded interpreter."""
+    command = [*map(str, command)]
     is_code = command[0] == "-c"
     with tempfile.TemporaryDirectory() as streams:
         request = {

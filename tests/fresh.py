@@ -94,6 +94,7 @@ def become(request: dict) -> None:
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
     # transformers reads this variable while it is imported, and its modules copy the value from each other.
     for module in list(sys.modules.values()):
         if "HF_MODULES_CACHE" in getattr(module, "__dict__", ()):

@@ -653,7 +653,7 @@ def many(folder: Path, count: int) -> Path:
 
 def killed(trained, index, folder, name, number, delay) -> None:
     arguments = (ROOT / "examples", trained, index.folder, folder, name, number, delay)
-    done = run_fork(["-c", KILLED, *map(str, arguments)], ROOT)
+    done = run_fork(["-c", KILLED, *arguments], ROOT)
     assert done.returncode == -9, (done.returncode, done.stderr[-2000:])
 
 
