@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import traceback
@@ -82,8 +83,7 @@ def run(request: dict) -> None:
 
 
 def become(request: dict) -> None:
-    """Take over the folder, the streams and the environment; no terminal, and an own cache of remote code."""
-    os.setsid()  # without a controlling terminal nobody can be asked
+    """Take over the folder, the streams and the environment, with an own cache of remote code."""
     for number, path, flags in (
         (0, os.devnull, os.O_RDONLY),
         (1, request["stdout"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
@@ -115,7 +115,9 @@ class Server:
         if self.process is None:
             environment = os.environ | {"HF_HUB_OFFLINE": "1"}  # it is read while importing
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            self.process = subprocess.Popen([sys.executable, __file__], env=environment, **pipes)
+            # In a session of its own, without a terminal: nobody can be asked, and `stop` reaches its forks.
+            command = [sys.executable, __file__]
+            self.process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
             atexit.register(self.stop)
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
@@ -129,9 +131,10 @@ class Server:
     def stop(self) -> None:
         process, self.process = self.process, None
         if process is not None:
-            process.stdin.close()
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            process.stdin.close()
+            process.stdout.close()
 
 
 if __name__ == "__main__":
