@@ -18,6 +18,7 @@ import torch
 from conftest import LAST_RESORT, ROOT, load
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_gcs_server_request_timeout_seconds", str(LAST_RESORT))  # Ray reads it while importing
 sys.path.insert(0, str(ROOT / "examples"))
 
 ray = pytest.importorskip("ray")
@@ -638,9 +639,16 @@ def test_what_the_readme_says_is_what_was_measured():
 # ------------------------------------------------------------------------------------------------------------- Ray
 
 
+class PatientCluster(Cluster):
+    """Gives a node on a busy machine more than 30 seconds to start."""
+
+    def _wait_for_node(self, node, timeout: float = LAST_RESORT) -> None:
+        super()._wait_for_node(node, timeout)
+
+
 @pytest.fixture(scope="module")
 def cluster():
-    found = Cluster(initialize_head=True, head_node_args=NODE)
+    found = PatientCluster(initialize_head=True, head_node_args=NODE)
     yield found.address
     found.shutdown()
 
@@ -735,10 +743,10 @@ def test_a_lost_node(arguments, options, tmp_path, head_cpus):
     """With two CPUs the place of the second model is gone for good: Ray waits for it, and the run is placed anew."""
     path = write_parquet(tmp_path / "data.parquet", rows(600))
     given = {"id_column": "key", "embed": ["image", "caption"], "num_beams": 3}
-    nodes = Cluster(initialize_head=True, head_node_args=NODE | {"num_cpus": head_cpus})
+    nodes = PatientCluster(initialize_head=True, head_node_args=NODE | {"num_cpus": head_cpus})
     try:
         node = nodes.add_node(num_cpus=2, object_store_memory=100_000_000)
-        more = {"models": 2, "address": nodes.address, "stall_minutes": 0.75}
+        more = {"models": 2, "address": nodes.address, "stall_minutes": 3}
         process = start(arguments(path, **given, **more), tmp_path / "log")
         wait_for_parts(tmp_path / "out", 10, process)
         nodes.remove_node(node, allow_graceful=False)
