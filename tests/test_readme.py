@@ -156,6 +156,14 @@ def test_make_targets_exist(readme):
     assert named <= make_targets((ROOT / "Makefile").read_text())
 
 
+def test_make_help_lists_every_command():
+    makefile = (ROOT / "Makefile").read_text()
+    commands = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split()
+    done = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = dict(re.findall(r"^make ([\w-]+) +(\S.*)$", done.stdout, re.MULTILINE))
+    assert list(listed) == commands and len(done.stdout.splitlines()) == len(commands)
+
+
 def test_named_files_exist(readme):
     named = named_paths(readme) - MADE_BY_COMMANDS
     assert named, "the README names no file"
