@@ -1,64 +1,74 @@
-# Each environment is made once and made again when its requirements change.
+# `make` lists the commands. Each environment is made once and made again when its requirements change.
 PYTHON ?= python3
 PYTEST = -m pytest -q
 # The root modules import each other relatively, so the type checker must see them as a package.
 ROOT_MODULES = $(wildcard *.py)
-ENVIRONMENTS = .venv .venv-oldest .venv-demo .venv-app
+ENVIRONMENTS = .venv .venv-readers .venv-app
 # The interpreter that `make test-contract` uses, of any environment with the packages of tools/matrix.py.
 CONTRACT_PYTHON ?= .venv/bin/python
 # The folder that `make app` searches.
 PICTURES ?= examples/pictures
 
-.PHONY: app bench demo test test-slow test-oldest test-contract matrix lint tiny clean
+.PHONY: help demo app venv test test-heavy test-slow test-contract matrix lint bench tiny clean
 
-demo: .venv-demo/ready
-	.venv-demo/bin/python examples/demo.py
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
-app: .venv-app/ready
+demo: .venv-readers/ready ## show tiny/ on pictures: zero-shot, retrieval, captions; writes demo.png
+	.venv-readers/bin/python examples/demo.py
+
+app: .venv-app/ready ## index a folder of pictures and open a page that searches it: PICTURES=FOLDER make app
 	.venv-app/bin/python examples/search.py index "$(PICTURES)"
 	.venv-app/bin/python examples/search.py page
 
-test: lint
-	.venv/bin/python $(PYTEST) tests
+venv: .venv-readers/ready ## make the environment of the README's snippets: .venv-readers/bin/python
 
-test-slow: .venv/ready
-	.venv/bin/python $(PYTEST) -m slow tests
+test: lint ## style, types and tests, in two processes: up to 5 minutes
+	.venv/bin/python $(PYTEST) -n 2 --dist worksteal -m "not heavy and not slow" --ignore tests/contract tests
 
-test-oldest: .venv-oldest/ready
-	.venv-oldest/bin/python $(PYTEST) tests
+test-heavy: .venv/ready ## Ray, Chromium, kill -9, training in two processes, simulated 14B plans: 5 minutes
+	.venv/bin/python $(PYTEST) -m "heavy and not slow" --ignore tests/contract tests
 
-test-contract: $(if $(filter .venv/%,$(CONTRACT_PYTHON)),.venv/ready)
+test-slow: .venv/ready ## what neither of them runs, such as one layer of each tower at the published widths
+	.venv/bin/python $(PYTEST) -m slow --ignore tests/contract tests
+
+test-contract: $(if $(filter .venv/%,$(CONTRACT_PYTHON)),.venv/ready) ## what must work on every transformers: 2 minutes; CONTRACT_PYTHON=PATH for another environment
 	OMP_NUM_THREADS=1 $(CONTRACT_PYTHON) $(PYTEST) tests/contract
 
-matrix: .venv/ready
+matrix: .venv/ready ## the contract on every supported transformers, in an environment each; writes docs/versions.md
 	.venv/bin/python tools/matrix.py
 
-lint: .venv/ready
+lint: .venv/ready ## style and types alone
 	.venv/bin/ruff check --config tests/ruff.toml .
 	.venv/bin/ruff format --check --config tests/ruff.toml .
 	mkdir -p .cache/types && ln -sfn ../.. .cache/types/internvl
 	cd .cache/types && ../../.venv/bin/mypy --config-file ../../tests/mypy.ini $(ROOT_MODULES:%.py=-m internvl.%)
 	.venv/bin/python tools/write_index.py --check
 
-bench: .venv/ready
+bench: .venv/ready ## compare the speed with the original's way: a quarter of an hour; needs a C++ compiler
 	.venv/bin/python benchmarks/speed.py
 
-tiny: .venv/ready
+tiny: .venv/ready ## train tiny/ again from scratch and evaluate it: hours; needs npm and a C++ compiler
 	.venv/bin/python tools/emoji_data.py
 	.venv/bin/python tools/train_tokenizer.py
 	.venv/bin/python tools/train_tiny.py --compile
 	.venv/bin/python tools/evaluate_tiny.py
 	.venv/bin/python tools/tiny_figure.py
 
-clean:
-	rm -rf .venv .venv-demo .venv-oldest .venv-app .cache
+clean: ## remove the environments and everything cached
+	rm -rf .venv .venv-* .cache
 
-.venv-demo/ready: examples/requirements.txt
+.venv-readers/ready: examples/requirements.txt
 .venv-app/ready: examples/search-requirements.txt
 .venv/ready: tests/requirements.txt
-.venv-oldest/ready: tests/requirements-oldest.txt
+
+.venv-readers/ready: WHAT = torch, transformers and what the README's snippets import: 2 GB
+.venv-app/ready: WHAT = torch, transformers, lancedb and gradio: 1.7 GB
+.venv/ready: WHAT = the test environment, with Ray, gradio, torchao and bitsandbytes: 3 GB
 
 $(ENVIRONMENTS:%=%/ready):
+	@echo "Installing into $(@D): $(WHAT), and where pip's torch is the one for CUDA some GB more."
+	@echo "This takes about 2 minutes with a fast network, else 5 to 10; it is done once."
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --requirement $<
 	touch $@

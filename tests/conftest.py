@@ -9,9 +9,15 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-# Nothing here may touch the network, and no two runs may share the folder that the loader copies code into.
+# One thread per process. The matrices are small, and the threads of OpenMP wait for each other by spinning: on a busy
+# machine that takes longer than the work. A process that a test starts inherits it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Nothing here may touch the network, and no two runs may share the folder that the loader copies code into; a worker of
+# pytest-xdist inherits that of the process that started it, and needs its own.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if "HF_MODULES_CACHE" not in os.environ:  # a process that a test starts inherits it
+if "HF_MODULES_CACHE" not in os.environ or "PYTEST_XDIST_WORKER" in os.environ:
     _modules_cache = tempfile.TemporaryDirectory(prefix="internvl-tests-")
     os.environ["HF_MODULES_CACHE"] = _modules_cache.name
 
@@ -23,16 +29,22 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from fresh import Server
+
 ROOT = Path(__file__).resolve().parents[1]
 IS_V5 = int(transformers.__version__.split(".")[0]) >= 5
 INDEX = "model.safetensors.index.json"
 CODE = sorted(path.name for path in ROOT.glob("*.py"))
 GOLDEN = Path(__file__).resolve().parent / "golden"
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}  # SPEC, "Reading the goldens"
+LAST_RESORT = 1200  # seconds: a wait ends with an event or a dead process; this only ends a run that hangs
+FRESH = Server()
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes long or much memory; run with `-m slow`")
+    heavy = "Ray, Chromium, kill -9, two-process training, simulated 14B plans; run by `make test-heavy`"
+    config.addinivalue_line("markers", f"heavy: {heavy}")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -130,11 +142,38 @@ def random_state(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def run_python(code: str, folder: Path, *arguments: object) -> subprocess.CompletedProcess:
-    """Run `code` in a new interpreter that has no terminal, no network and an empty cache of remote code."""
+    """Run `code` in a fresh process (see fresh.py): no terminal, no network, an empty cache of remote code."""
+    return succeeded(run_fork(["-c", code, *arguments], folder, HF_MODULES_CACHE=str(folder / "modules")))
+
+
+def run_interpreter(code: str, folder: Path, *arguments: object) -> subprocess.CompletedProcess:
+    """The same in a new interpreter, seconds slower: for what hides a package or asks what was imported."""
     environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 240, "cwd": folder}
-    done = subprocess.run(command, env=environment, **options)
+    options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": LAST_RESORT, "cwd": folder}
+    return succeeded(subprocess.run(command, env=environment, **options))
+
+
+def run_fork(command: list, folder: Path | str, **environment: str) -> subprocess.CompletedProcess:
+    """What `python COMMAND` would do, `-c CODE` or a script and its arguments, in a fork of a preloaded interpreter."""
+    command = [*map(str, command)]
+    is_code = command[0] == "-c"
+    with tempfile.TemporaryDirectory() as streams:
+        request = {
+            "code": command[1] if is_code else None,
+            "script": None if is_code else command[0],
+            "arguments": command[1 + is_code :],
+            "folder": str(folder),
+            "stdout": f"{streams}/stdout",
+            "stderr": f"{streams}/stderr",
+            "environment": os.environ | environment,
+        }
+        code = FRESH.run(request, LAST_RESORT)
+        texts = [Path(request[name]).read_text("utf-8") for name in ("stdout", "stderr")]
+    return subprocess.CompletedProcess(command, code, *texts)
+
+
+def succeeded(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
     assert done.returncode == 0, done.stderr[-4000:]
     return done
 

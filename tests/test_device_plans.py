@@ -37,13 +37,20 @@ def pieces(model: torch.nn.Module) -> list[str]:
 # ------------------------------------------------------------------------------------------------ at full size
 
 
-# Each takes 20 seconds; the two that split the model most and least evenly are enough for every day.
+@cache
+def simulated(name: str, inputs: str = "cuda:0") -> sim.Report:
+    """The published sizes on a setup: 20 seconds, once, for all that is asked about it."""
+    return sim.simulate(ROOT, sim.Setup.parse(name), inputs=inputs)
+
+
+# The two that split the model most and least evenly are enough for every day.
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "name", ["8x8", "24+8+8:sequential", *(pytest.param(name, marks=pytest.mark.slow) for name in ("2x24", "4x12"))]
 )
 def test_the_14b_fits_and_runs_where_transformers_places_it(name):
     """Every public method; within budget, no block split, towers in one piece after the other."""
-    report = sim.simulate(ROOT, sim.Setup.parse(name))
+    report = simulated(name)
     assert report.failures == []
     assert sum(report.weights.values()) == 2 * PARAMETERS  # bfloat16
     assert all(report.weights[card] > 0 for card in range(len(report.setup.cards)))
@@ -53,13 +60,13 @@ def test_the_14b_fits_and_runs_where_transformers_places_it(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["24", "16", "12", "8"])
 def test_the_14b_fits_a_single_card_with_the_rest_on_the_host(name):
-    assert sim.simulate(ROOT, sim.Setup.parse(name)).failures == []
+    assert simulated(name).failures == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["2x24", "24+8+8:sequential", "12"])
 def test_the_14b_returns_results_to_the_host_for_inputs_from_there(name):
-    assert sim.simulate(ROOT, sim.Setup.parse(name), inputs="cpu").failures == []
+    assert simulated(name, inputs="cpu").failures == []
 
 
 def test_a_balanced_plan_leaves_an_uneven_machine_half_empty_and_a_sequential_one_does_not():

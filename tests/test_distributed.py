@@ -102,6 +102,7 @@ def ranks(tmp_path_factory):
 # ------------------------------------------------------------------------------------------------------ the tests
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("parallel", ["", "-ddp"], ids=["averaged-here", "DistributedDataParallel"])
 @pytest.mark.parametrize("objective", CLASSES)
 def test_losses_and_gradients_of_two_ranks(ranks, objective, parallel):
@@ -122,6 +123,7 @@ def test_every_tensor_of_two_ranks_is_covered():
     assert names == {(objective, kind) for objective in CLASSES for kind in ("losses_per_rank", "grad")}
 
 
+@pytest.mark.heavy
 def test_gather_concatenates_and_sums_the_ranks_gradients(ranks):
     (first, first_grad), (second, second_grad) = (results["weighted"] for results in ranks)
     assert first.tolist() == second.tolist() == [[1.0], [3.0], [2.0], [4.0]]
@@ -130,12 +132,14 @@ def test_gather_concatenates_and_sums_the_ranks_gradients(ranks):
     assert second_grad.tolist() == [[300.0], [3000.0]]
 
 
+@pytest.mark.heavy
 def test_gather_leaves_the_incoming_gradient_alone(ranks):
     (first, other), (second, other_second) = (results["sibling"] for results in ranks)
     assert first.tolist() == [[0.0], [2.0]] and second.tolist() == [[4.0], [6.0]]
     assert other.tolist() == other_second.tolist() == [[0.0], [1.0], [2.0], [3.0]]
 
 
+@pytest.mark.heavy
 def test_without_gradients_through_the_gather_training_would_differ(ranks):
     for results in ranks:
         (losses, through), (blocked_losses, blocked) = results["stage2"], results["blocked"]

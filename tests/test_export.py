@@ -12,7 +12,7 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoProcessor
 
-from conftest import ROOT, TOLERANCE, load, run_python
+from conftest import ROOT, TOLERANCE, load, run_interpreter
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -140,7 +140,7 @@ other = session.run(["text_embeds"], {"input_ids": ids.numpy(), "attention_mask"
 assert not [name for name in sys.modules if name.split(".")[0] in ("transformers", "transformers_modules")]
 numpy.save(out, numpy.stack([found, other]))
 """
-    run_python(code, tmp_path, both[0], tmp_path / "found.npy")
+    run_interpreter(code, tmp_path, both[0], tmp_path / "found.npy")
     wanted = joint.embed_text(torch.tensor([[1, 40, 50, 2], [1, 9, 2, 0]])).detach()
     for found in np.load(tmp_path / "found.npy"):
         assert_close(torch.from_numpy(found), wanted, **TOLERANCE)

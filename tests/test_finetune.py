@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from conftest import ROOT, TOLERANCE, load, repo_class, run_python
+from conftest import LAST_RESORT, ROOT, TOLERANCE, load, repo_class, run_python
 
 _cache = tempfile.TemporaryDirectory(prefix="internvl-datasets-")
 os.environ["HF_DATASETS_CACHE"] = _cache.name  # read when `datasets` is imported
@@ -600,9 +600,9 @@ def run_two(options: dict, kind: str, folder) -> None:
     script.write_text(RANK)
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
     launch += ["--rdzv-endpoint", "localhost:0", str(script), str(ROOT / "examples"), json.dumps(options), kind]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (fsdp_environment() if kind == "fsdp" else {})
+    environment = os.environ | (fsdp_environment() if kind == "fsdp" else {})
     done = subprocess.run(
-        [sys.executable, *launch], env=environment, cwd=folder, capture_output=True, text=True, timeout=300
+        [sys.executable, *launch], env=environment, cwd=folder, capture_output=True, text=True, timeout=LAST_RESORT
     )
     assert done.returncode == 0, done.stderr[-6000:]
 
@@ -610,6 +610,7 @@ def run_two(options: dict, kind: str, folder) -> None:
 FAST = ("pretraining", "ddp")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "objective, kind",
     [

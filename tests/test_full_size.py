@@ -1,9 +1,7 @@
 """The full-size run and the checkpoint it synthesises, at the size of tiny/."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections import namedtuple
 
@@ -12,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
-from conftest import ROOT
+from conftest import ROOT, run_fork
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -96,10 +94,9 @@ def test_full_disk_is_a_clear_error_before_anything_is_written(tmp_path, monkeyp
 def test_command_reports_agreeing_plans_and_cleans_up(tmp_path):
     scratch, report, numbers = tmp_path / "scratch", tmp_path / "report.md", tmp_path / "report.json"
     scratch.mkdir()
-    command = [sys.executable, ROOT / "benchmarks" / "full_size.py", "--config", TINY, "--plans", "mapped", "disk"]
+    command = [ROOT / "benchmarks" / "full_size.py", "--config", TINY, "--plans", "mapped", "disk"]
     command += ["--scratch", scratch, "--out", report]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # small matrices, and cores that other tests may want
-    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=600)
+    done = run_fork(command, tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     assert not list(scratch.iterdir())
     results = json.loads(numbers.read_text())

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from safetensors.torch import save as save_bytes
 from transformers import AutoProcessor
 from transformers.pipelines import SUPPORTED_TASKS
 
-from conftest import INDEX, ROOT, load, run_python
+from conftest import INDEX, ROOT, load, run_fork, run_interpreter
 
 sys.path.insert(0, str(ROOT / "tools"))
 import model_index
@@ -222,6 +223,21 @@ def test_no_filter_stands_in_this_repository():
 
 
 # -------------------------------------------------------------------------------------------------------- checking
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked_tools():
+    """The script that loads a place runs in a fork; the README's snippet starts it as users do."""
+    run = subprocess.run
+
+    def forked(command, env=None, cwd=None, **options):
+        if command[0] != sys.executable:
+            return run(command, env=env, cwd=cwd, **options)
+        return run_fork(command[1:], cwd, **env)
+
+    publish.subprocess = SimpleNamespace(run=forked)
+    yield
+    publish.subprocess = subprocess
 
 
 @pytest.fixture(scope="module")
@@ -535,6 +551,7 @@ model.save_pretrained("saved")
 AutoProcessor.from_pretrained("org/flat", trust_remote_code=True).save_pretrained("saved")
 import os
 from pathlib import Path
+from types import SimpleNamespace
 os.rename(os.environ["HF_HUB_CACHE"], os.environ["HF_HUB_CACHE"] + "-gone")
 found["saved"] = results("saved")
 json.dump(found, open("found.json", "w"))
@@ -557,7 +574,7 @@ def by_id(full, flat_tiny, tmp_path_factory):
     }
     code = f"import os\nos.environ['HF_HUB_CACHE'] = {str(cache)!r}\n" + BY_ID
     picture = ROOT / "examples" / "pictures" / "panda.png"
-    run_python(code, folder, ROOT / "tools", json.dumps(asked), picture)
+    run_interpreter(code, folder, ROOT / "tools", json.dumps(asked), picture)
     return json.loads((folder / "found.json").read_text())
 
 

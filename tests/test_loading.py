@@ -35,6 +35,7 @@ from conftest import (
     load,
     make_repository,
     repo_class,
+    run_interpreter,
     run_python,
 )
 
@@ -249,7 +250,7 @@ finite = bool(found.isfinite().all())
 print(tokenizer("a")["input_ids"][0], list(found.shape), finite, caption.shape[0], imported, sep="|")
 """
     )
-    done = run_python(code, tmp_path, flat, OPTIONAL)
+    done = run_interpreter(code, tmp_path, flat, OPTIONAL)
     assert done.stdout.splitlines()[-1] == "1|[1, 2]|True|1|[]"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import IS_V5, load, make_repository, repo_class, run_python
+from conftest import IS_V5, load, make_repository, repo_class, run_interpreter
 
 IDS = torch.tensor([[1, 405, 353, 2326, 2, 0], [1, 405, 353, 77, 900, 2]])
 
@@ -133,7 +133,7 @@ try:
 except OSError:
     print("no such revision")
 """
-    lines = run_python(code, tmp_path).stdout.splitlines()
+    lines = run_interpreter(code, tmp_path).stdout.splitlines()
     fresh, old = lines[0], "3.0 internvl_14b InternVLProcessor"
     assert fresh.endswith("internvl_14b InternVLProcessor") and fresh != old
     assert lines == [fresh, fresh, old, old, old, "no such revision"]

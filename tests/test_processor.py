@@ -1,9 +1,7 @@
 """InternVLProcessor: pictures of every kind, the text recipe of each task, misuse, saving."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 import threading
 import warnings
@@ -13,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+
+from conftest import run_python
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -383,11 +383,7 @@ p = AutoProcessor.from_pretrained(root, trust_remote_code=True, _from_pipeline="
 rows.append(p(text="a  cat")["input_ids"].tolist()[0])
 print(json.dumps(rows))
 """
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 120}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, **options)
-    assert done.returncode == 0, done.stderr
-    *rows, prompt = json.loads(done.stdout.splitlines()[-1])
+    *rows, prompt = json.loads(run_python(code, tmp_path).stdout.splitlines()[-1])
     ids = ids_of(processor, "summarize:a  cat")
     shapes = ([1, 3, 224, 224], [1, 3, 48, 48], [1, 3, 48, 48])
     assert rows == [["InternVLTokenizer", shape, ids] for shape in shapes]

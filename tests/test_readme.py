@@ -5,10 +5,11 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+from conftest import LAST_RESORT, ROOT
 
 README = ROOT / "README.md"
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```\s*$", re.DOTALL | re.MULTILINE)
@@ -67,15 +68,18 @@ def readme() -> str:
     return README.read_text()
 
 
-@pytest.mark.skipif(not (ROOT / "tiny" / "model.safetensors.index.json").is_file(), reason="tiny/ holds no weights")
-def test_python_blocks_run_in_order(readme, tmp_path):
-    """In one namespace, from the repository's root, without network; a failure names the block and its line."""
-    codes = blocks(readme, "python")
-    assert len(codes) > 1
-    runner = (
-        NO_NETWORK
-        + """
+# What the readers' environment (`make venv`) has not got and the tests' has: as if they were not installed.
+HIDDEN = "torchao bitsandbytes ray gradio mteb selenium matplotlib webdataset pycocoevalcap resvg_py pytest"
+RUNNER = """
 import json, sys, traceback
+from importlib.machinery import PathFinder
+
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, *others):
+        return None if name.split(".")[0] in sys.argv[2].split() else super().find_spec(name, *others)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 namespace = {"__name__": "__main__"}
 for number, (line, code) in enumerate(json.load(open(sys.argv[1])), 1):
     try:
@@ -85,17 +89,54 @@ for number, (line, code) in enumerate(json.load(open(sys.argv[1])), 1):
         traceback.print_exc()
         sys.exit(f"block {number}, README.md line {line + 1}")
 """
-    )
-    starts = [readme[: match.start(2)].count("\n") for match in FENCE.finditer(readme) if match[1] == "python"]
-    (tmp_path / "blocks.json").write_text(json.dumps(list(zip(starts, codes))))
-    (tmp_path / "runner.py").write_text(runner)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+needs_weights = pytest.mark.skipif(
+    not (ROOT / "tiny" / "model.safetensors.index.json").is_file(), reason="tiny/ holds no weights"
+)
+
+
+def python_blocks(text: str, package: str = "") -> list[tuple[int, str]]:
+    """Line and code of the blocks that name this package as their need; without one, of those that name none."""
+    found = [match for match in FENCE.finditer(text) if match[1] == "python"]
+    needs = [match[0].splitlines()[0].removeprefix("```python").strip() for match in found]
+    return [(text[: match.start(2)].count("\n"), match[2]) for match, need in zip(found, needs) if need == package]
+
+
+def run_blocks(numbered: list[tuple[int, str]], folder: Path, hidden: str) -> None:
+    """In one namespace, from the repository's root, without network; a failure names the block and its line."""
+    (folder / "blocks.json").write_text(json.dumps(numbered))
+    (folder / "runner.py").write_text(NO_NETWORK + RUNNER)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules")}
     before = repository_files()
-    command = [sys.executable, str(tmp_path / "runner.py"), str(tmp_path / "blocks.json")]
-    options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 580, "cwd": ROOT}
+    command = [sys.executable, str(folder / "runner.py"), str(folder / "blocks.json"), hidden]
+    options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": LAST_RESORT, "cwd": ROOT}
     done = subprocess.run(command, env=environment, **options)
     assert done.returncode == 0, done.stderr[-4000:]
     assert repository_files() <= before, "an example left files behind"
+
+
+@needs_weights
+def test_python_blocks_run_in_order(readme, tmp_path):
+    numbered = python_blocks(readme)
+    assert len(numbered) > 1
+    run_blocks(numbered, tmp_path, HIDDEN)
+
+
+@needs_weights
+def test_the_block_that_needs_torchao(readme, tmp_path):
+    """Behind the first block, which loads the model and says where it is."""
+    (block,) = python_blocks(readme, "torchao")
+    run_blocks([python_blocks(readme)[0], block], tmp_path, "")
+
+
+def test_every_python_block_is_run(readme):
+    assert len(blocks(readme, "python")) == len(python_blocks(readme)) + len(python_blocks(readme, "torchao"))
+
+
+def test_what_readers_install_is_what_is_tested():
+    wanted = (ROOT / "examples" / "requirements.txt").read_text("utf-8").splitlines()
+    tested = (ROOT / "tests" / "requirements.txt").read_text("utf-8").splitlines()
+    assert not [line for line in wanted if not line.startswith("#") and line not in tested]
+    assert not set(HIDDEN.split()) & {line.split("==")[0] for line in wanted}
 
 
 def repository_files() -> set[str]:
@@ -113,6 +154,14 @@ def test_make_targets_exist(readme):
     named = named_make_targets(readme)
     assert named, "the README names no make target"
     assert named <= make_targets((ROOT / "Makefile").read_text())
+
+
+def test_make_help_lists_every_command():
+    makefile = (ROOT / "Makefile").read_text()
+    commands = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split()
+    done = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = dict(re.findall(r"^make ([\w-]+) +(\S.*)$", done.stdout, re.MULTILINE))
+    assert list(listed) == commands and len(done.stdout.splitlines()) == len(commands)
 
 
 def test_named_files_exist(readme):

@@ -11,6 +11,7 @@ import pytest
 
 from conftest import ROOT
 
+pytestmark = pytest.mark.heavy
 pytest.importorskip("lancedb")
 pytest.importorskip("gradio")
 pytest.importorskip("selenium")

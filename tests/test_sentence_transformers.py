@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from conftest import ROOT, load, run_python
+from conftest import ROOT, load, run_interpreter, run_python
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
 from sentence_transformers import CrossEncoder, SentenceTransformer  # noqa: E402
@@ -280,7 +280,7 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_processes_of_a_pool_compute_the_same(trained, embedder, cross_encoder, tmp_path):
-    run_python(POOL, tmp_path, trained, PICTURES[0], *TEXTS)
+    run_interpreter(POOL, tmp_path, trained, PICTURES[0], *TEXTS)
     found = np.load(tmp_path / "found.npz")
     np.testing.assert_allclose(found["embeds"], embedder.encode([*TEXTS, PICTURES[0]], mode="InternVL-G"), **CLOSE)
     np.testing.assert_allclose(found["scores"], cross_encoder.predict([(PICTURES[0], text) for text in TEXTS]), **CLOSE)
@@ -428,7 +428,7 @@ except ImportError as error:
 
 
 def test_a_missing_package_is_named_and_the_model_needs_none(trained, tmp_path):
-    assert "pip install sentence_transformers" in run_python(MISSING, tmp_path, trained).stdout
+    assert "pip install sentence_transformers" in run_interpreter(MISSING, tmp_path, trained).stdout
 
 
 # Re-ranking

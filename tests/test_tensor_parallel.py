@@ -128,6 +128,7 @@ def alone():
 # ------------------------------------------------------------------------------------------------------ the tests
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("name", "call"), [(name, call) for name in MODELS for call in [*COMPARED[name], "with-gradients"]]
 )
@@ -137,6 +138,7 @@ def test_two_ranks_give_the_results_of_one(ranks, alone, name, call):
         assert_close(results[call], expected[call], **TOLERANCE)
 
 
+@pytest.mark.heavy
 def test_a_rank_holds_what_the_plan_says(ranks, alone):
     # Of the tiny checkpoint alone: it is converted, where the other one stays mapped from its file in places.
     model, _ = alone["tiny"]

@@ -5,12 +5,13 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import sentencepiece
+
+from conftest import run_python
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -78,12 +79,8 @@ def repository(tmp_path):
 
 
 def run_fresh(code, folder):
-    """Runs `code` in a new interpreter with no terminal and an empty module cache; returns the JSON it prints last."""
-    environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
-    options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 120}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, **options)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    """The JSON that `code` prints last, run in a fresh process with an empty module cache."""
+    return json.loads(run_python(code, folder).stdout.splitlines()[-1])
 
 
 def test_ids_are_sentencepieces_own(tokenizer, model_file):

@@ -36,6 +36,7 @@ FLAGS = (
 # Width, height and question of each picture.
 DESK, PHONE = (1180, 860, "熊猫"), (390, 860, "キツネの顔")
 PHONES = 500  # what is narrower is shown as a phone does: a window cannot be so narrow
+LAST_RESORT = 1200  # seconds: only a page that hangs, and no busy machine, comes to it
 
 
 def index(folder: Path, arguments: list) -> None:
@@ -53,10 +54,10 @@ def served(arguments: list, log: Path) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file) as server:
         try:
-            end = time.monotonic() + 240
+            end = time.monotonic() + LAST_RESORT
             while True:
                 try:
-                    urllib.request.urlopen(url, timeout=5).read()
+                    urllib.request.urlopen(url, timeout=LAST_RESORT).read()
                     break
                 except OSError:
                     if server.poll() is not None or time.monotonic() > end:
@@ -80,9 +81,9 @@ def browser(profile: Path, width: int, height: int) -> webdriver.Chrome:
     return webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
 
 
-def wait(condition: Callable, seconds: int = 60):
+def wait(condition: Callable):
     ignored = (WebDriverException,)  # elements that are drawn anew meanwhile
-    return WebDriverWait(None, seconds, poll_frequency=0.1, ignored_exceptions=ignored).until(lambda _: condition())
+    return WebDriverWait(None, LAST_RESORT, poll_frequency=0.1, ignored_exceptions=ignored).until(lambda _: condition())
 
 
 def opened(driver: webdriver.Chrome, url: str) -> WebElement:

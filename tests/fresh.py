@@ -1,0 +1,141 @@
+"""
+Fresh processes in a tenth of a second: an interpreter that has imported torch and transformers forks for each script.
+
+A new interpreter takes five seconds to import what nearly every script needs. This server imports it once, runs no
+operation and starts no thread, and so a fork of it is what `python -c CODE` is after its imports. Three kinds of tests
+need a real interpreter (`run_interpreter` in conftest.py): those that hide a package or look at what was imported,
+those of an environment variable that is read while importing, and those of commands as users start them.
+"""
+
+import atexit
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+PRELOADED = (
+    "numpy PIL.Image sentencepiece safetensors.torch torch torch._dynamo torch.nn.functional transformers"
+    " transformers.dynamic_module_utils transformers.modeling_utils transformers.generation.utils"
+    " transformers.processing_utils transformers.tokenization_utils transformers.pipelines"
+    " transformers.models.auto.modeling_auto transformers.models.auto.processing_auto"
+    " transformers.models.auto.image_processing_auto transformers.models.auto.tokenization_auto"
+).split()
+
+
+# ------------------------------------------------------------------------------------------------- in the server
+
+
+def serve() -> None:
+    """Answer each request, a line of JSON, with the return code of a fork that ran it."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # nothing that an import prints may be taken for an answer
+    del sys.path[0]  # the folder of this file: no script of a user has it
+    for name in PRELOADED:
+        try:
+            importlib.import_module(name)
+        except ImportError:  # of another version of transformers: the script imports what it needs itself
+            pass
+    gc.collect()
+    gc.freeze()  # the collector of a fork need not touch, and so copy, what was there before
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            run(json.loads(line))
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
+
+
+def run(request: dict) -> None:
+    """Become `python -c CODE ARGUMENTS...` or `python SCRIPT ARGUMENTS...`, and end."""
+    code = 1
+    try:
+        become(request)
+        is_script = request["script"] is not None
+        source = Path(request["script"]).read_text("utf-8") if is_script else request["code"]
+        name = request["script"] if is_script else "<string>"
+        main = type(sys)("__main__")
+        if is_script:
+            main.__file__ = name
+        sys.modules["__main__"] = main
+        sys.argv = [name if is_script else "-c", *request["arguments"]]
+        sys.path.insert(0, os.path.dirname(name) if is_script else "")
+        exec(compile(source, name, "exec"), main.__dict__)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if code and not isinstance(end.code, int):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        try:
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code & 0xFF)
+
+
+def become(request: dict) -> None:
+    """Take over the folder, the streams and the environment, with an own cache of remote code."""
+    for number, path, flags in (
+        (0, os.devnull, os.O_RDONLY),
+        (1, request["stdout"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
+        (2, request["stderr"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
+    ):
+        os.dup2(os.open(path, flags), number)
+    sys.stdin = open(0, closefd=False)
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
+    # transformers reads this variable while it is imported, and its modules copy the value from each other.
+    for module in list(sys.modules.values()):
+        if "HF_MODULES_CACHE" in getattr(module, "__dict__", ()):
+            module.HF_MODULES_CACHE = os.environ["HF_MODULES_CACHE"]
+
+
+# -------------------------------------------------------------------------------------------------- in the tests
+
+
+class Server:
+    """The server of one test process, started when it is first needed; it ends with its standard input."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen | None = None
+
+    def run(self, request: dict, seconds: float) -> int:
+        """The return code of a fork that ran the request."""
+        if self.process is None:
+            environment = os.environ | {"HF_HUB_OFFLINE": "1"}  # it is read while importing
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            # In a session of its own, without a terminal: nobody can be asked, and `stop` reaches its forks.
+            command = [sys.executable, __file__]
+            self.process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+            atexit.register(self.stop)
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        ready, _, _ = select.select([self.process.stdout], [], [], seconds)
+        answer = self.process.stdout.readline() if ready else ""
+        if not answer:
+            self.stop()
+            raise TimeoutError(f"no end after {seconds} seconds, or the server died: {request['code'] or request}")
+        return int(answer)
+
+    def stop(self) -> None:
+        process, self.process = self.process, None
+        if process is not None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            process.stdin.close()
+            process.stdout.close()
+
+
+if __name__ == "__main__":
+    serve()
