@@ -240,11 +240,6 @@ def collect_tp_plan(model: Any) -> None:
     model._tp_plan = plan
 
 
-def set_tp_size(part: Any, ranks: int) -> None:
-    """Tell a part of a split model, on which `generate` runs, how many of its heads a rank has."""
-    part._tp_size = ranks
-
-
 @contextmanager
 def root_parameters_in_tensor_parallel() -> Iterator[None]:
     """

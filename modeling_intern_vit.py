@@ -48,7 +48,6 @@ from .compat_internvl import (
     refuse_known_bad,
     root_parameters_in_tensor_parallel,
     save_quantized_root_parameters,
-    set_tp_size,
 )
 from .configuration_intern_vit import InternVisionConfig
 
@@ -280,9 +279,6 @@ class InternPreTrainedModel(PreTrainedModel):
         if strict and problems:
             listed = "; ".join(f"{kind}: {_abbreviate(names)}" for kind, names in problems.items())
             raise ValueError(f"The checkpoint does not fit {cls.__name__} ({listed}). `strict=False` loads it anyhow.")
-        for part in model.children():
-            if ranks > 1 and isinstance(part, PreTrainedModel):
-                set_tp_size(part, ranks)
         save_quantized_root_parameters(model)
         return (model, info) if output_loading_info else model
 

@@ -840,6 +840,7 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
             generation_config (`GenerationConfig`, *optional*): by default the checkpoint's.
             generate_kwargs: as in `GenerationMixin.generate`: `num_beams`, `do_sample`, `max_new_tokens`, ...
                 `max_length` and `min_length` count what the original returned: the new tokens and a `<s>`.
+                `prefill_chunk_size` changes nothing: queries and prompt are always read in one pass.
 
         Returns:
             `torch.Tensor`: [B, new tokens], without the prompt; or transformers' output class if asked for.
@@ -862,6 +863,7 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
             cache.batch_repeat_interleave(copies)
         kind, config.cache_implementation = config.cache_implementation, None
         options, config.cache_config = config.cache_config, None
+        config.prefill_chunk_size = None  # what would be read by parts is in the cache
         length = mask.shape[1] + config.max_new_tokens
         # Embeddings and not ids, so that processors of logits, streamers and results see what is written and no prompt.
         return self.qllama.generate(

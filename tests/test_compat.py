@@ -22,7 +22,7 @@ COMPAT = "compat_internvl.py"
 # Versions of libraries, and names that they do not document.
 VERSIONS = re.compile(r"\b(?:transformers|torch|torchao|accelerate|peft)\W{1,4}v?\d|(?<![\d.])(?:4\.57|5\.\d+\.\d+)\b")
 UNDOCUMENTED = re.compile(
-    r"__version__|_hf_hook|get_state_dict_and_metadata|_tp_size\b(?<!set_tp_size)|_gradient_checkpointing_func"
+    r"__version__|_hf_hook|get_state_dict_and_metadata|\._tp_size\b|_gradient_checkpointing_func"
     r"|_keys_to_ignore_on_load|shard_and_distribute|\._attn_implementation|_is_hf_initialized|_from_pipeline"
     r"|is_compileable|or_mask_function|create_causal_mask|ALL_ATTENTION_FUNCTIONS|\.layers\[\w+\]\.keys|hf_quantizer"
     r"|inspect\.signature"
@@ -363,12 +363,6 @@ def test_the_plan_of_tensor_parallelism_is_that_of_the_classes(compat):
         f"{name}.{key}": value for name, part in parts.items() for key, value in part._tp_plan.items()
     }
     assert set(compat.VISION_MLP.values()) <= {"colwise", "rowwise", compat.GATHERED}
-
-
-def test_a_part_knows_how_many_heads_a_rank_has(compat):
-    part = SimpleNamespace()
-    compat.set_tp_size(part, 2)
-    assert part._tp_size == 2
 
 
 def test_root_parameters_load_in_tensor_parallel(compat):

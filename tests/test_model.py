@@ -645,6 +645,12 @@ def test_pictures_run_once_whatever_is_asked(own_model):
     assert runs["qllama"] == 4 * (1 + 8)  # queries and prompts but for their last token, then a step for each new token
 
 
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}])
+def test_a_prompt_is_never_read_in_parts(model, cache):
+    plain = model.generate(PIXELS, PROMPTS, **GREEDY)
+    assert torch.equal(model.generate(PIXELS, PROMPTS, prefill_chunk_size=2, **cache, **GREEDY), plain)
+
+
 def test_generate_leaves_the_configs_alone(own_model):
     before = own_model.generation_config.to_dict()
     generation_config = type(own_model.generation_config)(max_new_tokens=3, min_new_tokens=3)
