@@ -55,7 +55,14 @@ def refuse_known_bad(feature: str) -> None:
 check_release(transformers.__version__)
 VERSION = release(transformers.__version__)
 
-from transformers import Cache, DynamicCache, GenerationMixin, QuantizedCache, StaticCache  # noqa: E402
+from transformers import (  # noqa: E402
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    QuantizedCache,
+    StaticCache,
+)
 from transformers.masking_utils import create_causal_mask  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
@@ -144,21 +151,34 @@ def copy_cache(source: Cache, target: Cache) -> Cache:
     return target
 
 
-def cache_of_kind(kind: str | None, prefix: Cache, config: Any, length: int, options: dict[str, Any] | None) -> Cache:
+CACHE_KINDS = ("dynamic", "dynamic_full", "offloaded", "quantized", "static", "offloaded_static")
+
+
+def cache_of_kind(asked: GenerationConfig, prefix: Cache, config: Any, length: int) -> Cache:
     """
-    A filled dynamic cache as the kind that `cache_implementation` names, which `generate` does not make where it is
+    A filled dynamic cache as the kind that a generation config asks for, which `generate` does not make where it is
     given a cache. Goes when it can fill a cache of its own from another one.
 
     Args:
+        asked (`GenerationConfig`): what it says of caches and of reading a prompt in parts is done, and taken out.
         length (`int`): positions that a static cache has to hold.
-        options: `cache_config`, of a quantised cache.
+
+    Raises:
+        `ValueError`: a `cache_implementation` that is none of `CACHE_KINDS`.
     """
+    kind, options, longest = (
+        getattr(asked, name, None) for name in ("cache_implementation", "cache_config", "max_cache_len")
+    )
+    asked.cache_implementation = asked.cache_config = asked.prefill_chunk_size = None
     if kind is None or kind in ("dynamic", "dynamic_full"):
         return prefix
+    if kind not in CACHE_KINDS:
+        raise ValueError(f"`cache_implementation` must be one of {', '.join(CACHE_KINDS)}, got {kind!r}.")
     if kind == "offloaded":
         return copy_cache(prefix, DynamicCache(config=config, offloading=True))
     if kind == "quantized":
         return copy_cache(prefix, QuantizedCache(**{"backend": "quanto", "config": config, **(options or {})}))
+    length = max(length, longest or 0)
     length += -length % 64  # compiled steps serve every cache of one size
     return copy_cache(prefix, StaticCache(config=config, max_cache_len=length, offloading="offloaded" in kind))
 

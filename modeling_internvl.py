@@ -852,25 +852,23 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
         self._require_queries("`generate`")
         if pixel_values is None:
             raise ValueError("`pixel_values` must be given: there is nothing to write about.")
+        arguments = self._decoding_arguments(generation_config, generate_kwargs)
+        config = arguments["generation_config"]
         seen = self._seen(pixel_values)
         input_ids, mask = self._prompt(input_ids, attention_mask, len(seen.image_states), seen.image_states.device)
         mask = self._with_queries(mask)
-        arguments = self._decoding_arguments(generation_config, generate_kwargs)
         cache = self._read_prompts(seen, input_ids[:, :-1], mask[:, :-1])
-        config = arguments["generation_config"]
         copies = max(config.num_beams or 1, config.num_return_sequences or 1)
         if copies > 1:
             cache.batch_repeat_interleave(copies)
-        kind, config.cache_implementation = config.cache_implementation, None
-        options, config.cache_config = config.cache_config, None
-        config.prefill_chunk_size = None  # what would be read by parts is in the cache
         length = mask.shape[1] + config.max_new_tokens
+        cache = cache_of_kind(config, cache, self.config.qllama_config, length)
         # Embeddings and not ids, so that processors of logits, streamers and results see what is written and no prompt.
         return self.qllama.generate(
-            input_ids[:, :0],
+            input_ids[:, :0],  # nothing is written yet; transformers may put its own on the meta device
             inputs_embeds=self._joint_embeds(input_ids),
             attention_mask=mask,
-            **{CACHE_NAME: cache_of_kind(kind, cache, self.config.qllama_config, length, options)},
+            **{CACHE_NAME: cache},
             **arguments,
         )
 

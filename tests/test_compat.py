@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import DynamicCache, GenerationMixin, ProcessorMixin, StaticCache
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, ProcessorMixin, StaticCache
 
 from conftest import CODE, IS_V5, ROOT, golden_config, golden_model, load, repo_class, run_python
 
@@ -248,12 +248,16 @@ def test_a_copy_leaves_the_source_alone(compat, config):
 def test_caches_of_other_kinds_hold_the_same(compat, config, kind):
     prefix = filled(compat, config)
     expected = [(layer.keys, layer.values) for layer in prefix.layers]
-    cache = compat.cache_of_kind(kind, prefix, config, length=20, options=None)
+    asked = GenerationConfig(cache_implementation=kind, prefill_chunk_size=2)
+    cache = compat.cache_of_kind(asked, prefix, config, length=20)
+    assert asked.cache_implementation is None and asked.prefill_chunk_size is None
     assert int(cache.get_seq_length()) == 3
     for layer, (keys, values) in zip(cache.layers, expected, strict=True):
         assert torch.equal(layer.keys[:, :, :3], keys) and torch.equal(layer.values[:, :, :3], values)
     if kind == "static":
         assert isinstance(cache, StaticCache) and cache.layers[0].keys.shape[2] == 64
+        asked = SimpleNamespace(cache_implementation="static", max_cache_len=100)
+        assert compat.cache_of_kind(asked, prefix, config, length=20).layers[0].keys.shape[2] == 128
     else:
         assert cache is prefix
 
@@ -267,10 +271,17 @@ def test_a_quantised_cache_takes_its_options(compat, config, monkeypatch):
             made.update(options, backend=backend)
 
     monkeypatch.setattr(compat, "QuantizedCache", Quantised)
-    cache = compat.cache_of_kind("quantized", filled(compat, config), config, 20, {"nbits": 2, "backend": "hqq"})
-    assert made == {"backend": "hqq", "nbits": 2} and cache.get_seq_length() == 3
-    compat.cache_of_kind("quantized", filled(compat, config), config, 20, None)
+    options = {"nbits": 2, "backend": "hqq"}
+    asked = SimpleNamespace(cache_implementation="quantized", cache_config=options)
+    cache = compat.cache_of_kind(asked, filled(compat, config), config, 20)
+    assert made == options and cache.get_seq_length() == 3 and asked.cache_config is None
+    compat.cache_of_kind(SimpleNamespace(cache_implementation="quantized"), filled(compat, config), config, 20)
     assert made["backend"] == "quanto"
+
+
+def test_an_unknown_kind_of_cache_is_refused(compat, config):
+    with pytest.raises(ValueError, match="`cache_implementation` must be one of dynamic, .*, got 'paged'"):
+        compat.cache_of_kind(SimpleNamespace(cache_implementation="paged"), filled(compat, config), config, 20)
 
 
 def test_an_offloaded_cache_is_one(compat, config, monkeypatch):
@@ -280,7 +291,8 @@ def test_an_offloaded_cache_is_one(compat, config, monkeypatch):
         monkeypatch.setattr(compat, kind, lambda config, offloading, **_: made.append(offloading) or DynamicCache())
     made = []
     for name in ("offloaded", "offloaded_static", "static"):
-        assert compat.cache_of_kind(name, prefix, config, 20, None).get_seq_length() == 3
+        asked = SimpleNamespace(cache_implementation=name)
+        assert compat.cache_of_kind(asked, prefix, config, 20).get_seq_length() == 3
     assert made == [True, True, False]
 
 
