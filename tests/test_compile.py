@@ -69,6 +69,9 @@ def test_one_graph_for_all_decoding_steps(graphs, decoding, attention):
         tokens = model.generate(PIXELS[:rows], prompts, cache_implementation="static", **arguments)
         assert tokens.tolist() == expected.tolist()
         assert graphs.frame_count == 2  # the first step takes the prompt's last embedding, all others take an id
+    shorter = arguments | {"max_new_tokens": 7, "min_new_tokens": 7}
+    model.generate(PIXELS[:rows], prompts, cache_implementation="static", **shorter)
+    assert graphs.frame_count == 2
 
 
 @torch.no_grad()
