@@ -12,7 +12,7 @@ PICTURES ?= examples/pictures
 .PHONY: help demo app venv test test-heavy test-slow test-contract matrix lint bench tiny clean
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv-readers/ready ## show tiny/ on pictures: zero-shot, retrieval, captions; writes demo.png
 	.venv-readers/bin/python examples/demo.py
@@ -29,7 +29,7 @@ test: lint ## style, types and tests, in two processes: up to 5 minutes
 test-heavy: .venv/ready ## Ray, Chromium, kill -9, training in two processes, simulated 14B plans: 5 minutes
 	.venv/bin/python $(PYTEST) -m "heavy and not slow" --ignore tests/contract tests
 
-test-slow: .venv/ready ## what neither of them runs, such as one layer of each tower at the published widths
+test-slow: .venv/ready ## what test and test-heavy leave out, such as one layer of each tower at the published widths
 	.venv/bin/python $(PYTEST) -m slow --ignore tests/contract tests
 
 test-contract: $(if $(filter .venv/%,$(CONTRACT_PYTHON)),.venv/ready) ## what must work on every transformers: 2 minutes; CONTRACT_PYTHON=PATH for another environment

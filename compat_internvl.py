@@ -24,7 +24,7 @@ OLDEST = (4, 57)
 # Releases that break a feature: (package, version, feature, reason). That feature alone is refused there. Features are
 # "loading", "device maps", "captions", "training" and "sentence-transformers".
 KNOWN_BAD: tuple[tuple[str, str, str, str], ...] = (
-    ("transformers", "5.0.0", "device maps", "a method other than `forward` finds weights on no device"),
+    ("transformers", "5.0.0", "device maps", "methods other than `forward` cannot find the weights"),
 )
 
 
@@ -113,10 +113,16 @@ def causal_mask(config: Any, states: torch.Tensor, padding: torch.Tensor | None,
 
 # 5.24 calls `past_key_values` `cache`; goes when 5.24 is the oldest.
 CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
-# What `generate` passes to every forward, whether it takes it or not: up to 5.1. Goes when 5.2 is the oldest.
-PASSED_BY_GENERATE = {"cache_position"} & set(
-    inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+# What `generate` passes to every forward, whether it takes it or not: the positions up to 5.1, the tokenizer always.
+PASSED_BY_GENERATE = {"tokenizer"} | (
+    {"cache_position"} & set(inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters)
 )
+# What `generate` takes beside the fields of a generation config: `tokenizer` is read, and not in its signature.
+ARGUMENTS_OF_GENERATE = {"tokenizer", *inspect.signature(GenerationMixin.generate).parameters} - {
+    "self",
+    "inputs",
+    "kwargs",
+}
 
 
 def either_cache(past_key_values: Any, cache: Any) -> Any:
@@ -177,7 +183,13 @@ def cache_of_kind(asked: GenerationConfig, prefix: Cache, config: Any, length: i
     if kind == "offloaded":
         return copy_cache(prefix, DynamicCache(config=config, offloading=True))
     if kind == "quantized":
-        return copy_cache(prefix, QuantizedCache(**{"backend": "quanto", "config": config, **(options or {})}))
+        options = {"backend": "quanto", "config": config, **(options or {})}
+        try:
+            cache = QuantizedCache(**options)
+        except ModuleNotFoundError as error:  # older releases let it through as it is
+            package = {"quanto": "optimum-quanto"}.get(options["backend"].lower(), options["backend"].lower())
+            raise ImportError(f"`cache_implementation='quantized'` needs {package}: pip install {package}") from error
+        return copy_cache(prefix, cache)
     length = max(length, longest or 0)
     length += -length % 64  # compiled steps serve every cache of one size
     return copy_cache(prefix, StaticCache(config=config, max_cache_len=length, offloading="offloaded" in kind))

@@ -32,6 +32,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, logging
 
 from .compat_internvl import (
+    ARGUMENTS_OF_GENERATE,
     CACHE_NAME,
     cache_of_kind,
     copy_cache,
@@ -846,7 +847,8 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
             `torch.Tensor`: [B, new tokens], without the prompt; or transformers' output class if asked for.
 
         Raises:
-            `ValueError`, `TypeError`: no picture, a bad picture, prompt or mask, an assistant or guidance.
+            `ValueError`, `TypeError`: no picture, a bad picture, prompt or mask, an unknown argument, an assistant,
+                guidance, prompt lookup, a loop of one's own (`custom_generate`) or `output_attentions`.
         """
         refuse_known_bad("captions")
         self._require_queries("`generate`")
@@ -909,6 +911,8 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
                 "A prompt ends with `</s>`: nothing sensible follows it. Set `tokenizer.add_eos_token = False`, or call"
                 ' the processor with `task="caption"`.'
             )
+        # The embedding of padding may be zero, and a static cache of some releases takes zero keys for free places.
+        input_ids = input_ids.masked_fill(mask.logical_not(), self.config.qllama_config.bos_token_id)
         order = real_tokens_last(mask)
         place = self.get_input_embeddings()(input_ids[:1, :1]).device  # offloaded weights do not say where they run
         rows = max(batch, len(input_ids))
@@ -928,13 +932,19 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, GenerationMixi
             if generate_kwargs.get(old) is not None:
                 setattr(config, new, None)  # what is asked for now comes before the checkpoint's default
         rest = config.update(**generate_kwargs)
-        blind = {
+        for name in sorted(set(rest) - ARGUMENTS_OF_GENERATE):
+            raise TypeError(f"generate() got an unexpected keyword argument '{name}'")
+        without_image = {
             "assistant_model": rest.get("assistant_model") is not None,
             "assistant_early_exit": config.assistant_early_exit is not None,
+            "custom_generate": rest.get("custom_generate") is not None,
             "guidance_scale": config.guidance_scale not in (None, 1),
+            "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens is not None,
         }
-        for name in (name for name, is_asked_for in blind.items() if is_asked_for):
-            raise ValueError(f"`generate` cannot use `{name}`: what it adds would be written without the picture.")
+        for name in (name for name, is_asked_for in without_image.items() if is_asked_for):
+            raise ValueError(f"`generate` cannot use `{name}`: what it adds would be written without the image.")
+        if config.output_attentions:
+            raise ValueError("`generate` cannot give `output_attentions`: the model keeps no attention weights.")
         for old, new in lengths:
             length = getattr(config, old)
             if length != getattr(plain, old) and getattr(config, new) is None:

@@ -193,7 +193,8 @@ def filled(compat, config, rows=2, length=3):
 def test_a_cache_has_the_name_that_generate_gives_it(compat):
     named = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
     assert compat.CACHE_NAME in named
-    assert compat.PASSED_BY_GENERATE <= set(named)
+    assert compat.PASSED_BY_GENERATE - {"tokenizer"} <= set(named)
+    assert {"streamer", "logits_processor", "tokenizer"} <= compat.ARGUMENTS_OF_GENERATE
 
 
 def test_either_name_of_a_cache(compat):
@@ -277,6 +278,13 @@ def test_a_quantised_cache_takes_its_options(compat, config, monkeypatch):
     assert made == options and cache.get_seq_length() == 3 and asked.cache_config is None
     compat.cache_of_kind(SimpleNamespace(cache_implementation="quantized"), filled(compat, config), config, 20)
     assert made["backend"] == "quanto"
+
+    def missing(**options):
+        raise ModuleNotFoundError("No module named 'optimum'")
+
+    monkeypatch.setattr(compat, "QuantizedCache", missing)
+    with pytest.raises(ImportError, match="'quantized'` needs optimum-quanto: pip install optimum-quanto"):
+        compat.cache_of_kind(SimpleNamespace(cache_implementation="quantized"), filled(compat, config), config, 20)
 
 
 def test_an_unknown_kind_of_cache_is_refused(compat, config):

@@ -172,3 +172,37 @@ def test_gather_of_a_single_rank_changes_nothing(world_of_one):
     weights = torch.randn(3, 2)
     (gathered * weights).sum().backward()
     assert_close(local.grad, weights, rtol=0, atol=0)
+
+
+# -------------------------------------------------------------------------------- one rank, without a second process
+
+
+@pytest.fixture
+def second_of_two(monkeypatch):
+    """This process as the second of two ranks; what it gathers from the first is its own, negated."""
+    summed = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "all_gather", lambda parts, local: [parts[0].copy_(-local), parts[1].copy_(local)])
+    monkeypatch.setattr(dist, "all_reduce", lambda gradient: summed.append(gradient.shape) or gradient.mul_(2))
+    return summed
+
+
+@pytest.mark.parametrize("objective", CLASSES)
+def test_the_pairs_of_the_second_rank_stand_behind_those_of_the_first(second_of_two, objective):
+    model, embeds = golden_model(CLASSES[objective]), torch.eye(3, 8)
+    given = torch.ones(3)
+    if objective == "retrieval":
+        given = model._soft_targets(torch.tensor([1, 2, 3]), 3, embeds.device)
+        assert given.tolist() == torch.eye(3, 6).roll(3, 1).tolist()
+    loss = model._contrastive_loss(embeds.clone().requires_grad_(), embeds, given)
+    scale = float(model.logit_scale.detach().exp())
+    logits = torch.cat([-scale * torch.eye(3), scale * torch.eye(3)], dim=1)
+    assert_close(loss.detach(), torch.nn.functional.cross_entropy(logits, torch.arange(3) + 3))
+
+
+def test_gradients_through_the_gather_are_summed(second_of_two):
+    local, weights = torch.ones(3, 2, requires_grad=True), torch.arange(12.0).view(6, 2)
+    (modeling().GatherWithGradient.apply(local) * weights).sum().backward()
+    assert second_of_two == [(6, 2)] and local.grad.tolist() == (2 * weights[3:]).tolist()

@@ -551,7 +551,6 @@ model.save_pretrained("saved")
 AutoProcessor.from_pretrained("org/flat", trust_remote_code=True).save_pretrained("saved")
 import os
 from pathlib import Path
-from types import SimpleNamespace
 os.rename(os.environ["HF_HUB_CACHE"], os.environ["HF_HUB_CACHE"] + "-gone")
 found["saved"] = results("saved")
 json.dump(found, open("found.json", "w"))
@@ -610,3 +609,16 @@ def test_pipelines_take_an_id(by_id):
     features = torch.tensor(by_id["features"]).flatten()
     wanted = torch.tensor(by_id["main"]["image_embeds"][0])
     assert features.shape == wanted.shape and features.isfinite().all()
+
+
+def test_a_place_is_loaded_with_an_empty_cache_of_code(monkeypatch):
+    seen = {}
+
+    def run(command, env, cwd, **options):
+        seen.update(env, cwd=cwd, files=os.listdir(env["HF_MODULES_CACHE"]))
+        return SimpleNamespace(returncode=0, stdout="{}", stderr="")
+
+    monkeypatch.setattr(publish.subprocess, "run", run)
+    assert publish.load_offline("here") == {}
+    assert seen["HF_MODULES_CACHE"] == seen["cwd"] != os.environ["HF_MODULES_CACHE"] and seen["files"] == []
+    assert seen["HF_HUB_OFFLINE"] == "1" and not os.path.exists(seen["cwd"])

@@ -7,11 +7,12 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.testing import assert_close
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoProcessor
 from transformers.generation.streamers import BaseStreamer
 
-from conftest import GOLDEN, ROOT, TOLERANCE, golden, golden_config, golden_model, repo_class, training_batch
+from conftest import GOLDEN, ROOT, TOLERANCE, golden, golden_config, golden_model, load, repo_class, training_batch
 
 INPUTS = golden("tiny/inputs")
 PIXELS, IDS, PROMPTS = INPUTS["pixel_values"], INPUTS["input_ids"], INPUTS["prompt_ids"]
@@ -512,6 +513,43 @@ def test_prompts_of_unequal_length(model, decoding, side):
     for row, prompt in enumerate(UNEQUAL):
         alone = model.generate(PIXELS[row : row + 1], torch.tensor([prompt]), **arguments)
         assert together[row].tolist() == alone[0].tolist()
+
+
+@pytest.mark.parametrize("decoding", DECODING)
+def test_padding_may_have_an_embedding_of_zeros(own_model, decoding):
+    """As a trained checkpoint's has; the first prompt is a short one, where some static caches count what they hold."""
+    with torch.no_grad():
+        own_model.get_input_embeddings().weight[0] = 0
+    prompts = sorted(UNEQUAL, key=len)
+    ids, arguments = batch_of(prompts, "left"), DECODING[decoding]
+    together = own_model.generate(PIXELS, ids, (ids > 0).long(), **arguments)
+    for row, prompt in enumerate(prompts):
+        alone = own_model.generate(PIXELS[row : row + 1], torch.tensor([prompt]), **arguments)
+        assert together[row].tolist() == alone[0].tolist()
+
+
+def test_a_static_cache_has_room_for_the_prompt_too(model):
+    """The queries and 54 tokens fill one step of 64 positions; the prompt needs the next."""
+    options = {"max_new_tokens": 54, "min_new_tokens": 54}
+    wanted = model.generate(PIXELS[:1], PROMPTS[:1], **options)
+    assert torch.equal(model.generate(PIXELS[:1], PROMPTS[:1], cache_implementation="static", **options), wanted)
+
+
+def test_a_prompt_with_an_end_is_warned_of_once(model, warnings_logged):
+    for _ in range(2):
+        model.generate(PIXELS[:1], IDS[:1], max_new_tokens=1)
+    assert [message.split(":")[0] for message in warnings_logged] == ["A prompt ends with `</s>`"]
+
+
+def test_writing_stops_at_a_text(trained):
+    """`stop_strings` needs the tokenizer, which transformers hands to the model too."""
+    model, processor = load(trained, dtype=torch.float32), load(trained, AutoProcessor)
+    inputs = processor(images=[Image.new("RGB", (48, 48), "orange")], task="caption")
+    options = {"max_new_tokens": 8, "min_new_tokens": 8}
+    whole = processor.tokenizer.decode(model.generate(**inputs, **options)[0])
+    stop = whole.strip()[2:5]
+    ids = model.generate(**inputs, stop_strings=[stop], tokenizer=processor.tokenizer, max_new_tokens=8)
+    assert processor.tokenizer.decode(ids[0]).rstrip().endswith(stop) or len(ids[0]) < 8
 
 
 def test_a_prompt_changes_what_is_written(model):

@@ -557,6 +557,20 @@ def test_one_process_writes_at_a_time(folder, embedder, tmp_path):
     update(index, folder, embedder)
 
 
+def test_reranking_looks_at_a_shortlist_however_few_are_asked_for(indexed, embedder, monkeypatch):
+    seen = []
+
+    def match(pixels, words):  # the last of the list is the best by far
+        seen.append(len(pixels))
+        return -1e6 * torch.arange(len(pixels)).float().flip(0)
+
+    monkeypatch.setattr(embedder, "match", match)
+    searcher = Searcher(indexed, embedder)
+    (best,) = searcher.search(words="panda", k=1, rerank=True)
+    assert seen == [search_index.SHORTLIST]
+    assert best.path == searcher.search(words="panda", k=search_index.SHORTLIST)[-1].path
+
+
 def test_searching_while_a_run_goes_on(folder, embedder, tmp_path, monkeypatch):
     """Every search sees whole rows, and more and more of them."""
     for number in range(40):

@@ -200,7 +200,7 @@ def table(results: dict[str, Result]) -> str:
     run_versions = {each.versions["transformers"] for each in results.values()}
     for package, version, feature, reason in known_bad():
         if package == "transformers" and version not in run_versions:
-            rows.append([version, f"`{feature}` is refused: {reason}", *[""] * (len(columns) - 2)])
+            rows.append([version, f"{feature} are refused: {reason}", *[""] * (len(columns) - 2)])
     lines = [f"| {' | '.join(cells)} |" for cells in (columns, *rows)]
     lines.insert(1, "|---" * len(columns) + "|")
     torch_version = next(iter(results.values())).versions["torch"]

@@ -5,6 +5,7 @@ import pytest
 # Part of a warning's text -> why our code does not cause it.
 LIBRARIES_OWN = {
     "`is_gradient_checkpointing` is deprecated": "peft asks every model for it",
+    "`torch.jit.script_method` is deprecated": "torch calls it when its compiler is first imported",
 }
 # Part of fresh/deprecations.py -> the feature that it uses.
 PARTS = {
