@@ -47,6 +47,19 @@ def test_prompts_of_unequal_length(model, options):
     assert len({tuple(row) for row in together}) > 1
 
 
+@pytest.mark.parametrize("options", [GREEDY, BEAMS])
+def test_a_static_cache_counts_padding_whose_embedding_is_zero(model, options):
+    """As that of a trained checkpoint is."""
+    padding = model.get_input_embeddings().weight[0]
+    before = padding.detach().clone()
+    try:
+        padding.data.zero_()
+        found = model.generate(PIXELS, UNEQUAL, (UNEQUAL > 0).long(), cache_implementation="static", **options)
+        assert found.tolist() == model.generate(PIXELS, UNEQUAL, (UNEQUAL > 0).long(), **options).tolist()
+    finally:
+        padding.data.copy_(before)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_one_image_with_many_prompts(model, way):
     options, _ = WAYS[way]
@@ -204,7 +217,18 @@ def test_without_a_prompt_and_in_training(model):
     assert found.tolist() == GREEDY_TOKENS and not found.requires_grad
 
 
-@pytest.mark.parametrize("argument", ["max_new_token", "num_beam", "guidance_scale"])
+def test_it_stops_at_a_text(tiny, processor):
+    inputs = processor(images=[torch.linspace(0, 1, 3 * 48 * 48).view(3, 48, 48)], task="caption")
+    exactly = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1}
+    whole = processor.tokenizer.decode(tiny.generate(**inputs, **exactly)[0])
+    (ids,) = tiny.generate(**inputs, stop_strings=[whole[2:4]], tokenizer=processor.tokenizer, **exactly)
+    assert len(ids) < 8 and whole[2:4] in processor.tokenizer.decode(ids)
+
+
+ARGUMENTS = ["max_new_token", "num_beam", "guidance_scale", "prompt_lookup_num_tokens", "position_ids"]
+
+
+@pytest.mark.parametrize("argument", ARGUMENTS)
 def test_what_it_cannot_do_is_refused(model, argument):
     with pytest.raises((ValueError, TypeError), match=argument):
         model.generate(PIXELS, PROMPTS, **{argument: 3})
