@@ -8,13 +8,22 @@ import json
 import re
 import shutil
 import sys
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, ProcessorMixin, StaticCache
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ProcessorMixin,
+    StaticCache,
+)
 
 from conftest import CODE, IS_V5, ROOT, golden_config, golden_model, load, repo_class, run_python
 
@@ -302,6 +311,29 @@ def test_an_offloaded_cache_is_one(compat, config, monkeypatch):
         asked = SimpleNamespace(cache_implementation=name)
         assert compat.cache_of_kind(asked, prefix, config, 20).get_seq_length() == 3
     assert made == [True, True, False]
+
+
+@pytest.mark.skipif(not IS_V5, reason="4.57 writes the right tokens")
+@torch.no_grad()
+def test_a_static_cache_with_flex_attention_is_refused_as_long_as_it_is_wrong(compat):
+    """In transformers' own LLaMA: where this fails, the refusal can go."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    peer = LlamaForCausalLM(LlamaConfig(vocab_size=300, pad_token_id=0, attn_implementation="flex_attention", **sizes))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in peer.eval().parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0, 0.1, generator=generator)
+    ids = torch.randint(3, 300, (3, 6), generator=generator)
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "disable_compile": True}
+    with torch.compiler.set_stance("force_eager"):  # compiling takes most of a minute
+        wanted, static = peer.generate(ids, **options), None
+        with suppress(AttributeError):  # 5.23 fails instead
+            static = peer.generate(ids, cache_implementation="static", **options)
+        assert static is None or not torch.equal(static, wanted)
+    model = golden_model(attn_implementation="flex_attention")
+    for kind in ("static", "offloaded_static"):
+        with pytest.raises(ValueError, match=f"{kind}.*wrong tokens with a static cache and flex_attention"):
+            model.generate(torch.zeros(1, 3, 56, 56), cache_implementation=kind, max_new_tokens=1)
 
 
 # ------------------------------------------------------------------------------------------------ processors, pipelines
