@@ -32,6 +32,16 @@ new MutationObserver(() => {
     if (text) window.answers.push(text);  // an answer may be noted twice
 }).observe(document.body, {childList: true, subtree: true, characterData: true});
 """
+# Notes the words of every question that the server has answered.
+NOTE_SERVED = """
+window.served = [];
+const asked = window.fetch;
+window.fetch = async (address, options) => {
+    const response = await asked(address, options);
+    if (String(address).includes('run/answer')) window.served.push(JSON.parse(options.body).data[0]);
+    return response;
+};
+"""
 # What a browser tells a page when a file is let go over it.
 DROP = """
 const [zone, name, content] = arguments;
@@ -156,13 +166,17 @@ def test_a_question_without_an_answer_does_not_stop_the_next(browse):
 
 def test_twenty_rapid_queries_all_answer(browse):
     page = browse()
+    page.driver.execute_script(NOTE_SERVED)
     words = [entry["name"]["en"] for entry in json.loads((PICTURES / "examples.json").read_text("utf-8"))[:20]]
     for each in words:
         # In one piece: the page may write its own text into the field between two commands of the driver.
         page.words.send_keys(Keys.CONTROL + "a" + Keys.NULL + each + Keys.ENTER)
     page.wait(lambda: f"“{words[-1]}”" in page.text("#found p"))
     asked = [answer.split("“")[1].split("”")[0] for answer in page.answers()]
-    assert list(dict.fromkeys(asked)) == words
+    assert page.driver.execute_script("return window.served") == words
+    # A busy browser may draw two answers at once, and then the first is not seen.
+    shown = list(dict.fromkeys(asked))
+    assert shown == [each for each in words if each in shown] and shown[-1] == words[-1]
     assert not page.driver.find_elements(By.CSS_SELECTOR, "#found [role=alert]")
 
 
