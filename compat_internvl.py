@@ -68,7 +68,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
 try:
     from transformers import CLIPImageProcessorPil
-except ImportError:  # up to 5.1 the plain name is the PIL one; goes when 5.2 is the oldest
+except ImportError:  # in 5.1 the plain name is the PIL one; goes when 5.8 is the oldest
     from transformers import CLIPImageProcessor as CLIPImageProcessorPil  # noqa: F401
 
 # The dtype of a model that is loaded without one: since 5.0 the config's. Goes with 4.57.
@@ -76,6 +76,12 @@ DEFAULT_DTYPE = "auto" if VERSION >= (5, 0) else torch.float32
 LOADING_PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys")  # of `output_loading_info`
 # Whether tensors that were handed over, not read from files, can be offloaded to the disk. Goes with 4.57.
 CAN_OFFLOAD_A_STATE = VERSION >= (5, 0)
+
+# Read once, as layers ask for them at every step.
+MASK_ARGUMENTS = set(inspect.signature(create_causal_mask).parameters)
+CACHE_TAKES_POSITION = "cache_kwargs" in inspect.signature(Cache.update).parameters
+# 5.24 calls `past_key_values` `cache`; goes when 5.24 is the oldest.
+CACHE_NAME = "cache" if "cache" in MASK_ARGUMENTS else "past_key_values"
 
 # ---------------------------------------------------------------------------------------------------------- attention
 
@@ -97,11 +103,10 @@ def attention_function(name: str | None, eager: Callable) -> Callable:
 
 
 def causal_mask(config: Any, states: torch.Tensor, padding: torch.Tensor | None, cache: Any, see_all: bool) -> Any:
-    """`create_causal_mask`, whose arguments were renamed in 5.0, 5.2 and 5.24; goes when 5.24 is the oldest."""
-    names = inspect.signature(create_causal_mask).parameters
+    """`create_causal_mask`, whose arguments differ between 5.1, 5.8, 5.15 and 5.24; goes when 5.24 is the oldest."""
     arguments: dict[str, Any] = {"config": config, "attention_mask": padding, CACHE_NAME: cache}
-    arguments["inputs_embeds" if "inputs_embeds" in names else "input_embeds"] = states  # [B, L, C]
-    if "cache_position" in names:
+    arguments["inputs_embeds" if "inputs_embeds" in MASK_ARGUMENTS else "input_embeds"] = states  # [B, L, C]
+    if "cache_position" in MASK_ARGUMENTS:
         past = 0 if cache is None else cache.get_seq_length()
         arguments["cache_position"] = torch.arange(states.shape[1], device=states.device) + past
     if see_all:
@@ -111,8 +116,6 @@ def causal_mask(config: Any, states: torch.Tensor, padding: torch.Tensor | None,
 
 # ----------------------------------------------------------------------------------------------------- caches, generate
 
-# 5.24 calls `past_key_values` `cache`; goes when 5.24 is the oldest.
-CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 # What `generate` passes to every forward, whether it takes it or not: the positions up to 5.1, the tokenizer always.
 PASSED_BY_GENERATE = {"tokenizer"} | (
     {"cache_position"} & set(inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters)
@@ -142,8 +145,8 @@ def check_unexpected(arguments: dict[str, Any]) -> None:
 def update_cache(
     cache: Cache, layer_idx: int, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Append keys and values [B, heads, L, head_dim] to a layer, and return all that it holds."""
-    if "cache_kwargs" not in inspect.signature(Cache.update).parameters:  # gone since 5.6; so is this then
+    """Append keys and values [B, heads, L, head_dim] to a layer; return all that it holds. Goes when 5.8 is the oldest."""
+    if not CACHE_TAKES_POSITION:
         return cache.update(key, value, layer_idx)
     # Each layer has its own length here: the layers before this one are already ahead.
     position = torch.arange(key.shape[2], device=key.device) + cache.get_seq_length(layer_idx)
