@@ -145,7 +145,7 @@ def check_unexpected(arguments: dict[str, Any]) -> None:
 def update_cache(
     cache: Cache, layer_idx: int, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Append keys and values [B, heads, L, head_dim] to a layer; return all that it holds. Goes when 5.8 is the oldest."""
+    """Append keys and values [B, heads, L, head_dim] to a layer; return all of it. Goes when 5.8 is the oldest."""
     if not CACHE_TAKES_POSITION:
         return cache.update(key, value, layer_idx)
     # Each layer has its own length here: the layers before this one are already ahead.
