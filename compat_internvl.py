@@ -73,7 +73,8 @@ except ImportError:  # in 5.1 the plain name is the PIL one; goes when 5.8 is th
 
 # The dtype of a model that is loaded without one: since 5.0 the config's. Goes with 4.57.
 DEFAULT_DTYPE = "auto" if VERSION >= (5, 0) else torch.float32
-LOADING_PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys")  # of `output_loading_info`
+# The kinds in `output_loading_info`. Goes when transformers documents them.
+LOADING_PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 # Whether tensors that were handed over, not read from files, can be offloaded to the disk. Goes with 4.57.
 CAN_OFFLOAD_A_STATE = VERSION >= (5, 0)
 
@@ -92,6 +93,7 @@ def attention_name(config: Any) -> str | None:
 
 
 def set_attention_name(config: Any, name: str) -> None:
+    """Goes with `attention_name`."""
     config._attn_implementation = name
 
 
@@ -240,12 +242,18 @@ def under_hook(method: Callable) -> Callable:
 
 
 def is_loaded(parameter: torch.Tensor) -> bool:
-    """Whether a checkpoint filled a parameter, where `_init_weights` writes to a slice of it."""
+    """
+    Whether a checkpoint filled a parameter, where `_init_weights` writes to a slice of it. Goes when transformers
+    guards slices as it guards whole parameters.
+    """
     return getattr(parameter, "_is_hf_initialized", False)
 
 
 def recompute_by_default(stack: Any) -> None:
-    """What `gradient_checkpointing_enable` sets, for a stack that recomputes without having been told to."""
+    """
+    What `gradient_checkpointing_enable` sets, for a stack that recomputes without having been told to. Goes, with
+    `recomputed`, when transformers has a public name for the function.
+    """
     stack._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
@@ -260,7 +268,8 @@ def recomputed(stack: Any, layer: nn.Module) -> Callable:
 def ignore_in_checkpoint(model: Any, patterns: list[str]) -> None:
     """
     Set the names (regular expressions) that a checkpoint of the joint model may have beyond those of `model`. To be
-    called after `post_init`, which since 5.0 collects those of the submodules, a list that is not its own.
+    called after `post_init`, which since 5.0 collects those of the submodules, a list that is not its own. Goes when
+    transformers documents a way.
     """
     is_set = isinstance(model._keys_to_ignore_on_load_unexpected, set)
     model._keys_to_ignore_on_load_unexpected = set(patterns) if is_set else list(patterns)
@@ -273,7 +282,10 @@ VISION_MLP = {"fc*": GATHERED} if VERSION < (5, 0) else {"fc1": "colwise", "fc2"
 
 
 def collect_tp_plan(model: Any) -> None:
-    """Set the plan that the classes name and nothing else: 4.57 drops a class's own, 5.23 adds the embeddings."""
+    """
+    Set the plan that the classes name and nothing else: 4.57 drops a class's own, 5.23 adds the embeddings. Goes when
+    `post_init` leaves a class's plan as it is.
+    """
     plan = dict(type(model)._tp_plan)
     for name, part in model.named_children():
         plan |= {f"{name}.{layer}": style for layer, style in getattr(part, "_tp_plan", {}).items()}
@@ -309,7 +321,7 @@ def root_parameters_in_tensor_parallel() -> Iterator[None]:
 def save_quantized_root_parameters(model: Any) -> None:
     """
     torchao's reader splits every name that its writer lists at a dot; those of root parameters have none. Goes when
-    torchao reads what it wrote (tests/test_compat.py shows that 0.18 does not).
+    torchao reads what it wrote, which 0.18 does not.
     """
     if not hasattr(model, "hf_quantizer"):
         return

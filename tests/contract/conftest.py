@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from conftest import CODE, GOLDEN, ROOT, golden_model, load
+from conftest import CODE, GOLDEN, LAST_RESORT, ROOT, golden_model, load
 
 sys.path.insert(0, str(ROOT / "tools"))
 from matrix import known_bad  # noqa: E402
@@ -110,7 +110,8 @@ class Interpreters:
             to = self.work / "published_repository"
             command = [sys.executable, ROOT / "tools" / "publish.py", "--checkpoint", "tiny", "--to", to]
         environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "OMP_NUM_THREADS": "1"}
-        options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 240, "cwd": folder}
+        options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "cwd": folder}
+        options["timeout"] = LAST_RESORT
         return subprocess.run(list(map(str, command)), env=environment, **options)
 
 
