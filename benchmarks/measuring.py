@@ -108,13 +108,20 @@ class Products(TorchFunctionMode):
     """
     Inside, notes the matrix products that run: each Linear and Conv2d with its weights and the shape of its input, and
     the two of every attention. `run` then does them and nothing else, all or those of one step of `generate`.
+
+    Args:
+        model: the layers that are watched.
+        share_inputs (`bool`): one input for all layers that take its shape, where inputs for each would not fit.
+        attention (`bool`): `False` leaves attention out, which a fused kernel does faster than two products.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, share_inputs: bool = False, attention: bool = True):
         super().__init__()
-        self.model = model
+        self.model, self.share_inputs, self.attention = model, share_inputs, attention
         self.steps: list[list[Callable[[], Any]]] = [[]]
+        self.operations = 0
         self.handles: list[Any] = []
+        self.inputs: dict[Any, torch.Tensor] = {}
 
     def __enter__(self) -> "Products":
         layers = [module for module in self.model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
@@ -126,8 +133,17 @@ class Products(TorchFunctionMode):
         for handle in self.handles:
             handle.remove()
 
+    def _input(self, shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
+        if not self.share_inputs:
+            return torch.randn(shape, dtype=like.dtype, device=like.device)
+        kind = (shape, like.dtype, like.device)
+        if kind not in self.inputs:
+            self.inputs[kind] = torch.randn(shape, dtype=like.dtype, device=like.device)
+        return self.inputs[kind]
+
     def _note(self, layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        states = torch.randn(inputs[0].shape)
+        states = self._input(inputs[0].shape, layer.weight)
+        self.operations += 2 * output.numel() * layer.weight[0].numel()
         if isinstance(layer, nn.Conv2d):
             self.steps[-1].append(lambda: F.conv2d(states, layer.weight, layer.bias, layer.stride))
             return
@@ -136,10 +152,11 @@ class Products(TorchFunctionMode):
             self.steps.append([])
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            query, key = torch.randn(args[0].shape), torch.randn(args[1].shape)
-            weights = torch.randn(*query.shape[:3], key.shape[2])
+        if func is F.scaled_dot_product_attention and self.attention:
+            query, key = (self._input(states.shape, states) for states in args[:2])
+            weights = self._input(torch.Size((*query.shape[:3], key.shape[2])), query)
             self.steps[-1] += [lambda: query @ key.transpose(-1, -2), lambda: weights @ key]
+            self.operations += 4 * weights.numel() * query.shape[-1]
         return func(*args, **(kwargs or {}))
 
     def run(self, step: int | None = None) -> None:
@@ -168,39 +185,24 @@ def joint_model(layers: int = LAYERS) -> Any:
         return AutoModel.from_config(joint_config(layers), trust_remote_code=True).eval()
 
 
-def vision_peer(layers: int = LAYERS) -> Any:
-    """transformers' own InternVL vision tower in InternViT-6B's shape."""
+def vision_peer(config: Any) -> Any:
+    """transformers' own InternVL vision tower in the shape of our config."""
     from transformers import InternVLVisionConfig, InternVLVisionModel
 
-    config = InternVLVisionConfig(
-        hidden_size=VISION_WIDTH,
-        intermediate_size=4 * VISION_WIDTH,
-        num_hidden_layers=layers,
-        num_attention_heads=25,
-        norm_type="rms_norm",
-        use_qk_norm=True,
-        use_mean_pooling=False,
-        image_size=224,
-        patch_size=14,
-        attn_implementation="sdpa",
-    )
+    same = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+    options = {"norm_type": "rms_norm", "use_qk_norm": True, "use_mean_pooling": False, "attn_implementation": "sdpa"}
     with torch.device("meta"):
-        return InternVLVisionModel(config).eval()
+        return InternVLVisionModel(
+            InternVLVisionConfig(**{name: getattr(config, name) for name in same}, **options)
+        ).eval()
 
 
-def text_peer(layers: int = LAYERS) -> Any:
-    """transformers' own LLaMA in QLLaMA's shape."""
-    config = LlamaConfig(
-        hidden_size=WIDTH,
-        intermediate_size=11_008,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        vocab_size=VOCABULARY,
-        pad_token_id=0,
-        attn_implementation="sdpa",
-    )
+def text_peer(config: Any) -> Any:
+    """transformers' own LLaMA in the shape of our config."""
+    same = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    options = {"pad_token_id": 0, "attn_implementation": "sdpa"}
     with torch.device("meta"):
-        return LlamaForCausalLM(config).eval()
+        return LlamaForCausalLM(LlamaConfig(**{name: getattr(config, name) for name in same}, **options)).eval()
 
 
 def filled(model: Any) -> Any:
@@ -239,17 +241,18 @@ def sharing_weights(peer: Any, state: dict[str, torch.Tensor]) -> Any:
                 name = name.replace(ours, theirs)
             parts = zip("qkv", tensor.chunk(3), strict=True) if ".qkv." in name else ()
             renamed |= {name.replace("qkv", f"{part}_proj"): weight for part, weight in parts} or {name: tensor}
-        width = len(renamed["embeddings.patch_embeddings.projection.bias"])
-        state = renamed | {"layernorm.weight": torch.ones(width), "layernorm.bias": torch.zeros(width)}
+        bias = renamed["embeddings.patch_embeddings.projection.bias"]
+        state = renamed | {"layernorm.weight": torch.ones_like(bias), "layernorm.bias": torch.zeros_like(bias)}
     wanted = dict(peer.named_parameters())
     peer.load_state_dict({name: state[name] for name in wanted}, assign=True)
+    device = next(peer.parameters()).device
     for module in peer.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             if "inv_freq" in name:  # rotary frequencies, which the constructor computed on the meta device
                 size = 2 * len(buffer)
-                setattr(module, name, 10_000 ** -(torch.arange(0, size, 2).float() / size))
+                setattr(module, name, 10_000 ** -(torch.arange(0, size, 2, device=device).float() / size))
             elif buffer.is_meta:
-                setattr(module, name, torch.zeros_like(buffer, device="cpu"))
+                setattr(module, name, torch.zeros_like(buffer, device=device))
     return peer
 
 
@@ -261,8 +264,8 @@ def small_models(layers: int) -> dict[str, Any]:
     models = {
         "vision": (joint.vision_model, vision),
         "text": (joint.qllama.model, text),
-        "vision, transformers": (vision_peer(1), vision),
-        "text, transformers": (text_peer(1).model, text | {"head_dim": 16}),
+        "vision, transformers": (vision_peer(joint.config.vision_config), vision),
+        "text, transformers": (text_peer(joint.config.qllama_config).model, text | {"head_dim": 16}),
     }
     with torch.device("meta"):
         made = {
@@ -387,18 +390,30 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def put_on_a_card(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give a model on the meta device weights on the simulated card, inside `simulated_card`."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            fake = torch.empty(parameter.shape, dtype=dtype, device=CARD)
+            setattr(module, name, nn.Parameter(fake, requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=CARD))
+
+
+@contextmanager
+def simulated_card() -> Iterator[tuple[simulate_devices.DeviceMeter, AsOnCuda]]:
+    """Inside, tensors can lie on a card that is not there, and those that do are counted."""
+    # Tensors of inference mode lose their fake device on the way.
+    with torch.inference_mode(False), simulate_devices.simulated_machine() as meter, AsOnCuda() as kernels:
+        yield meter, kernels
+
+
 @contextmanager
 def on_a_card(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[simulate_devices.DeviceMeter, AsOnCuda]]:
     """Inside, a model on the meta device is on a simulated card."""
-    # Tensors of inference mode lose their fake device on the way.
-    with torch.inference_mode(False), simulate_devices.simulated_machine() as meter, AsOnCuda() as kernels:
-        for module in model.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                fake = torch.empty(parameter.shape, dtype=dtype, device=CARD)
-                setattr(module, name, nn.Parameter(fake, requires_grad=False))
-            for name, buffer in list(module.named_buffers(recurse=False)):
-                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=CARD))
-        yield meter, kernels
+    with simulated_card() as found:
+        put_on_a_card(model, dtype)
+        yield found
 
 
 def run_vision(model: Any, dtype: torch.dtype) -> Callable[[], Any]:

@@ -80,13 +80,17 @@ class Bench:
     @property
     def vision_peer(self) -> Any:
         if "vision" not in self.made:
-            self.made["vision"] = m.sharing_weights(m.vision_peer(), self.model.vision_model.state_dict())
+            self.made["vision"] = m.sharing_weights(
+                m.vision_peer(self.model.config.vision_config), self.model.vision_model.state_dict()
+            )
         return self.made["vision"]
 
     @property
     def text_peer(self) -> Any:
         if "text" not in self.made:
-            self.made["text"] = m.sharing_weights(m.text_peer(), self.model.qllama.state_dict())
+            self.made["text"] = m.sharing_weights(
+                m.text_peer(self.model.config.qllama_config), self.model.qllama.state_dict()
+            )
         return self.made["text"]
 
     def add(self, row: Row) -> None:
@@ -331,10 +335,17 @@ def match(bench: Bench) -> None:
 
 def operators(bench: Bench) -> None:
     """Operators launched per layer, on a simulated card"""
+
+    def vision_peer(layers: int) -> Any:
+        return m.vision_peer(m.joint_config(layers).vision_config)
+
+    def text_peer(layers: int) -> Any:
+        return m.text_peer(m.joint_config(layers).qllama_config).model
+
     kinds: dict[str, tuple[Any, Any, Any, str]] = {
-        "vision": (lambda n: m.joint_model(n).vision_model, m.vision_peer, m.run_vision, "<= 13"),
-        "text": (lambda n: m.joint_model(n).qllama.model, lambda n: m.text_peer(n).model, m.run_text, "<= 24"),
-        "decoding": (lambda n: m.joint_model(n).qllama.model, lambda n: m.text_peer(n).model, m.run_decoding, "<= 26"),
+        "vision": (lambda n: m.joint_model(n).vision_model, vision_peer, m.run_vision, "<= 13"),
+        "text": (lambda n: m.joint_model(n).qllama.model, text_peer, m.run_text, "<= 24"),
+        "decoding": (lambda n: m.joint_model(n).qllama.model, text_peer, m.run_decoding, "<= 26"),
     }
     for name, (ours, peer, run, target) in kinds.items():
         found, copies = m.operators_per_layer(ours, run, torch.bfloat16)

@@ -95,15 +95,48 @@ def on_h100s(modes: list[str], mfu: float, embeddings: str) -> dict[str, float]:
     return {"flops": flops, "rate": rate, "hours": hours, "bytes": embedding_bytes(modes, embeddings) * BILLION}
 
 
+def measured_card(file: Path, modes: set[str]) -> tuple[str, float]:
+    """
+    The name of the card that benchmarks/gpu.py measured, and the most images a second that it embedded. Of two modes
+    InternVL-G counts: it runs the vision tower too, and what InternVL-C adds is a head of less than 1 %.
+
+    Raises:
+        ValueError: a file of another kind, of a small or simulated run, or without such images.
+    """
+    mode = max(modes)
+    try:
+        results = json.loads(file.read_text("utf-8"))
+        machine, rows = results["machine"], results["steps"]["images"]["rows"]
+        rates = [row["a second"] for row in rows if row["work"] == mode and "transformers" not in row["way"]
+                 and "a second" in row]  # fmt: skip
+        if machine["tiny"] or machine["simulated"] or not rates:
+            raise ValueError(f"it has no images of {mode} at full size")
+        return machine["device"], max(rates)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"must be a file of `python benchmarks/gpu.py`, got {str(file)!r}: {error}"
+        raise ValueError(f"`--measured` {problem}.") from error
+
+
 def h100_lines(decode_rate: float, options: argparse.Namespace) -> list[str]:
-    """That arithmetic with all that it assumes."""
-    found = on_h100s(options.mode, options.mfu, options.embeddings)
-    tera, rate, hours = found["flops"] / 1e12, found["rate"], found["hours"]
-    text = [
-        f"a billion pictures with the published 14B on H100s, modes {' and '.join(options.mode)}, by arithmetic:",
-        f"  {tera:.2f} TFLOP a picture of 224 x 224, counted in one pass of the published config",
-        f"  {H100_FLOPS / 1e12:.0f} TFLOPS (data sheet, bfloat16, dense) x {options.mfu:g} (`--mfu`, your assumption) "
-        f"/ {tera:.2f} TFLOP = {rate:.0f} pictures/s on a GPU",
+    """A billion pictures on cards: as measured, or by arithmetic with all that it assumes."""
+    found = on_h100s(options.mode, options.mfu or 1, options.embeddings)
+    tera, modes = found["flops"] / 1e12, " and ".join(options.mode)
+    if options.card:
+        name, rate = options.card
+        text = [
+            f"a billion pictures with the published 14B on {name}s, modes {modes}, as measured on one:",
+            f"  {rate:.0f} pictures/s on a GPU ({options.measured}; the best batch of {max(options.mode)})",
+        ]
+    else:
+        rate = found["rate"]
+        text = [
+            f"a billion pictures with the published 14B on H100s, modes {modes}, by arithmetic:",
+            f"  {tera:.2f} TFLOP a picture of 224 x 224, counted in one pass of the published config",
+            f"  {H100_FLOPS / 1e12:.0f} TFLOPS (data sheet, bfloat16, dense) x {options.mfu:g} (`--mfu`, your "
+            f"assumption) / {tera:.2f} TFLOP = {rate:.0f} pictures/s on a GPU",
+        ]
+    hours = BILLION / rate / 3600
+    text += [
         f"  1e9 / {rate:.0f} pictures/s = {hours:,.0f} GPU-hours: {hours / 8 / 24:.1f} days on 8, "
         f"{hours / 64 / 24:.1f} on 64",
         f"  {rate / decode_rate:.1f} CPUs like these decode for one GPU",

@@ -32,6 +32,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports to its makers unless told
@@ -94,7 +95,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--price-per-hour", type=float, help="of all machines of this run, for a dry run")
     add("--h100", action="store_true", help="in a dry run: what a billion pictures take on H100s, by arithmetic")
     add("--mfu", type=float, help="the share of an H100's peak that you expect to reach, such as 0.4")
-    add("--price-per-gpu-hour", type=float, help="of an H100")
+    add("--measured", type=Path, help="with --h100: what benchmarks/gpu.py measured on a card, instead of --mfu")
+    add("--price-per-gpu-hour", type=float, help="of such a card")
     return complete(parser.parse_args(arguments))
 
 
@@ -121,12 +123,17 @@ def complete(options: argparse.Namespace) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"`--{name.replace('_', '-')}` must be a positive number, got {value}.")
-    for name, other in (("price_per_hour", "dry_run"), ("h100", "dry_run"), ("mfu", "h100"),
+    for name, other in (("price_per_hour", "dry_run"), ("h100", "dry_run"), ("mfu", "h100"), ("measured", "h100"),
                         ("price_per_gpu_hour", "h100")):  # fmt: skip
         if getattr(options, name) and not getattr(options, other):
             raise ValueError(f"`--{name.replace('_', '-')}` needs `--{other.replace('_', '-')}`.")
-    if options.h100 and (options.mfu is None or options.mfu > 1):
-        raise ValueError(f"`--h100` needs an assumption, `--mfu` of at most 1, got {options.mfu}.")
+    if options.measured and options.mfu:
+        raise ValueError("`--mfu` is an assumption and `--measured` a measurement: give one of them.")
+    if options.h100 and not options.measured and (options.mfu is None or options.mfu > 1):
+        raise ValueError(
+            f"`--h100` needs an assumption, `--mfu` of at most 1, got {options.mfu}; or `--measured FILE`."
+        )
+    options.card = embed_costs.measured_card(options.measured, set(options.mode)) if options.measured else None
     if options.address and options.object_store_gb:
         raise ValueError("`--object-store-gb` is for this machine's Ray; a cluster's is set when it is started.")
     options.embed, options.mode = sorted(set(options.embed)), sorted(set(options.mode))

@@ -9,12 +9,17 @@ from typing import Any
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from conftest import ROOT
 
 pytest.importorskip("accelerate")
 sys.path.insert(0, str(ROOT / "tools"))
 
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import measuring  # noqa: E402
 import simulate_devices as sim  # noqa: E402
 
 TINY = ROOT / "tiny"
@@ -32,6 +37,40 @@ def pieces(model: torch.nn.Module) -> list[str]:
     blocks = sim.blocks_of(model)
     outside = [name for name, _ in model.named_parameters() if not any(name.startswith(f"{b}.") for b in blocks)]
     return [*blocks, *{name.rpartition(".")[0] or name: None for name in outside}]
+
+
+# ------------------------------------------------------------------------------------------------ other devices
+
+
+class Float64Results(TorchDispatchMode):
+    """Notes the operators that give float64, which Apple's devices do not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64 for leaf in tree_leaves(result)):
+            self.found.add(str(func))
+        return result
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "xpu:0", "mps:0"])
+def test_no_call_needs_one_kind_of_device(device, monkeypatch):
+    """Every public method, with weights and inputs on devices that this torch has not even been built for."""
+    monkeypatch.setattr(measuring, "CARD", device)
+    model, batch = tiny_model.__wrapped__(), sim.Batch(texts=2, length=8, caption=8)
+    with measuring.simulated_card(), Float64Results() as float64:
+        measuring.put_on_a_card(model, torch.bfloat16)
+        found = {call.name: sim.failure(call, device) for call in sim.public_calls(model, batch, device)}
+    wrong = {name: problem for name, problem in found.items() if problem}
+    if device == "mps:0":  # transformers' own greedy search asks torch for its build on Apple's devices
+        assert set(wrong) <= {"generate, greedy", "generate, greedy, prompt"}
+        assert all("not linked with support for mps" in problem for problem in wrong.values())
+    else:
+        assert not wrong
+    assert not float64.found
 
 
 # ------------------------------------------------------------------------------------------------ at full size

@@ -458,6 +458,8 @@ def test_a_part_goes_to_an_object_store_in_one_piece():
         ({"price_per_hour": 3}, "`--price-per-hour` needs `--dry-run`"),
         ({"dry_run": True, "h100": True}, "`--h100` needs an assumption"),
         ({"dry_run": True, "h100": True, "mfu": 40}, "`--mfu` of at most 1, got 40"),
+        ({"dry_run": True, "h100": True, "mfu": 0.4, "measured": "x"}, "give one of them"),
+        ({"dry_run": True, "measured": "x"}, "`--measured` needs `--h100`"),
         ({"data": "nowhere"}, "`--data` must be a file, a folder or a pattern"),
         ({"model": ROOT, "revision": "main"}, "`--revision` is for an id"),
         ({"source": "webdataset"}, "`--data` must hold .tar"),
@@ -592,6 +594,46 @@ def test_the_estimate_is_the_slower_of_models_and_decoders(options):
     given.tasks = 1
     slower = embed_costs.estimate(shards, [each | {"decoded": 1.0} for each in batches], given)
     assert slower["rate"] == 10 and "decoders allow" in "\n".join(embed_costs.lines(slower, given))
+
+
+def gpu_results(**machine):
+    rows = [
+        {"work": "InternVL-C", "batch": 1, "way": "eager", "a second": 50.0},
+        {"work": "InternVL-C", "batch": 64, "way": "compile_layers", "a second": 200.0},
+        {"work": "InternVL-C", "batch": 64, "way": "transformers", "a second": 900.0},
+        {"work": "InternVL-C", "batch": 256, "way": "eager", "failed": "OutOfMemoryError"},
+        {"work": "InternVL-G", "batch": 64, "way": "eager", "a second": 100.0},
+    ]
+    described = {"device": "NVIDIA H200", "tiny": False, "simulated": False, **machine}
+    return {"machine": described, "steps": {"images": {"rows": rows}}}
+
+
+def test_measured_images_take_the_place_of_the_assumption(options, tmp_path):
+    file = tmp_path / "gpu.json"
+    file.write_text(json.dumps(gpu_results()))
+    dry = {"dry_run": True, "h100": True, "measured": file}
+    text = "\n".join(embed_costs.h100_lines(10, options("data", **dry, price_per_gpu_hour=3)))
+    assert "on NVIDIA H200s" in text and "  200 pictures/s on a GPU" in text and "data sheet" not in text
+    assert f"{1e9 / 200 / 3600:,.0f} GPU-hours" in text and "20.0 CPUs like these" in text and "cost: 1,389" in text
+    both = embed_costs.h100_lines(10, options("data", **dry, mode=["InternVL-C", "InternVL-G"]))
+    assert "  100 pictures/s on a GPU" in both[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "No such file"),
+        ("[]", "must be a file of `python benchmarks/gpu.py`"),
+        (json.dumps(gpu_results(tiny=True)), "no images of InternVL-C at full size"),
+        (json.dumps(gpu_results(simulated=True)), "no images of InternVL-C at full size"),
+    ],
+)
+def test_measured_takes_only_what_was_measured(options, tmp_path, content, problem):
+    file = tmp_path / "gpu.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ValueError, match=problem):
+        options("data", dry_run=True, h100=True, measured=file)
 
 
 def test_of_errors_alone_nothing_is_estimated(options):

@@ -1,0 +1,302 @@
+"""Are the numbers right on this machine? The steps of benchmarks/gpu.py that compare; a difference is a failure."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_machine import Machine, Missing, repository_class
+from measuring import ROOT
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoModel, CompileConfig
+
+GOLDEN = ROOT / "tests" / "golden" / "tiny"
+TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
+ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2")
+LOW_PRECISION = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+LEAST_COSINE = 0.98  # of low precision; 0.998 to 1 on a CPU
+OBJECTIVES = {"stage2": "InternVLForPreTraining", "retrieval": "InternVLForRetrieval"}
+
+
+# --------------------------------------------------------------------------------------------------------- goldens
+
+
+def golden_model(machine: Machine, attention: str, dtype: torch.dtype, name: str = "InternVLModel") -> Any:
+    fields = json.loads((GOLDEN / "config.json").read_text("utf-8"))
+    config = repository_class("configuration_internvl.InternVLConfig")(**fields, attn_implementation=attention)
+    model = repository_class(f"modeling_internvl.{name}")(config)
+    model.load_state_dict(load_file(GOLDEN / "model.safetensors"))
+    return model.to(machine.device, dtype).eval()
+
+
+def golden_tensors(machine: Machine, name: str) -> dict[str, torch.Tensor]:
+    return {key: each.to(machine.device) for key, each in load_file(GOLDEN / f"{name}.safetensors").items()}
+
+
+def golden_outputs(model: Any, inputs: dict[str, torch.Tensor], texts: bool = True) -> dict[str, torch.Tensor]:
+    """Under the names of the goldens; without `texts`, of images alone."""
+    pixels, ids = inputs["pixel_values"], inputs["input_ids"]
+    found = {f"encode_image_{mode.lower()}": model.encode_image(pixels, f"InternVL-{mode}") for mode in "CG"}
+    if not texts:
+        return found
+    logits = {f"logits_per_image_{mode.lower()}": model(ids, pixels, mode=f"InternVL-{mode}") for mode in "CG"}
+    found |= {name: output.logits_per_image for name, output in logits.items()}
+    return found | {"encode_text": model.encode_text(ids)}
+
+
+def check_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The largest difference of each. Raises `AssertionError` where one is beyond the goldens' tolerance."""
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
+    return {name: (value - expected[name]).abs().max().item() for name, value in found.items()}
+
+
+def check_cosines(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The least cosine of each. Raises `AssertionError` where one is below `LEAST_COSINE`."""
+    cosines = {
+        name: torch.cosine_similarity(value.float(), expected[name].float(), dim=-1).min().item()
+        for name, value in found.items()
+    }
+    for name, cosine in cosines.items():
+        assert cosine >= LEAST_COSINE, f"{name}: cosine {cosine}"  # false for NaN too
+    return cosines
+
+
+def check_tokens(model: Any, inputs: dict[str, Any], expected: dict[str, Any], **options: Any) -> list[str]:
+    """Greedy and beam search. Raises `AssertionError` where a token is not the original's."""
+    ways = {"generate_greedy": 1, "generate_beam5": 5}
+    for name, beams in ways.items():
+        lengths = {"max_new_tokens": 12, "min_new_tokens": 8, "do_sample": False, "num_beams": beams}
+        tokens = model.generate(inputs["pixel_values"], inputs["prompt_ids"], **lengths, **options)
+        wanted = expected[name][:, 1:]  # the original puts <s> in front
+        assert tokens.tolist() == wanted.tolist(), f"{name} with {options}"
+    return list(ways)
+
+
+def goldens(machine: Machine) -> dict[str, Any]:
+    """The original's tensors and tokens by each attention: float32 within tolerance, lower precisions as cosines."""
+    inputs, expected = golden_tensors(machine, "inputs"), golden_tensors(machine, "expected")
+
+    def exact(attention: str) -> dict[str, Any]:
+        model = golden_model(machine, attention, torch.float32)
+        found: dict[str, Any] = {"largest difference": check_tensors(golden_outputs(model, inputs), expected)}
+        # The model refuses static caches with flex_attention.
+        kinds = (None,) if attention == "flex_attention" else (None, "static")
+        for kind in kinds:
+            # Compiling is the step `compiled`.
+            tokens = check_tokens(model, inputs, expected, cache_implementation=kind, disable_compile=True)
+            found[f"tokens equal, {kind or 'dynamic'} cache"] = tokens
+        return found
+
+    def close(attention: str, dtype: torch.dtype) -> dict[str, Any]:
+        return check_cosines(golden_outputs(golden_model(machine, attention, dtype), inputs), expected)
+
+    result: dict[str, Any] = {}
+    for attention in ATTENTIONS:
+        if not attention.startswith("flash"):  # FlashAttention has no float32
+            result[f"{attention}, float32"] = machine.attempt(exact, attention)
+        for name, dtype in LOW_PRECISION.items():
+            result[f"{attention}, {name}"] = machine.attempt(close, attention, dtype)
+    return result
+
+
+def kernels(machine: Machine) -> dict[str, Any]:
+    """The image goldens by each kernel of torch's SDPA."""
+    inputs, expected = golden_tensors(machine, "inputs"), golden_tensors(machine, "expected")
+
+    def compare(backend: SDPBackend, dtype: torch.dtype) -> dict[str, Any]:
+        model = golden_model(machine, "sdpa", dtype)
+        try:
+            with sdpa_kernel(backend):
+                found = golden_outputs(model, inputs, texts=False)
+        except RuntimeError as error:
+            if "No available kernel" in str(error) or "No viable backend" in str(error):
+                raise Missing(f"{backend.name} is not there for {dtype} on {machine.device.type}") from None
+            raise
+        return (check_tensors if dtype == torch.float32 else check_cosines)(found, expected)
+
+    backends = ("MATH", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION")
+    dtypes = {"float32": torch.float32, **LOW_PRECISION}
+    return {
+        f"{name}, {dtype_name}": machine.attempt(compare, getattr(SDPBackend, name), dtype)
+        for name in backends
+        for dtype_name, dtype in dtypes.items()
+    }
+
+
+def compiled(machine: Machine) -> dict[str, Any]:
+    """The goldens in float32 after each way of compiling; `reduce-overhead` makes CUDA graphs on a card."""
+    inputs, expected = golden_tensors(machine, "inputs"), golden_tensors(machine, "expected")
+
+    def compare(prepare: Callable[[Any], Any], **options: Any) -> dict[str, Any]:
+        torch.compiler.reset()
+        model = golden_model(machine, "sdpa", torch.float32)
+        prepare(model)
+        for _ in range(2):  # a CUDA graph is recorded by the first calls and replayed by the others
+            differences = check_tensors(golden_outputs(model, inputs), expected)
+            tokens = check_tokens(model, inputs, expected, **options)
+        return {"largest difference": differences, "tokens equal": tokens}
+
+    def whole(model: Any, **options: Any) -> None:
+        model.vision_model.compile(fullgraph=True, **options)
+        model.qllama.compile(fullgraph=True, dynamic=False, **options)
+
+    graphs = {"mode": "reduce-overhead"}
+    static = {"cache_implementation": "static"}
+    by_generate = CompileConfig(fullgraph=True, **graphs)
+    by_generate._compile_all_devices = True  # else `generate` compiles on a GPU alone
+    ways: dict[str, Callable[[], dict[str, Any]]] = {
+        "compile_layers": lambda: compare(lambda model: model.compile_layers()),
+        "compile_layers, reduce-overhead": lambda: compare(lambda model: model.compile_layers(**graphs)),
+        "towers as a whole": lambda: compare(whole, disable_compile=True, **static),
+        "towers as a whole, reduce-overhead": lambda: compare(
+            lambda model: whole(model, **graphs), disable_compile=True, **static
+        ),
+        "static cache, compiled by generate": lambda: compare(lambda model: None, compile_config=by_generate, **static),
+    }
+    return {name: machine.attempt(way) for name, way in ways.items()}
+
+
+def gradients(machine: Machine) -> dict[str, Any]:
+    """Losses and gradients of both training objectives, float32, by eager attention and SDPA."""
+    inputs, expected = golden_tensors(machine, "inputs"), golden_tensors(machine, "expected")
+
+    def compare(objective: str, attention: str) -> dict[str, Any]:
+        with torch.inference_mode(False), torch.enable_grad():
+            model = golden_model(machine, attention, torch.float32, OBJECTIVES[objective]).train()
+            output = model(**training_batch(objective, {name: each.clone() for name, each in inputs.items()}))
+            output.loss.backward()
+        prefix = f"{objective}.grad."
+        found = {f"{objective}.{name}": value.detach() for name, value in output.items()}
+        for name in (key.removeprefix(prefix) for key in expected if key.startswith(prefix)):
+            found[prefix + name] = model.get_parameter(name).grad
+        return check_tensors(found, expected)
+
+    return {
+        f"{objective}, {attention}": machine.attempt(compare, objective, attention)
+        for objective in OBJECTIVES
+        for attention in ("eager", "sdpa")
+    }
+
+
+def training_batch(objective: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    batch = {"pixel_values": inputs["pixel_values"], "labels": inputs["train.labels"]}
+    for name in ("positive", "negative", "summarize", "caption"):
+        prefix, ids = "" if name == "caption" else f"{name}_", inputs[f"train.{name}_input_ids"]
+        batch |= {f"{prefix}input_ids": ids, f"{prefix}attention_mask": (ids > 0).long()}
+    return batch | ({"image_ids": inputs["train.image_ids"]} if objective == "retrieval" else {})
+
+
+# ------------------------------------------------------------------------------------------------------- processor
+
+# Run in an interpreter of its own, so that torchvision can be hidden before transformers looks for it.
+PROCESS = """
+import importlib.metadata, importlib.util, sys, torch
+if sys.argv[3] == "hidden":
+    find, tell = importlib.util.find_spec, importlib.metadata.version
+    def find_spec(name, package=None):
+        return None if name.split(".")[0] == "torchvision" else find(name, package)
+    def version(name):
+        if name == "torchvision":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return tell(name)
+    importlib.util.find_spec, importlib.metadata.version, sys.modules["torchvision"] = find_spec, version, None
+from transformers import AutoProcessor
+from transformers.utils import is_torchvision_available
+assert is_torchvision_available() == (sys.argv[3] == "there"), "torchvision"
+processor = AutoProcessor.from_pretrained(sys.argv[1], subfolder="tiny", trust_remote_code=True)
+images = sorted(__import__("pathlib").Path(sys.argv[1], "examples", "pictures").glob("*.png"))
+inputs = processor(images=images, text=["a photo of a panda", "狐狸的图片", "自転車"])
+torch.save(dict(inputs), sys.argv[2])
+"""
+
+
+def processor(machine: Machine) -> dict[str, Any]:
+    """Pixels and ids with torchvision installed and hidden: the same bits."""
+
+    def inputs(torchvision: str, folder: Path) -> dict[str, torch.Tensor]:
+        out = folder / f"{torchvision}.pt"
+        command = [sys.executable, "-c", PROCESS, str(ROOT), str(out), torchvision]
+        done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"with torchvision {torchvision}: {done.stderr[-1000:]}")
+        return torch.load(out)
+
+    def compare() -> dict[str, Any]:
+        from tempfile import TemporaryDirectory
+
+        from transformers.utils import is_torchvision_available
+
+        if not is_torchvision_available():
+            raise Missing("torchvision is not installed here")
+        with TemporaryDirectory() as folder:
+            one, other = inputs("there", Path(folder)), inputs("hidden", Path(folder))
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+        return {"equal": {name: list(tensor.shape) for name, tensor in one.items()}}
+
+    return {"with and without torchvision": machine.attempt(compare)}
+
+
+# --------------------------------------------------------------------------------------------------------- float16
+
+
+def float16(machine: Machine) -> dict[str, Any]:
+    """The largest values inside, and what is not finite, in float16 and bfloat16: of drawn weights, and of `tiny/`."""
+    result = {}
+    for weights in ("tiny/",) if machine.tiny else ("tiny/", "drawn, full size"):
+        for name, dtype in LOW_PRECISION.items():
+            result[f"{weights}, {name}"] = machine.attempt(largest_values, machine, weights, dtype)
+    return result
+
+
+def largest_values(machine: Machine, weights: str, dtype: torch.dtype) -> dict[str, Any]:
+    """By kind of module the largest absolute value that one gave, and how many outputs were not finite."""
+    if weights == "tiny/":
+        model = AutoModel.from_pretrained(ROOT, subfolder="tiny", trust_remote_code=True, dtype=dtype)
+        model = model.to(machine.device).eval()
+    else:
+        model = machine.twin()
+        if dtype != torch.bfloat16:
+            model = model.to(dtype)
+    largest: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=machine.device))
+
+    def note(kind: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor):
+                largest[kind] = torch.maximum(largest[kind], output.abs().max().float())
+
+        return hook
+
+    parts = ("vision_model", "qllama", "clip_projector", "clip_projector2", "itm_head")
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            part = next((part for part in parts if name.startswith(f"{part}.")), None)
+            if part:
+                stack.callback(module.register_forward_hook(note(f"{part}: {type(module).__name__}")).remove)
+        size = model.config.image_size
+        pixels = torch.randn(2, 3, size, size, device=machine.device, dtype=dtype)
+        prefix = model.config.embed_prefix_ids or [model.config.qllama_config.bos_token_id]
+        end = model.config.qllama_config.eos_token_id
+        ids = torch.tensor([[*prefix, *words, end] for words in ([10, 20, 30], [40, 50, 60])], device=machine.device)
+        outputs = {
+            "image, InternVL-C": model.embed_image(pixels, mode="InternVL-C"),
+            "image, InternVL-G": model.embed_image(pixels, mode="InternVL-G"),
+            "text": model.embed_text(ids, ids > 0),
+            "match": model.match(pixels, ids, ids > 0),
+        }
+    return {
+        "largest representable": torch.finfo(dtype).max,
+        "largest": {kind: value.item() for kind, value in sorted(largest.items())},
+        "outputs that are not finite": {name: int((~each.isfinite()).sum()) for name, each in outputs.items()},
+    }
+
+
+STEPS = {step.__name__: step for step in (goldens, kernels, compiled, gradients, processor, float16)}
