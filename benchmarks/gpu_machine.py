@@ -42,7 +42,7 @@ class Machine:
         self.device, self.tiny, self.simulated = torch.device(device), tiny, simulated
         self.is_cuda = self.device.type == "cuda" and not simulated
         self.deadline = time.monotonic() + 60 * minutes
-        self.budget = 0.0 if tiny else 1.5  # seconds for the repetitions of one timing
+        self.budget = 0.0 if tiny else 1.0  # seconds for the repetitions of one timing
         self.meter: Any = None  # of a simulated card
         self._model: Any = None
         self._spare: list[Any] = []
@@ -58,7 +58,13 @@ class Machine:
             name = "a simulated card: shapes and memory, no times"
         elif self.is_cuda:
             name = torch.cuda.get_device_name(self.device)
-        found = {"device": name, "tiny": self.tiny, "simulated": self.simulated, "date": str(date.today())}
+        found = {
+            "device": name,
+            "kind": self.device.type,
+            "tiny": self.tiny,
+            "simulated": self.simulated,
+            "date": str(date.today()),
+        }
         if self.is_cuda:
             found["memory in GB"] = torch.cuda.get_device_properties(self.device).total_memory / 1e9
             found["cuda"] = torch.version.cuda

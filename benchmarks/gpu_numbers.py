@@ -7,18 +7,26 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from gpu_machine import Machine, Missing, repository_class
 from measuring import ROOT
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModel, CompileConfig
 
-GOLDEN = ROOT / "tests" / "golden" / "tiny"
+sys.path.insert(0, str(ROOT / "tests"))
+
+from golden_wide import regenerated, regenerated_pixels  # noqa: E402
+
+GOLDEN = ROOT / "tests" / "golden"
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2")
 LOW_PRECISION = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -29,16 +37,36 @@ OBJECTIVES = {"stage2": "InternVLForPreTraining", "retrieval": "InternVLForRetri
 # --------------------------------------------------------------------------------------------------------- goldens
 
 
-def golden_model(machine: Machine, attention: str, dtype: torch.dtype, name: str = "InternVLModel") -> Any:
-    fields = json.loads((GOLDEN / "config.json").read_text("utf-8"))
+def folders(machine: Machine) -> tuple[str, ...]:
+    """The goldens of a run: small models, and one layer of each tower at the published widths."""
+    return ("tiny",) if machine.tiny else ("tiny", "wide")
+
+
+def golden_model(
+    machine: Machine, attention: str, dtype: torch.dtype, name: str = "InternVLModel", folder: str = "tiny"
+) -> Any:
+    fields = json.loads((GOLDEN / folder / "config.json").read_text("utf-8"))
     config = repository_class("configuration_internvl.InternVLConfig")(**fields, attn_implementation=attention)
-    model = repository_class(f"modeling_internvl.{name}")(config)
-    model.load_state_dict(load_file(GOLDEN / "model.safetensors"))
-    return model.to(machine.device, dtype).eval()
+    with torch.device("meta"):
+        model = repository_class(f"modeling_internvl.{name}")(config)
+    shapes = {key: parameter.shape for key, parameter in model.named_parameters()}
+    model.load_state_dict(golden_weights(folder, tuple(shapes.items())), assign=True)
+    return deepcopy(model).to(machine.device, dtype).eval()
 
 
-def golden_tensors(machine: Machine, name: str) -> dict[str, torch.Tensor]:
-    return {key: each.to(machine.device) for key, each in load_file(GOLDEN / f"{name}.safetensors").items()}
+@cache
+def golden_weights(folder: str, shapes: tuple[tuple[str, torch.Size], ...]) -> dict[str, torch.Tensor]:
+    with torch.inference_mode(False):  # gradients are taken of them too
+        if folder == "tiny":
+            return load_file(GOLDEN / folder / "model.safetensors")
+        return {name: regenerated(name, shape) for name, shape in shapes}
+
+
+def golden_tensors(machine: Machine, name: str, folder: str = "tiny") -> dict[str, torch.Tensor]:
+    found = load_file(GOLDEN / folder / f"{name}.safetensors")
+    if (folder, name) == ("wide", "inputs"):
+        found["pixel_values"] = regenerated_pixels()
+    return {key: each.to(machine.device) for key, each in found.items()}
 
 
 def golden_outputs(model: Any, inputs: dict[str, torch.Tensor], texts: bool = True) -> dict[str, torch.Tensor]:
@@ -83,37 +111,47 @@ def check_tokens(model: Any, inputs: dict[str, Any], expected: dict[str, Any], *
 
 def goldens(machine: Machine) -> dict[str, Any]:
     """The original's tensors and tokens by each attention: float32 within tolerance, lower precisions as cosines."""
-    inputs, expected = golden_tensors(machine, "inputs"), golden_tensors(machine, "expected")
-
-    def exact(attention: str) -> dict[str, Any]:
-        model = golden_model(machine, attention, torch.float32)
-        found: dict[str, Any] = {"largest difference": check_tensors(golden_outputs(model, inputs), expected)}
-        # The model refuses static caches with flex_attention.
-        kinds = (None,) if attention == "flex_attention" else (None, "static")
-        for kind in kinds:
-            # Compiling is the step `compiled`.
-            tokens = check_tokens(model, inputs, expected, cache_implementation=kind, disable_compile=True)
-            found[f"tokens equal, {kind or 'dynamic'} cache"] = tokens
-        return found
-
-    def close(attention: str, dtype: torch.dtype) -> dict[str, Any]:
-        return check_cosines(golden_outputs(golden_model(machine, attention, dtype), inputs), expected)
-
     result: dict[str, Any] = {}
-    for attention in ATTENTIONS:
-        if not attention.startswith("flash"):  # FlashAttention has no float32
-            result[f"{attention}, float32"] = machine.attempt(exact, attention)
-        for name, dtype in LOW_PRECISION.items():
-            result[f"{attention}, {name}"] = machine.attempt(close, attention, dtype)
+    for folder in folders(machine):
+        inputs, expected = (golden_tensors(machine, name, folder) for name in ("inputs", "expected"))
+        for attention in ATTENTIONS:
+            for name, dtype in {"float32": torch.float32, **LOW_PRECISION}.items():
+                if dtype == torch.float32 and attention.startswith("flash"):
+                    continue  # FlashAttention has none
+                measure = (one_golden, machine, folder, attention, dtype, inputs, expected)
+                result[f"golden/{folder}, {attention}, {name}"] = machine.attempt(*measure)
     return result
 
 
+def one_golden(
+    machine: Machine,
+    folder: str,
+    attention: str,
+    dtype: torch.dtype,
+    inputs: dict[str, torch.Tensor],
+    expected: dict[str, torch.Tensor],
+) -> dict[str, Any]:
+    model = golden_model(machine, attention, dtype, folder=folder)
+    outputs = {name: each for name, each in golden_outputs(model, inputs).items() if name in expected}
+    if dtype != torch.float32:
+        return check_cosines(outputs, expected)
+    found: dict[str, Any] = {"largest difference": check_tensors(outputs, expected)}
+    if "generate_greedy" in expected:
+        # The model refuses static caches with flex_attention.
+        for kind in (None,) if attention == "flex_attention" else (None, "static"):
+            # Compiling is the step `compiled`.
+            tokens = check_tokens(model, inputs, expected, cache_implementation=kind, disable_compile=True)
+            found[f"tokens equal, {kind or 'dynamic'} cache"] = tokens
+    return found
+
+
 def kernels(machine: Machine) -> dict[str, Any]:
-    """The image goldens by each kernel of torch's SDPA."""
-    inputs, expected = golden_tensors(machine, "inputs"), golden_tensors(machine, "expected")
+    """The image goldens by each kernel of torch's SDPA, which on a card want heads as wide as the published ones."""
+    folder = folders(machine)[-1]
+    inputs, expected = (golden_tensors(machine, name, folder) for name in ("inputs", "expected"))
 
     def compare(backend: SDPBackend, dtype: torch.dtype) -> dict[str, Any]:
-        model = golden_model(machine, "sdpa", dtype)
+        model = golden_model(machine, "sdpa", dtype, folder=folder)
         try:
             with sdpa_kernel(backend):
                 found = golden_outputs(model, inputs, texts=False)
@@ -124,11 +162,10 @@ def kernels(machine: Machine) -> dict[str, Any]:
         return (check_tensors if dtype == torch.float32 else check_cosines)(found, expected)
 
     backends = ("MATH", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION")
-    dtypes = {"float32": torch.float32, **LOW_PRECISION}
     return {
-        f"{name}, {dtype_name}": machine.attempt(compare, getattr(SDPBackend, name), dtype)
+        f"golden/{folder}, {name}, {dtype_name}": machine.attempt(compare, getattr(SDPBackend, name), dtype)
         for name in backends
-        for dtype_name, dtype in dtypes.items()
+        for dtype_name, dtype in {"float32": torch.float32, **LOW_PRECISION}.items()
     }
 
 
@@ -248,24 +285,48 @@ def processor(machine: Machine) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------- float16
 
 
+# The classes whose weights are drawn: on a CPU one tower after the other, as both do not fit into 24 GB.
+WHOLE = ("InternVLModel",)
+TOWERS = ("InternVLVisionModelWithProjection", "InternVLTextModelWithProjection")
+
+
 def float16(machine: Machine) -> dict[str, Any]:
-    """The largest values inside, and what is not finite, in float16 and bfloat16: of drawn weights, and of `tiny/`."""
+    """The largest values inside, and what is not finite, in float16 and bfloat16: of `tiny/`, and of drawn weights."""
     result = {}
-    for weights in ("tiny/",) if machine.tiny else ("tiny/", "drawn, full size"):
-        for name, dtype in LOW_PRECISION.items():
-            result[f"{weights}, {name}"] = machine.attempt(largest_values, machine, weights, dtype)
+    for name, dtype in LOW_PRECISION.items():
+        result[f"tiny/, {name}"] = machine.attempt(values_of_tiny, machine, dtype)
+        for part in () if machine.tiny else WHOLE if machine.is_cuda else TOWERS:
+            result[f"drawn, full size, {part}, {name}"] = machine.attempt(values_of_drawn, machine, part, dtype)
     return result
 
 
-def largest_values(machine: Machine, weights: str, dtype: torch.dtype) -> dict[str, Any]:
+def values_of_tiny(machine: Machine, dtype: torch.dtype) -> dict[str, Any]:
+    model = AutoModel.from_pretrained(ROOT, subfolder="tiny", trust_remote_code=True, dtype=dtype)
+    return largest_values(machine, model.to(machine.device).eval(), dtype)
+
+
+def values_of_drawn(machine: Machine, part: str, dtype: torch.dtype) -> dict[str, Any]:
+    with torch.inference_mode(False), torch.no_grad():
+        with torch.device("meta"):
+            model = repository_class(f"modeling_internvl.{part}")(machine.config()).to(dtype).eval()
+        return largest_values(machine, machine.drawn(model), dtype)
+
+
+class Scores(TorchFunctionMode):
+    """Inside, notes the largest score of an attention, which its kernel keeps for itself."""
+
+    largest = 0.0
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            query, key = (states.float() for states in args[:2])
+            scores = query @ key.transpose(-1, -2) * ((kwargs or {}).get("scale") or query.shape[-1] ** -0.5)
+            self.largest = max(self.largest, scores.abs().max().item())
+        return func(*args, **(kwargs or {}))
+
+
+def largest_values(machine: Machine, model: Any, dtype: torch.dtype) -> dict[str, Any]:
     """By kind of module the largest absolute value that one gave, and how many outputs were not finite."""
-    if weights == "tiny/":
-        model = AutoModel.from_pretrained(ROOT, subfolder="tiny", trust_remote_code=True, dtype=dtype)
-        model = model.to(machine.device).eval()
-    else:
-        model = machine.twin()
-        if dtype != torch.bfloat16:
-            model = model.to(dtype)
     largest: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=machine.device))
 
     def note(kind: str) -> Callable[..., None]:
@@ -275,27 +336,30 @@ def largest_values(machine: Machine, weights: str, dtype: torch.dtype) -> dict[s
 
         return hook
 
-    parts = ("vision_model", "qllama", "clip_projector", "clip_projector2", "itm_head")
+    config = model.config
+    pixels = torch.randn(2, 3, config.image_size, config.image_size, device=machine.device, dtype=dtype)  # [B, 3, H, W]
+    prefix = config.embed_prefix_ids or [config.qllama_config.bos_token_id]
+    end = config.qllama_config.eos_token_id
+    ids = torch.tensor([[*prefix, *words, end] for words in ([10, 20, 30], [40, 50, 60])], device=machine.device)
+    outputs = {}
     with ExitStack() as stack:
+        scores = stack.enter_context(Scores())
         for name, module in model.named_modules():
-            part = next((part for part in parts if name.startswith(f"{part}.")), None)
-            if part:
-                stack.callback(module.register_forward_hook(note(f"{part}: {type(module).__name__}")).remove)
-        size = model.config.image_size
-        pixels = torch.randn(2, 3, size, size, device=machine.device, dtype=dtype)
-        prefix = model.config.embed_prefix_ids or [model.config.qllama_config.bos_token_id]
-        end = model.config.qllama_config.eos_token_id
-        ids = torch.tensor([[*prefix, *words, end] for words in ([10, 20, 30], [40, 50, 60])], device=machine.device)
-        outputs = {
-            "image, InternVL-C": model.embed_image(pixels, mode="InternVL-C"),
-            "image, InternVL-G": model.embed_image(pixels, mode="InternVL-G"),
-            "text": model.embed_text(ids, ids > 0),
-            "match": model.match(pixels, ids, ids > 0),
-        }
+            if "." in name:
+                kind = f"{name.partition('.')[0]}: {type(module).__name__}"
+                stack.callback(module.register_forward_hook(note(kind)).remove)
+        if hasattr(model, "vision_model"):
+            outputs["image, InternVL-C"] = model.embed_image(pixels, mode="InternVL-C")
+        if hasattr(model, "text_projection"):
+            outputs["text"] = model.embed_text(ids, ids > 0)
+        if hasattr(model, "query_tokens"):
+            outputs["image, InternVL-G"] = model.embed_image(pixels, mode="InternVL-G")
+            outputs["match"] = model.match(pixels, ids, ids > 0)
     return {
-        "largest representable": torch.finfo(dtype).max,
-        "largest": {kind: value.item() for kind, value in sorted(largest.items())},
         "outputs that are not finite": {name: int((~each.isfinite()).sum()) for name, each in outputs.items()},
+        "largest representable": torch.finfo(dtype).max,
+        "largest score of an attention": scores.largest,
+        "largest": {kind: value.item() for kind, value in sorted(largest.items())},
     }
 
 

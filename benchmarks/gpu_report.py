@@ -12,7 +12,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from model_index import replace_between  # noqa: E402
 
-MEASURED, SIMULATED, PAGE, CHART = "gpu.json", "gpu_simulated.json", "GPU.md", "gpu.png"
+MEASURED, SIMULATED, ON_CPU = "gpu.json", "gpu_simulated.json", "gpu_on_cpu.json"
+PAGE, CHART = "GPU.md", "gpu.png"
 LINE, TABLE = "gpu-line", "gpu"
 OURS = ("eager", "eager, one CUDA graph", "compile_layers", "compile_layers, one CUDA graph")
 PEAK = "peak GB"
@@ -237,7 +238,9 @@ def without_rows(found: Any) -> Any:
     return {name: each for name, each in found.items() if not (isinstance(each, list) and isinstance(each[0], dict))}
 
 
-def page(measured: dict[str, Any] | None, simulated: dict[str, Any] | None) -> str:
+def page(
+    measured: dict[str, Any] | None, simulated: dict[str, Any] | None, on_cpu: dict[str, Any] | None = None
+) -> str:
     lines = [
         "# On a GPU",
         "",
@@ -258,6 +261,8 @@ def page(measured: dict[str, Any] | None, simulated: dict[str, Any] | None) -> s
     if simulated is not None:
         lines += ["## Peak memory on a simulated card", "", *simulated_table(simulated)]
         lines += [f"On {machine(simulated)}.", ""]
+    if on_cpu is not None:
+        lines += ["## At full size on a CPU", "", *other_tables(on_cpu), f"On {machine(on_cpu)}.", ""]
     return "\n".join(lines)
 
 
@@ -365,10 +370,11 @@ def write(file: Path, to: Path) -> None:
     if results["machine"]["tiny"] and to.resolve() == ROOT:
         sys.exit(f"{file} was measured with --tiny, which says nothing about the 14B; --to FOLDER writes it elsewhere.")
     folder = to / "benchmarks"
-    target = folder / (SIMULATED if results["machine"]["simulated"] else MEASURED)
-    target.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
-    measured, simulated = read(folder / MEASURED), read(folder / SIMULATED)
-    (folder / PAGE).write_text(page(measured, simulated), "utf-8")
+    is_of_cpu = results["machine"]["kind"] == "cpu" and to.resolve() == ROOT
+    name = SIMULATED if results["machine"]["simulated"] else ON_CPU if is_of_cpu else MEASURED
+    (folder / name).write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    measured, simulated, on_cpu = (read(folder / name) for name in (MEASURED, SIMULATED, ON_CPU))
+    (folder / PAGE).write_text(page(measured, simulated, on_cpu), "utf-8")
     if measured is not None:
         draw(measured, folder / CHART)
     readme = to / "README.md"

@@ -26,9 +26,8 @@ from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig, TorchAoCo
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from test_golden import regenerated, regenerated_pixels  # noqa: E402
-
 from conftest import golden, golden_config, repo_class  # noqa: E402
+from golden_wide import regenerated, regenerated_pixels  # noqa: E402
 
 TINY = {"subfolder": "tiny", "trust_remote_code": True}
 PICTURES = ROOT / "examples" / "pictures"

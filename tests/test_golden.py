@@ -1,15 +1,14 @@
 """Every tensor that the original implementation left in golden/ is reproduced (shared reference: SPEC)."""
 
 import json
-import zlib
 
-import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 from transformers import DynamicCache
 
 from conftest import GOLDEN, TOLERANCE, golden, golden_config, golden_model, repo_class, training_batch
+from golden_wide import regenerated, regenerated_pixels
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 GENERATE = {"max_new_tokens": 12, "min_new_tokens": 8, "do_sample": False}
@@ -200,29 +199,6 @@ def test_resized_position_embedding(model, expected):
 # ---------------------------------------------------------------------------------- golden/wide: published widths
 
 
-def regenerated(name, shape):
-    """The value of a parameter of golden/wide; the first rule that fits (SPEC, "golden/wide")."""
-    seed = zlib.crc32(f"5:{name}".encode())
-    z = torch.from_numpy(np.asarray(np.random.RandomState(seed).standard_normal(tuple(shape)), dtype=np.float32))
-    if name == "logit_scale":
-        return torch.tensor(2.0)
-    if name.endswith((".ls1", ".ls2")):
-        return z.mul_(0.1).add_(0.5)
-    if "norm" in name and name.endswith("weight"):
-        return z.mul_(0.1).add_(1)
-    if name.endswith("bias"):
-        return z.mul_(0.1)
-    if "embed_tokens" in name:
-        return z
-    if any(part in name for part in ("query_tokens", "position_embedding", "class_embedding")):
-        return z.mul_(0.5)
-    if name.endswith("text_projection"):
-        return z.div_(shape[0] ** 0.5)
-    if len(shape) == 4:
-        return z.div_(z[0].numel() ** 0.5)
-    return z.mul_(3 if name.endswith("lm_head.weight") else 1).div_(shape[1] ** 0.5)
-
-
 @pytest.mark.slow
 @torch.no_grad()
 def test_published_widths():
@@ -248,8 +224,3 @@ def test_published_widths():
     assert set(actual) == set(expected)
     for name, tensor in actual.items():
         assert_close(tensor, expected[name], **TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def regenerated_pixels():
-    generator = np.random.RandomState(zlib.crc32(b"5:img224x224"))
-    return torch.from_numpy(generator.standard_normal((2, 3, 224, 224)).astype(np.float32))

@@ -57,14 +57,14 @@ def test_right_numbers(tmp_path):
     assert list(steps) == names
     assert_complete(steps)
     for attention in ("eager", "sdpa", "flex_attention"):
-        exact = steps["goldens"][f"{attention}, float32"]
+        exact = steps["goldens"][f"golden/tiny, {attention}, float32"]
         assert 0 < max(exact["largest difference"].values()) < 1e-3
         assert exact["tokens equal, dynamic cache"] == ["generate_greedy", "generate_beam5"]
         assert ("tokens equal, static cache" in exact) == (attention != "flex_attention")
         for dtype in ("bfloat16", "float16"):
-            assert 0.98 < min(steps["goldens"][f"{attention}, {dtype}"].values()) < 1
-    assert steps["goldens"]["flash_attention_2, float16"]["skipped"]
-    assert steps["kernels"]["FLASH_ATTENTION, bfloat16"]["encode_image_g"] > 0.98
+            assert 0.98 < min(steps["goldens"][f"golden/tiny, {attention}, {dtype}"].values()) < 1
+    assert steps["goldens"]["golden/tiny, flash_attention_2, float16"]["skipped"]
+    assert steps["kernels"]["golden/tiny, FLASH_ATTENTION, bfloat16"]["encode_image_g"] > 0.98
     assert len(steps["gradients"]) == 5 and len(steps["gradients"]["stage2, sdpa"]) == 13
     found = steps["float16"]["tiny/, float16"]
     assert found["largest"]["vision_model: InternVisionEncoderLayer"] < found["largest representable"] == 65504
@@ -147,8 +147,8 @@ def test_wrong_numbers_fail(monkeypatch):
     machine = gpu.Machine("cpu", tiny=True)
     tensors = gpu_numbers.golden_tensors
 
-    def changed(machine, name):
-        found = tensors(machine, name)
+    def changed(machine, name, *others):
+        found = tensors(machine, name, *others)
         if name == "expected":
             found["stage2.grad.query_tokens"] = found["stage2.grad.query_tokens"] + 1
             found["generate_beam5"][0, 3] += 1
@@ -262,7 +262,14 @@ def measured_results(**changes):
         "ceilings": {"memory of the device, a copy": {"GB/s": 4300.0}, "from the host, pinned": {"GB/s": 50.0}},
         "load": {"whole model": {"GB/s": 35.0}},
     }
-    machine = {"device": "NVIDIA H200", "tiny": False, "simulated": False, "date": "2026-11-26", "torch": "2.11.0"}
+    machine = {
+        "device": "NVIDIA H200",
+        "kind": "cuda",
+        "tiny": False,
+        "simulated": False,
+        "date": "2026-11-26",
+        "torch": "2.11.0",
+    }
     return {"machine": machine | {"transformers": "5.17.0", "cuda": "13.0"} | changes, "steps": steps}
 
 
@@ -309,8 +316,9 @@ def test_a_small_run_does_not_reach_the_pages(tmp_path):
 
 def test_the_shipped_pages_say_what_was_measured():
     folder, readme = ROOT / "benchmarks", (ROOT / "README.md").read_text("utf-8")
-    measured, simulated = (gpu_report.read(folder / name) for name in (gpu_report.MEASURED, gpu_report.SIMULATED))
-    assert (folder / gpu_report.PAGE).read_text("utf-8") == gpu_report.page(measured, simulated)
+    names = (gpu_report.MEASURED, gpu_report.SIMULATED, gpu_report.ON_CPU)
+    measured, simulated, on_cpu = (gpu_report.read(folder / name) for name in names)
+    assert (folder / gpu_report.PAGE).read_text("utf-8") == gpu_report.page(measured, simulated, on_cpu)
     for name, text in (
         (gpu_report.LINE, gpu_report.readme_line(measured)),
         (gpu_report.TABLE, gpu_report.readme_table(measured, simulated)),
