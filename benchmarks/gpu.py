@@ -10,7 +10,8 @@ Nothing is downloaded: full-size weights are drawn on the card. Each step adds i
 so an interrupted run loses one step; with `--resume` the next run keeps the steps that are there. What a machine lacks
 is named in the file as skipped, with the reason. The exit status is 1 if a step failed.
 
-Needs torch, transformers, accelerate, sentencepiece, Pillow; torchao, flash-attn and torchvision are used if present.
+Needs torch, transformers, accelerate, sentencepiece, Pillow; torchao, flash-attn, torchvision and diffusers are
+used if present.
 """
 
 import argparse

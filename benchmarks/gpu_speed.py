@@ -491,6 +491,45 @@ def beside_copying(
     }
 
 
+def streamed(machine: Machine) -> dict[str, Any]:
+    """All weights in RAM, brought by diffusers' group offloading: the next layer travels while one computes."""
+    return {"diffusers, leaf_level": machine.attempt(by_group_offloading, machine)}
+
+
+def by_group_offloading(machine: Machine) -> dict[str, Any]:
+    from diffusers.hooks import apply_group_offloading
+
+    with torch.inference_mode(False), torch.no_grad():
+        expected, whole = dict(outputs_of(machine, machine.model())), image_seconds(machine, machine.model())
+        state = {name: each.cpu() for name, each in machine.model().state_dict().items()}
+        machine._model = None
+        machine.forget()
+        model = machine.empty_model()
+        model.load_state_dict(state, assign=True)
+        copying = {
+            mode: copy_seconds(machine, [tensor for name, tensor in state.items() if name.startswith(parts)])
+            for mode, parts in PARTS.items()
+        }
+        for name, parameter in model.named_parameters(recurse=False):
+            setattr(model, name, nn.Parameter(parameter.to(machine.device), requires_grad=False))
+        for _, part in model.named_children():
+            apply_group_offloading(
+                part, onload_device=machine.device, offload_type="leaf_level", use_stream=machine.is_cuda
+            )
+        found = dict(outputs_of(machine, model))
+        different = [name for name, value in found.items() if not torch.equal(value, expected[name])]
+        assert not different, f"streamed and whole differ in {', '.join(different)}"
+        pixels = machine.pixels(1)
+        return {
+            "equal to the model on one device": list(found),
+            PEAK: machine.peak(lambda: model.embed_image(pixels, mode=MODES[1])),
+            "images": [
+                {"mode": mode, "batch": batch, **beside_copying(machine, model, mode, batch, alone, copying)}
+                for (mode, batch), alone in whole.items()
+            ],
+        }
+
+
 @contextmanager
 def small_card(machine: Machine, budget: int) -> Iterator[tuple[str, str]]:
     """Where a plan's card and its RAM are; what a real card gives beyond the budget is an error of memory."""
@@ -569,4 +608,4 @@ def loading(machine: Machine) -> dict[str, Any]:
         return {"GB": size / 1e9, "files": len(files), "seconds": seconds, "GB/s": size / seconds / 1e9}
 
 
-STEPS = {step.__name__: step for step in (ceilings, images, captions, float8, texts, profile, placed, load)}
+STEPS = {step.__name__: step for step in (ceilings, images, captions, float8, texts, profile, placed, streamed, load)}

@@ -43,7 +43,7 @@ def assert_complete(steps):
     """Nothing failed, and nothing was skipped but what a CPU has not."""
     assert not list(gpu.problems(steps, "failed"))
     skipped = list(gpu.problems(steps, "skipped"))
-    allowed = (*MISSING_ON_A_CPU, "torchvision is not installed here")
+    allowed = (*MISSING_ON_A_CPU, "torchvision is not installed here", "No module named 'diffusers'")
     assert [each for each in skipped if not any(name in each for name in allowed)] == []
 
 
