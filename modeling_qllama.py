@@ -23,6 +23,7 @@ from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from .attention_internvl import RegistryAttention, RMSNorm, run_layers
 from .compat_internvl import (
     CACHE_NAME,
     attention_name,
@@ -33,8 +34,9 @@ from .compat_internvl import (
     recompute_by_default,
     update_cache,
 )
+from .configuration_intern_vit import InternVisionConfig  # noqa: F401 - some loaders copy direct imports only
 from .configuration_internvl import QLlamaConfig
-from .modeling_intern_vit import InternPreTrainedModel, RegistryAttention, rms_norm_class, run_layers
+from .loading_internvl import InternPreTrainedModel
 
 
 def attention_mask_for(
@@ -145,7 +147,7 @@ class QLlamaCrossAttention(RegistryAttention):
     def __init__(self, config: QLlamaConfig):
         width, encoder_width = config.hidden_size, config.encoder_hidden_size
         super().__init__(config, config.num_attention_heads, width // config.num_attention_heads)
-        norm = partial(rms_norm_class(), eps=config.rms_norm_eps)
+        norm = partial(RMSNorm, eps=config.rms_norm_eps)
         self.q_proj = nn.Linear(width, width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
         self.norm1 = norm(width)
@@ -165,7 +167,7 @@ class QLlamaCrossAttention(RegistryAttention):
 class QLlamaDecoderLayer(nn.Module):
     def __init__(self, config: QLlamaConfig, layer_idx: int, sees_pictures: bool = True):
         super().__init__()
-        norm = partial(rms_norm_class(), config.hidden_size, eps=config.rms_norm_eps)
+        norm = partial(RMSNorm, config.hidden_size, eps=config.rms_norm_eps)
         self.num_query_token = config.num_query_token
         self.self_attn = QLlamaAttention(config, layer_idx)
         has_cross_attention = sees_pictures and layer_idx % config.cross_attention_frequency == 0
@@ -232,7 +234,7 @@ class QLlamaModel(QLlamaPreTrainedModel):
         layers = [QLlamaDecoderLayer(config, index, sees_pictures) for index in range(config.num_hidden_layers)]
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(layers)
-        self.norm = rms_norm_class()(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         recompute_by_default(self)
         self.post_init()

@@ -3,7 +3,6 @@
 import logging
 import re
 import sys
-import types
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -204,7 +203,7 @@ def check_pixels_are_seen_whole(model):
 
 def test_every_attention_module_is_known():
     model = golden_model(attn_implementation="recorder")
-    base = repo_class("modeling_intern_vit.RegistryAttention")
+    base = repo_class("attention_internvl.RegistryAttention")
     found = Counter(kind_of(name) for name, module in model.named_modules() if hasattr(module, "attend"))
     assert found == {"vision": 3, "self": 4, "cross": 2, "pool": 1, "pool2": 1}
     assert all(
@@ -369,12 +368,10 @@ def test_set_attn_implementation_after_loading(tmp_path, monkeypatch, messages, 
 def count_attention(monkeypatch):
     """Count the calls of sdpa, which the registry holds, and of eager, which the repository does."""
     counts = Counter()
-    module = sys.modules[repo_class("modeling_intern_vit.InternVisionModel").__module__]
-    # The joint model may hold a copy of its own of that module.
-    base = next(
-        c for c in repo_class("modeling_internvl.PoolingAttention").__mro__ if c.__name__ == "RegistryAttention"
-    )
-    for place in {module, sys.modules[base.__module__]}:
+    # The towers and the joint model may each hold a copy of its own of that module.
+    users = ("modeling_intern_vit.InternAttention", "modeling_internvl.PoolingAttention")
+    bases = [each for name in users for each in repo_class(name).__mro__ if each.__name__ == "RegistryAttention"]
+    for place in {sys.modules[base.__module__] for base in bases}:
         eager = place.eager_attention_forward
         monkeypatch.setattr(place, "eager_attention_forward", counting("eager", eager, counts))
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", counting("sdpa", ALL_ATTENTION_FUNCTIONS["sdpa"], counts))
@@ -448,55 +445,17 @@ def test_with_flash_attn_the_vision_tower_asks_for_it(monkeypatch):
 # -------------------------------------------------------------------------------------------------------- the norms
 
 
-class FusedRMSNorm(nn.Module):
-    """Stands in for apex's, with its arguments and parameter names."""
-
-    def __init__(self, normalized_shape, eps=1e-5, elementwise_affine=True, memory_efficient=False):
-        super().__init__()
-        assert elementwise_affine
-        self.weight = nn.Parameter(torch.empty(normalized_shape))
-        self.eps = eps
-
-    def forward(self, states):
-        root = states.float().square().mean(dim=-1, keepdim=True).add(self.eps).rsqrt()
-        return (states.float() * root).to(states.dtype) * self.weight
-
-
 NORMS = 3 * 4 + 4 * 2 + 2 * 2 + 1  # vision; QLLaMA's layers, cross-attentions and last norm
 
 
-@pytest.mark.parametrize("with_apex", [True, False])
-@torch.no_grad()
-def test_rms_norm(monkeypatch, with_apex):
-    apex = types.ModuleType("apex")
-    apex.normalization = types.ModuleType("apex.normalization")
-    apex.normalization.FusedRMSNorm = FusedRMSNorm
-    monkeypatch.setitem(sys.modules, "apex", apex if with_apex else None)
-    monkeypatch.setitem(sys.modules, "apex.normalization", apex.normalization if with_apex else None)
-
-    model = golden_model()
-
-    wanted, other = ("FusedRMSNorm", "RMSNorm") if with_apex else ("RMSNorm", "FusedRMSNorm")
-    kinds = Counter(type(module).__name__ for module in model.modules())
-    assert kinds[wanted] == NORMS and kinds[other] == 0
-    assert all(module.eps == 1e-6 for module in model.modules() if type(module).__name__ == wanted)
-    for name in ("encode_image_g", "encode_text"):
-        assert_close(RUNS[name][0](model), golden("tiny/expected")[name], **TOLERANCE)
-
-
-def test_fresh_apex_norms_are_one(monkeypatch):
-    apex = types.ModuleType("apex.normalization")
-    apex.FusedRMSNorm = FusedRMSNorm
-    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
-    monkeypatch.setitem(sys.modules, "apex.normalization", apex)
-    model = repo_class("modeling_internvl.InternVLModel")(golden_config())
-    weights = [module.weight for module in model.modules() if isinstance(module, FusedRMSNorm)]
-    assert len(weights) == NORMS and all((weight == 1).all() for weight in weights)
+def test_every_norm_has_the_epsilon_of_the_config():
+    norms = [module for module in golden_model().modules() if type(module).__name__ == "RMSNorm"]
+    assert len(norms) == NORMS and all(norm.eps == 1e-6 for norm in norms)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_norm_with_fewer_passes_gives_the_same(dtype):
-    norm = repo_class("modeling_intern_vit.RMSNorm")(48, eps=1e-3).to(dtype)
+    norm = repo_class("attention_internvl.RMSNorm")(48, eps=1e-3).to(dtype)
     torch.nn.init.normal_(norm.weight)
     contiguous = torch.randn(2, 5, 3 * 48, dtype=dtype)
     for states in (contiguous.chunk(3, dim=-1)[1], torch.zeros(1, 1, 48, dtype=dtype), torch.randn(48, dtype=dtype)):

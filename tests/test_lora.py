@@ -205,7 +205,7 @@ def test_adapters_that_the_config_does_not_speak_of_are_refused(checkpoint, tmp_
 
 def test_merging_by_hand():
     """W + 2 B A on the golden model's names, without PEFT."""
-    merge = repo_class("modeling_intern_vit.merge_adapters")
+    merge = repo_class("loading_internvl.merge_adapters")
     weight, a, b = torch.eye(3), torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[1.0], [0.0], [-1.0]])
     module = "qllama.base_model.model.model.layers.0.self_attn.q_proj"
     state = {f"{module}.base_layer.weight": weight, "logit_scale": torch.ones(())}

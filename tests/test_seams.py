@@ -24,12 +24,12 @@ def processor(trained):
 
 @pytest.fixture
 def warnings_of(model, monkeypatch):
-    """The messages that the modeling files give, each time anew."""
+    """The messages that the model gives, each time anew."""
     messages = []
-    for name in ("modeling_internvl", "modeling_intern_vit"):
-        cls = type(model) if name == "modeling_internvl" else type(model.vision_model)
-        logger = sys.modules[cls.__module__].logger
-        monkeypatch.setattr(logger, "warning_once", messages.append)
+    rooms = {cls.__module__ for part in (model, model.vision_model) for cls in type(part).__mro__}
+    for room in (sys.modules[name] for name in rooms if name.startswith("transformers_modules")):
+        if hasattr(room, "logger"):
+            monkeypatch.setattr(room.logger, "warning_once", messages.append)
     return messages
 
 

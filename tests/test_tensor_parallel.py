@@ -196,7 +196,7 @@ def test_ranks_that_cannot_share_the_heads_are_refused_at_once(tmp_path, monkeyp
 
 
 def test_ranks_that_cannot_share_the_language_tower_are_refused():
-    module = sys.modules[repo_class("modeling_intern_vit.InternVisionModel").__module__]
+    module = sys.modules[repo_class("loading_internvl.InternPreTrainedModel").__module__]
     config = load("tiny", None).config.qllama_config
     module.check_ranks(config, 4)
     with pytest.raises(ValueError, match="8 processes .* num_key_value_heads=4 of qllama does not divide by 8"):
@@ -205,7 +205,7 @@ def test_ranks_that_cannot_share_the_language_tower_are_refused():
 
 def test_one_rank_is_no_tensor_parallelism(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    module = sys.modules[repo_class("modeling_intern_vit.InternVisionModel").__module__]
+    module = sys.modules[repo_class("loading_internvl.InternPreTrainedModel").__module__]
     assert module.tensor_parallel_ranks() == module.tensor_parallel_ranks(tp_plan="auto") == 1
     assert module.tensor_parallel_ranks(distributed_config={"fsdp_size": 2}) == 1
     assert load("tiny", None)._tp_size is None

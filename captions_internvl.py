@@ -1,0 +1,196 @@
+"""
+Captions: what `generate` takes is checked and prepared, images and prompts are read once into a cache, and transformers
+writes on from there.
+"""
+
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import torch
+from transformers import Cache, DynamicCache, GenerationConfig
+from transformers.utils import logging
+
+from .compat_internvl import (
+    ARGUMENTS_OF_GENERATE,
+    CACHE_NAME,
+    cache_of_kind,
+    copy_cache,
+    refuse_known_bad,
+    under_hook,
+)
+from .texts_internvl import check_token_ids, has_values, real_tokens_last
+
+logger = logging.get_logger(__name__)
+
+DEFAULT_NEW_TOKENS = 32
+
+
+class InternVLSeen(NamedTuple):
+    """
+    What the model saw in pictures, computed once by [`InternVLModel.look_at`]. Methods take it in place of
+    `pixel_values`, and do not change it.
+
+    Attributes:
+        image_states (`torch.Tensor`): [B, 1 + N, vision width], the tokens of the vision tower.
+        query_states (`torch.Tensor`): [B, num_query_token, C], the outputs of the queries; None without queries.
+        query_cache (`Cache`): keys and values of the queries, for captions; None without queries.
+    """
+
+    image_states: torch.Tensor
+    query_states: torch.Tensor | None = None
+    query_cache: Cache | None = None
+
+
+class CaptionSide:
+    """How captions are written, for models with `qllama` and `query_tokens`."""
+
+    config: Any
+    generation_config: Any
+    qllama: Any
+    get_input_embeddings: Any
+    _ends: Any
+    _joint_embeds: Any
+    _joint_states: Any
+    _query_states: Any
+    _require_queries: Any
+    _seen: Any
+    _with_queries: Any
+
+    @torch.no_grad()
+    @under_hook
+    def generate(
+        self,
+        pixel_values: torch.Tensor | InternVLSeen | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        **generate_kwargs: Any,
+    ) -> Any:
+        """
+        Write about pictures, by any decoding of transformers that runs one model once for each step. Pictures and
+        prompts run once, not per beam.
+
+        Args:
+            pixel_values (`torch.Tensor` or [`InternVLSeen`]): [B, 3, H, W], normalised by the processor.
+            input_ids (`torch.Tensor`, *optional*): [B, L] ids of the prompts, `<s>` first and no `</s>`, padded on
+                either side; one for all pictures, or any number for one picture. By default the config's
+                `caption_prompt_ids`.
+            attention_mask (`torch.Tensor`, *optional*): like `input_ids`; without it every id but 0 is real.
+            generation_config (`GenerationConfig`, *optional*): by default the checkpoint's.
+            generate_kwargs: as in `GenerationMixin.generate`: `num_beams`, `do_sample`, `max_new_tokens`, ...
+                `max_length` and `min_length` count what the original returned: the new tokens and a `<s>`.
+                `prefill_chunk_size` changes nothing: queries and prompt are always read in one pass.
+
+        Returns:
+            `torch.Tensor`: [B, new tokens], without the prompt; or transformers' output class if asked for.
+
+        Raises:
+            `ValueError`, `TypeError`: no picture, a bad picture, prompt or mask, an unknown argument, an assistant,
+                guidance, prompt lookup, a loop of one's own (`custom_generate`) or `output_attentions`.
+        """
+        refuse_known_bad("captions")
+        self._require_queries("`generate`")
+        if pixel_values is None:
+            raise ValueError("`pixel_values` must be given: there is nothing to write about.")
+        arguments = self._decoding_arguments(generation_config, generate_kwargs)
+        config = arguments["generation_config"]
+        seen = self._seen(pixel_values)
+        input_ids, mask = self._prompt(input_ids, attention_mask, len(seen.image_states), seen.image_states.device)
+        mask = self._with_queries(mask)
+        cache = self._read_prompts(seen, input_ids[:, :-1], mask[:, :-1])
+        copies = max(config.num_beams or 1, config.num_return_sequences or 1)
+        if copies > 1:
+            cache.batch_repeat_interleave(copies)
+        length = mask.shape[1] + config.max_new_tokens
+        cache = cache_of_kind(config, cache, self.config.qllama_config, length)
+        # Embeddings and not ids, so that processors of logits, streamers and results see what is written and no prompt.
+        return self.qllama.generate(
+            input_ids[:, :0],  # nothing is written yet; transformers may put its own on the meta device
+            inputs_embeds=self._joint_embeds(input_ids),
+            attention_mask=mask,
+            **{CACHE_NAME: cache},
+            **arguments,
+        )
+
+    def _read_prompts(self, seen: InternVLSeen, input_ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache:
+        """
+        Run the queries and prompts, ids [B, L] with a mask [B, num_query_token + L], into a new cache of B rows: once,
+        however many beams there will be. L may be 0.
+        """
+        batch, length = input_ids.shape
+        cache = DynamicCache(config=self.config.qllama_config)
+        if length and seen.query_cache is None and len(seen.image_states) == batch:
+            self._joint_states(seen.image_states, input_ids, mask, see_all=False, cache=cache)
+            return cache
+        if seen.query_cache is None:
+            self._query_states(seen.image_states, cache)
+        else:
+            copy_cache(seen.query_cache, cache)
+        if len(seen.image_states) != batch:
+            cache.batch_repeat_interleave(batch)
+        if length:
+            self.qllama.model(input_ids=input_ids, attention_mask=mask, cache=cache, use_cache=True)
+        return cache
+
+    def _prompt(
+        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, batch: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The prompt of every caption and its mask, both [B, L], padded on the left so that all end together."""
+        if input_ids is None:
+            if attention_mask is not None:
+                raise ValueError("`attention_mask` was given without the `input_ids` that it belongs to.")
+            ids = self.config.caption_prompt_ids or [self.config.qllama_config.bos_token_id]
+            input_ids = torch.tensor([ids], device=device)
+        mask = check_token_ids("input_ids", input_ids, attention_mask, self.config.qllama_config.vocab_size)
+        if batch != 1 and len(input_ids) not in (1, batch):
+            raise ValueError(f"`input_ids` must have one prompt, or one per picture ({batch}), got {len(input_ids)}.")
+        if has_values(input_ids) and bool(self._ends(input_ids, mask).any()):
+            logger.warning_once(
+                "A prompt ends with `</s>`: nothing sensible follows it. Set `tokenizer.add_eos_token = False`, or call"
+                ' the processor with `task="caption"`.'
+            )
+        # The embedding of padding may be zero, and a static cache of some releases takes zero keys for free places.
+        input_ids = input_ids.masked_fill(mask.logical_not(), self.config.qllama_config.bos_token_id)
+        order = real_tokens_last(mask)
+        place = self.get_input_embeddings()(input_ids[:1, :1]).device  # offloaded weights do not say where they run
+        rows = max(batch, len(input_ids))
+        input_ids, mask = input_ids.gather(1, order), mask.gather(1, order).long()
+        return input_ids.expand(rows, -1).to(place), mask.expand(rows, -1).to(place)
+
+    def _decoding_arguments(
+        self, generation_config: GenerationConfig | None, generate_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """
+        One config with all that is asked for, and the arguments that are no part of it, such as a streamer. Lengths go
+        by new tokens: transformers' `max_length` would count the queries and the prompt too.
+        """
+        config, plain = deepcopy(generation_config or self.generation_config), GenerationConfig()
+        lengths = (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens"))
+        for old, new in lengths:
+            if generate_kwargs.get(old) is not None:
+                setattr(config, new, None)  # what is asked for now comes before the checkpoint's default
+        rest = config.update(**generate_kwargs)
+        for name in sorted(set(rest) - ARGUMENTS_OF_GENERATE):
+            raise TypeError(f"generate() got an unexpected keyword argument '{name}'")
+        without_image = {
+            "assistant_model": rest.get("assistant_model") is not None,
+            "assistant_early_exit": config.assistant_early_exit is not None,
+            "custom_generate": rest.get("custom_generate") is not None,
+            "guidance_scale": config.guidance_scale not in (None, 1),
+            "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens is not None,
+        }
+        for name in (name for name, is_asked_for in without_image.items() if is_asked_for):
+            raise ValueError(f"`generate` cannot use `{name}`: what it adds would be written without the image.")
+        if config.output_attentions:
+            raise ValueError("`generate` cannot give `output_attentions`: the model keeps no attention weights.")
+        for old, new in lengths:
+            length = getattr(config, old)
+            if length != getattr(plain, old) and getattr(config, new) is None:
+                setattr(config, new, max(length - 1, 0))
+            setattr(config, old, getattr(plain, old))
+        if config.max_new_tokens is None:
+            config.max_new_tokens = DEFAULT_NEW_TOKENS
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            if getattr(config, name) is None:
+                setattr(config, name, getattr(self.config.qllama_config, name))
+        return {"generation_config": config, **rest}

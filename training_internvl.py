@@ -1,0 +1,263 @@
+"""
+The training objectives of InternVL-14B: matching, contrast and captions of stage 2, and the retrieval fine-tuning
+(InternVL paper, arXiv:2312.14238, section 3.3; SPEC, "Training objectives").
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from transformers.utils import ModelOutput
+
+from .compat_internvl import refuse_known_bad
+from .modeling_internvl import InternVLModel
+from .texts_internvl import check_token_ids, has_values, pad_together, real_tokens_first
+
+
+@dataclass
+class InternVLTrainingOutput(ModelOutput):
+    """
+    Losses of a training step, scalars; `loss` is their sum.
+
+    Attributes:
+        loss_itm (`torch.Tensor`): image-text matching.
+        loss_itc (`torch.Tensor`): image-text contrast.
+        loss_itg (`torch.Tensor`): image-grounded text generation; None for retrieval.
+    """
+
+    loss: torch.Tensor | None = None
+    loss_itm: torch.Tensor | None = None
+    loss_itc: torch.Tensor | None = None
+    loss_itg: torch.Tensor | None = None
+
+
+class GatherWithGradient(torch.autograd.Function):
+    """
+    Concatenate the ranks' tensors. Backward sums the ranks' gradients for each slice (SPEC, "Training objectives").
+    """
+
+    @staticmethod
+    def forward(ctx: Any, local: torch.Tensor) -> torch.Tensor:
+        ctx.size = len(local)
+        return gather(local)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # not the caller's own
+        dist.all_reduce(gradient)
+        return gradient.narrow(0, ctx.size * dist.get_rank(), ctx.size)
+
+
+def gather(local: torch.Tensor) -> torch.Tensor:
+    """Concatenate a tensor of every rank along its first dimension, without gradients."""
+    parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, local.contiguous())
+    return torch.cat(parts)
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def mean_of_valid(losses: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """The mean over the valid rows; 0, with a gradient of 0, where there is none."""
+    valid = valid.to(losses.device)
+    return (losses * valid).sum() / valid.sum().clamp(min=1)
+
+
+class InternVLTrainingModel(InternVLModel):
+    """The losses that both training objectives are made of."""
+
+    saved_as = "InternVLModel"
+
+    def _matching_losses(
+        self,
+        image_states: torch.Tensor,
+        input_ids: torch.Tensor,
+        mask: torch.Tensor,
+        labels: torch.Tensor,
+    ) -> torch.Tensor:
+        """ITM: the cross-entropy of match and no match, for each row."""
+        logits = self._match(image_states, input_ids, mask).float()
+        return F.cross_entropy(logits, labels.to(logits.device), reduction="none")
+
+    def _similarities(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of the local pictures to all ranks' texts and of the local texts to all ranks' pictures [B, W * B]."""
+        images, texts = F.normalize(image_embeds, dim=-1), F.normalize(text_embeds, dim=-1)
+        all_images, all_texts = images, texts
+        if is_distributed():
+            all_images, all_texts = GatherWithGradient.apply(images), GatherWithGradient.apply(texts)
+        scale = self.logit_scale.exp()
+        return (scale * images @ all_texts.T).float(), (scale * texts @ all_images.T).float()
+
+    def _checked(
+        self, name: str, input_ids: torch.Tensor, mask: torch.Tensor | None, batch: int, *others: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Check a token batch; bring the real tokens of it, its mask and others of its shape to the left."""
+        mask = check_token_ids(name, input_ids, mask, self.config.qllama_config.vocab_size)
+        if len(input_ids) != batch:
+            raise ValueError(f"`{name}` must have one row per picture ({batch}), got {len(input_ids)}.")
+        order = real_tokens_first(mask)
+        return tuple(tensor.gather(1, order) for tensor in (input_ids, mask, *others))
+
+
+class InternVLForPreTraining(InternVLTrainingModel):
+    """
+    Stage 2 of the original's training: matching, contrast and captioning (paper, section 3.3; SPEC, "Training
+    objectives"). Two of its three passes need no mask: the queries of the caption's pass are also what the contrast is
+    made with, because they see nothing but themselves and the picture.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        pixel_values: torch.Tensor,
+        positive_input_ids: torch.Tensor,
+        positive_attention_mask: torch.Tensor | None,
+        negative_input_ids: torch.Tensor,
+        negative_attention_mask: torch.Tensor | None,
+        summarize_input_ids: torch.Tensor,
+        summarize_attention_mask: torch.Tensor | None,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        labels: torch.Tensor,
+    ) -> InternVLTrainingOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor`): [B, 3, H, W]; every rank has the same B.
+            positive_input_ids, negative_input_ids (`torch.Tensor`): [B, L] ids of texts `<s> TEXT </s>` that match the
+                picture, and that do not. The first B - B // 2 rows take the negative, the others the positive text.
+            summarize_input_ids (`torch.Tensor`): [B, L] ids of `<s> summarize:TEXT </s>`. Rows of five tokens, which
+                hold no text, are left out of the contrast.
+            input_ids, labels (`torch.Tensor`): [B, L] ids of the caption with its prompt, and the same ids with -100
+                where nothing is to be learnt. The shift by one happens here.
+            ..._attention_mask (`torch.Tensor` or None): like the ids; None for "every id but 0".
+
+        Returns:
+            [`InternVLTrainingOutput`]: `loss` = `loss_itm` + `loss_itc` + `loss_itg`.
+        """
+        refuse_known_bad("training")
+        batch, checked = len(pixel_values), self._checked
+        positive_ids, positive_mask = checked("positive_input_ids", positive_input_ids, positive_attention_mask, batch)
+        negative_ids, negative_mask = checked("negative_input_ids", negative_input_ids, negative_attention_mask, batch)
+        summary_ids, summary_mask = checked("summarize_input_ids", summarize_input_ids, summarize_attention_mask, batch)
+        self._check_labels(input_ids, labels)
+        caption_ids, _, labels = checked("input_ids", input_ids, attention_mask, batch, labels)
+        image_states = self._image_states(pixel_values)
+
+        num_negative = batch - batch // 2
+        mask = pad_together((negative_mask[:num_negative], positive_mask[num_negative:]))
+        losses = self._matching_losses(
+            image_states,
+            pad_together((negative_ids[:num_negative], positive_ids[num_negative:])),
+            mask,
+            torch.arange(len(image_states), device=image_states.device).ge(num_negative).long(),
+        )
+        loss_itm = mean_of_valid(losses, mask.sum(dim=1) != 2)  # texts of two tokens, `<s> </s>`, say nothing
+        states = self._joint_states(image_states, caption_ids, None, see_all=False)
+        queries, text = states.split([self.config.num_query_token, caption_ids.shape[1]], dim=1)
+        loss_itc = self._contrastive_loss(
+            self.clip_projector2(queries), self._pool_text(summary_ids, summary_mask), summary_mask.sum(dim=1) != 5
+        )
+        logits = self.qllama.lm_head(text[:, :-1]).float().flatten(0, 1)  # [B * (L - 1), vocabulary]
+        targets = labels[:, 1:].flatten().to(logits.device)
+        loss_itg = mean_of_valid(F.cross_entropy(logits, targets, reduction="none"), targets != -100)
+        loss = loss_itm + loss_itc + loss_itg
+        return InternVLTrainingOutput(loss=loss, loss_itm=loss_itm, loss_itc=loss_itc, loss_itg=loss_itg)
+
+    def _check_labels(self, input_ids: torch.Tensor, labels: torch.Tensor) -> None:
+        if not isinstance(labels, torch.Tensor) or labels.shape != input_ids.shape:
+            shape = list(getattr(labels, "shape", [])) or type(labels).__name__
+            raise ValueError(f"`labels` must be {list(input_ids.shape)} like `input_ids`, got {shape}.")
+        if labels.dtype != torch.long:
+            raise TypeError(f"`labels` must be integer token ids (torch.int64), got {labels.dtype}.")
+        vocab_size = self.config.qllama_config.vocab_size
+        if has_values(labels) and int(labels.max()) >= vocab_size:
+            raise ValueError(f"`labels` must hold ids below {vocab_size}, or -100, got {int(labels.max())}.")
+
+    def _contrastive_loss(
+        self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, valid: torch.Tensor
+    ) -> torch.Tensor:
+        """ITC: each picture's text is the one of its own row among all ranks' texts, and the other way round."""
+        targets = torch.arange(len(valid), device=valid.device)
+        if is_distributed():
+            targets = targets + dist.get_rank() * len(valid)
+        smoothing = self.config.label_smoothing
+        losses = [
+            F.cross_entropy(logits, targets.to(logits.device), reduction="none", label_smoothing=smoothing)
+            for logits in self._similarities(image_embeds, text_embeds)
+        ]
+        return mean_of_valid(torch.stack(losses).mean(dim=0), valid)
+
+
+class InternVLForRetrieval(InternVLTrainingModel):
+    """Retrieval fine-tuning of the original: matching and contrast with soft targets (SPEC, "Training objectives")."""
+
+    def forward(  # type: ignore[override]
+        self,
+        pixel_values: torch.Tensor,
+        positive_input_ids: torch.Tensor,
+        positive_attention_mask: torch.Tensor | None,
+        negative_input_ids: torch.Tensor,
+        negative_attention_mask: torch.Tensor | None,
+        summarize_input_ids: torch.Tensor,
+        summarize_attention_mask: torch.Tensor | None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        image_ids: torch.Tensor | None = None,
+    ) -> InternVLTrainingOutput:
+        """
+        Args:
+            image_ids (`torch.Tensor`, *optional*): [B]; rows with the same number, on whatever rank, show the same
+                thing, so all their pairs are positives. Every row its own if not given.
+            input_ids, attention_mask, labels: taken so that both objectives eat the same batches; not used.
+            others: see [`InternVLForPreTraining.forward`].
+
+        Returns:
+            [`InternVLTrainingOutput`]: `loss` = `loss_itm` + `loss_itc`.
+        """
+        refuse_known_bad("training")
+        batch, checked = len(pixel_values), self._checked
+        positive_ids, positive_mask = checked("positive_input_ids", positive_input_ids, positive_attention_mask, batch)
+        negative_ids, negative_mask = checked("negative_input_ids", negative_input_ids, negative_attention_mask, batch)
+        summary_ids, summary_mask = checked("summarize_input_ids", summarize_input_ids, summarize_attention_mask, batch)
+        image_states = self._image_states(pixel_values)
+        loss_itm = self._matching_losses(
+            torch.cat([image_states, image_states]),
+            pad_together((negative_ids, positive_ids)),
+            pad_together((negative_mask, positive_mask)),
+            torch.arange(2 * batch, device=image_states.device).ge(batch).long(),
+        ).mean()
+        text_embeds = self._pool_text(summary_ids, summary_mask)
+        targets = self._soft_targets(image_ids, batch, image_states.device)
+        queried, pooled = self.clip_projector2(self._query_states(image_states)), self.clip_projector(image_states)
+        loss_itc = self._contrastive_loss(queried, text_embeds, targets)
+        loss_itc = loss_itc + self._contrastive_loss(pooled, text_embeds, targets)
+        return InternVLTrainingOutput(loss=loss_itm + loss_itc, loss_itm=loss_itm, loss_itc=loss_itc)
+
+    def _soft_targets(self, image_ids: torch.Tensor | None, batch: int, device: torch.device) -> torch.Tensor:
+        """Each local row's share of every row of all ranks [B, W * B], the same for all rows that show its thing."""
+        if image_ids is None:
+            rank = dist.get_rank() if is_distributed() else 0
+            image_ids = torch.arange(batch, device=device) + rank * batch
+        elif not isinstance(image_ids, torch.Tensor) or image_ids.shape != (batch,):
+            shape = list(getattr(image_ids, "shape", [])) or type(image_ids).__name__
+            raise ValueError(f"`image_ids` must be [{batch}], one per picture, got {shape}.")
+        all_ids = gather(image_ids) if is_distributed() else image_ids
+        same = (image_ids[:, None] == all_ids[None, :]).float()
+        return same / same.sum(dim=1, keepdim=True)
+
+    def _contrastive_loss(
+        self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
+        # The targets are soft already: the config's `label_smoothing` belongs to stage 2 (SPEC).
+        losses = [
+            F.cross_entropy(logits, targets.to(logits.device))
+            for logits in self._similarities(image_embeds, text_embeds)
+        ]
+        return torch.stack(losses).mean()
+
+
+__all__ = ["InternVLForPreTraining", "InternVLForRetrieval"]
