@@ -1,37 +1,43 @@
 """Prove the model on a GPU in one command: right numbers first, then speed beside what the machine could do.
 
-    python benchmarks/gpu.py                          # every step, on the GPU; at most 9 minutes on an H200
-    python benchmarks/gpu.py --only goldens images    # some of them
-    python benchmarks/gpu.py --device cpu --tiny      # the same steps, small, on a CPU: minutes
-    python benchmarks/gpu.py --simulate               # shapes and memory at full size, on a card that is not there
-    python benchmarks/gpu.py --report out/gpu.json    # writes GPU.md, its chart and the README's table; needs no GPU
+    python benchmarks/gpu.py                             # every step, on the GPU
+    python benchmarks/gpu.py --resume                    # what the run before had no time for, or failed
+    python benchmarks/gpu.py --only goldens images       # some of them
+    python benchmarks/gpu.py --device cpu --tiny         # the same steps, small, on a CPU: minutes
+    python benchmarks/gpu.py --simulate                  # shapes and memory at full size, on a card that is not there
+    python benchmarks/gpu.py --report out/gpu-cuda.json  # writes GPU.md, its chart and the README; needs no GPU
 
-Nothing is downloaded: full-size weights are drawn on the card. Each step adds its result to the JSON file as it ends,
-so an interrupted run loses one step; with `--resume` the next run keeps the steps that are there. What a machine lacks
-is named in the file as skipped, with the reason. The exit status is 1 if a step failed.
+Run by whoever has a GPU at hand. Nothing is downloaded: full-size weights are drawn on the card, which needs 30 GB
+(`goldens`, `kernels`, `gradients`, `compiled`, `processor` and `ceilings` run on any), `placed`, `streamed` and `load`
+also 30 GB of RAM, and `load` 33 GB of disk in TMPDIR. No measurement begins after `--minutes`, nine by default; each
+step adds its result to the JSON file as it ends. What a machine lacks is named in the file as skipped, with the reason.
+The exit status is 1 if something failed.
 
-Needs torch, transformers, accelerate, sentencepiece, Pillow; torchao, flash-attn, torchvision and diffusers are
-used if present.
+    pip install torch transformers accelerate sentencepiece protobuf pillow    # and, used if present,
+    pip install torchao torchvision flash-attn diffusers matplotlib
 """
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import gpu_numbers
-import gpu_report
-import gpu_speed
-import measuring
-import torch
-from gpu_machine import OUT_OF_TIME, Machine
-from measuring import ROOT
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported, which fetches kernels that it misses
+
+import gpu_numbers  # noqa: E402
+import gpu_report  # noqa: E402
+import gpu_speed  # noqa: E402
+import measuring  # noqa: E402
+import torch  # noqa: E402
+from gpu_machine import OUT_OF_TIME, Machine  # noqa: E402
+from measuring import ROOT  # noqa: E402
 
 # What matters most comes first, since a run may be short of time.
-FIRST = ("goldens", "kernels", "ceilings", "images", "captions", "float8", "texts")
+FIRST = ("goldens", "kernels", "gradients", "ceilings", "images", "captions", "compiled", "float8", "texts")
 ALL_STEPS = {**gpu_numbers.STEPS, **gpu_speed.STEPS}
 STEPS = {name: ALL_STEPS[name] for name in (*FIRST, *(name for name in ALL_STEPS if name not in FIRST))}
 SIMULATED_STEPS = ("images", "float8", "texts", "captions")
@@ -40,7 +46,8 @@ SIMULATED_STEPS = ("images", "float8", "texts", "captions")
 def problems(found: Any, key: str, where: str = "") -> Iterator[str]:
     """Every reason under `key`, "failed" or "skipped", with its place in the results."""
     if isinstance(found, list) and all(isinstance(each, dict) for each in found):
-        found = {" ".join(str(each.get(name)) for name in ("work", "batch", "way")): each for each in found}
+        places = [[str(each[key]) for key in ("work", "mode", "batch", "way") if key in each] for each in found]
+        found = {f"{number}. {' '.join(place)}": each for number, (place, each) in enumerate(zip(places, found), 1)}
     if not isinstance(found, dict):
         return
     if isinstance(found.get(key), str):
@@ -72,32 +79,50 @@ def main() -> None:
     parser.add_argument("--simulate", action="store_true", help="shapes and memory at full size, without a card")
     parser.add_argument("--only", nargs="+", choices=STEPS, metavar="STEP", help=f"some of {', '.join(STEPS)}")
     parser.add_argument("--minutes", type=float, default=9, help="begin no measurement after this time")
-    parser.add_argument("--out", type=Path, default=ROOT / "out" / "gpu.json", help="JSON file of the results")
-    parser.add_argument("--resume", action="store_true", help="keep the steps that are in the file already")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file of the results; by default one for each kind of run, in out/"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with that file: do what is missing or failed")
     parser.add_argument(
         "--report", type=Path, metavar="FILE", help="write the pages from such a file, and measure nothing"
     )
     parser.add_argument("--to", type=Path, default=ROOT, help="of --report: the clone whose pages are written")
     arguments = parser.parse_args()
     if arguments.report is not None:
-        gpu_report.write(arguments.report, arguments.to)
+        try:
+            gpu_report.write(arguments.report, arguments.to)
+        except gpu_report.Refused as problem:
+            parser.error(str(problem))
         return
     if not arguments.simulate and arguments.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("torch finds no CUDA device here; try --device cpu --tiny, or --simulate")
+    if ":" in arguments.device:
+        parser.error("--device takes no number; CUDA_VISIBLE_DEVICES chooses a card")
+    names = arguments.only or (SIMULATED_STEPS if arguments.simulate else tuple(STEPS))
+    if arguments.simulate and (wrong := set(names) - set(SIMULATED_STEPS)):
+        parser.error(f"--simulate has the steps {', '.join(SIMULATED_STEPS)}, not {', '.join(sorted(wrong))}")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     device = measuring.CARD if arguments.simulate else arguments.device
     machine = Machine(device, arguments.tiny, arguments.simulate, arguments.minutes)
+    out = arguments.out or ROOT / "out" / f"gpu-{kind(arguments)}.json"
     results: dict[str, Any] = {"machine": machine.describe(), "steps": {}}
-    if arguments.resume and arguments.out.is_file():
-        results["steps"] = json.loads(arguments.out.read_text("utf-8"))["steps"]
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    for name in arguments.only or (SIMULATED_STEPS if arguments.simulate else STEPS):
-        if name in results["steps"] and not any(
-            OUT_OF_TIME in each for each in problems(results["steps"][name], "skipped")
-        ):
+    if out.is_file():
+        if not arguments.resume:
+            parser.error(f"{out} is there already: --resume goes on with it, --out names another file")
+        earlier = json.loads(out.read_text("utf-8"))
+        if differences := differing(earlier["machine"], results["machine"]):
+            parser.error(f"{out} was measured elsewhere, {differences}: --out names another file")
+        results["steps"] = earlier["steps"]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        earlier = results["steps"].get(name)
+        if earlier is not None and is_whole(earlier):
+            print(f"{name}: kept", flush=True)
             continue
-        found = results["steps"][name] = run_step(machine, name)
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+        found = run_step(machine, name)
+        if earlier is None or found.get("skipped") != OUT_OF_TIME:  # what was measured in part is more than nothing
+            results["steps"][name] = found
+        replace(out, results)
         print(f"{name}: {found['seconds']} s", flush=True)
         for key in ("failed", "skipped"):
             for problem in problems({name: found}, key):
@@ -105,6 +130,30 @@ def main() -> None:
     print(gpu_report.summary(results))
     if any(problems(results["steps"], "failed")):
         raise SystemExit(1)
+
+
+def kind(arguments: argparse.Namespace) -> str:
+    """Of a run, for the name of its file: those of small and simulated ones are no measurements of a card."""
+    name = "simulated" if arguments.simulate else arguments.device
+    return f"{name}-tiny" if arguments.tiny else name
+
+
+def differing(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """What of two machines differs, but for the day."""
+    names = [name for name in {**one, **other} if name != "date" and one.get(name) != other.get(name)]
+    return ", ".join(f"{name} {one.get(name)} and not {other.get(name)}" for name in names)
+
+
+def is_whole(step: dict[str, Any]) -> bool:
+    """Whether nothing of a step failed or was left out for want of time."""
+    return not any(problems(step, "failed")) and not any(OUT_OF_TIME in each for each in problems(step, "skipped"))
+
+
+def replace(path: Path, results: dict[str, Any]) -> None:
+    """Write a file that is there whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    part.replace(path)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,54 @@
 """The machine that benchmarks/gpu.py measures: its device, its models at full size, its clock and its memory."""
 
 import gc
+import importlib.util
+import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import measuring
 import simulate_devices  # of tools/, where `measuring` looks too
 import torch
 import torch.nn.functional as F
-import transformers
 from measuring import ROOT
 from synthesise_checkpoint import mean_and_deviation
 from torch import nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 PEAK = "peak GB"
+COSINE = "least cosine to bfloat16"
 OUT_OF_TIME = "the time was used up"
 LARGEST_FLOAT8 = torch.finfo(torch.float8_e4m3fn).max
 LAYERS = ("vision_model.encoder.layers.", "qllama.model.layers.")
 
 
+MODEL_GB = 30  # the weights in bfloat16, and room to run them
+PACKAGES = ("torch", "transformers", "accelerate", "torchao", "flash_attn", "diffusers", "torchvision")
+
+
 class Missing(Exception):
     """What a measurement needs and this machine lacks."""
+
+
+def require(package: str) -> None:
+    """Raise `Missing` without an optional package; that one which is there fails to import is a failure."""
+    if importlib.util.find_spec(package) is None:
+        raise Missing(f"{package} is not installed here")
+
+
+def installed() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 class Machine:
@@ -44,6 +67,7 @@ class Machine:
         self.deadline = time.monotonic() + 60 * minutes
         self.budget = 0.0 if tiny else 1.0  # seconds for the repetitions of one timing
         self.meter: Any = None  # of a simulated card
+        self.dead = ""  # why the device takes no more calls
         self._model: Any = None
         self._spare: list[Any] = []
 
@@ -66,9 +90,11 @@ class Machine:
             "date": str(date.today()),
         }
         if self.is_cuda:
-            found["memory in GB"] = torch.cuda.get_device_properties(self.device).total_memory / 1e9
+            properties = torch.cuda.get_device_properties(self.device)
+            found["memory in GB"] = properties.total_memory / 1e9
+            found["capability"] = f"{properties.major}.{properties.minor}"
             found["cuda"] = torch.version.cuda
-        return found | {"torch": torch.__version__, "transformers": transformers.__version__}
+        return found | installed()
 
     # ------------------------------------------------------------------------------------------- clock and memory
 
@@ -109,16 +135,21 @@ class Machine:
 
     def attempt(self, measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
         """What was measured, or why it was not: what comes after it can still run."""
+        if self.dead:
+            return {"failed": f"not run: {self.dead}"}
         if time.monotonic() > self.deadline:
             return {"skipped": OUT_OF_TIME}
         try:
-            return measure(*arguments)
-        except (ImportError, Missing) as error:
-            return {"skipped": " ".join(str(error).split())[:300]}
+            found = measure(*arguments)
+        except Missing as missing:
+            found = {"skipped": str(missing)}
         except Exception as error:  # of whatever library: on a lent machine there is no second try
-            return {"failed": f"{type(error).__name__}: {error}"[:2000]}
-        finally:
+            found = {"failed": f"{type(error).__name__}: {error}"[:2000]}
+        try:
             self.forget()
+        except RuntimeError as error:  # after some errors of CUDA nothing works in this process
+            self.dead = f"the device takes no more calls, {str(error).splitlines()[0]}"
+        return found
 
     # ------------------------------------------------------------------------------------------- models and inputs
 
@@ -135,9 +166,25 @@ class Machine:
     def model(self) -> Any:
         """The joint model in bfloat16, made once, with drawn weights at the scales of the synthetic checkpoint."""
         if self._model is None:
+            self.check_room(0.1 if self.tiny else MODEL_GB)
             with torch.inference_mode(False), torch.no_grad():  # weights of inference mode could not change hands
                 self._model = self.drawn(self.empty_model())
         return self._model
+
+    def take_model(self) -> Any:
+        """The joint model to be changed, or to be dropped: the next one is drawn anew."""
+        model, self._model = self.model(), None
+        return model
+
+    def check_room(self, gigabytes: float) -> None:
+        """Raises `Missing` where the device has less memory than something takes."""
+        if self.simulated:
+            return
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+        if self.is_cuda:
+            total = torch.cuda.get_device_properties(self.device).total_memory / 1e9
+        if total < gigabytes:
+            raise Missing(f"{self.device.type} has {total:.0f} GB of memory, and this takes {gigabytes:g}")
 
     def drawn(self, model: Any) -> Any:
         if self.simulated:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_machine import Machine, Missing, repository_class
+from gpu_machine import Machine, Missing, repository_class, require
 from measuring import ROOT
 from safetensors.torch import load_file
 from torch import nn
@@ -131,6 +131,10 @@ def one_golden(
     inputs: dict[str, torch.Tensor],
     expected: dict[str, torch.Tensor],
 ) -> dict[str, Any]:
+    if attention.startswith("flash"):
+        require("flash_attn")
+    if machine.is_cuda and (attention, folder) == ("flex_attention", "tiny"):
+        raise Missing("flex_attention's kernels want heads of 16 channels at least; these have 4")
     model = golden_model(machine, attention, dtype, folder=folder)
     outputs = {name: each for name, each in golden_outputs(model, inputs).items() if name in expected}
     if dtype != torch.float32:
@@ -306,6 +310,9 @@ def values_of_tiny(machine: Machine, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def values_of_drawn(machine: Machine, part: str, dtype: torch.dtype) -> dict[str, Any]:
+    machine._model = None  # a card of 40 GB has room for one of them
+    machine.forget()
+    machine.check_room(30 if part in WHOLE else 15)
     with torch.inference_mode(False), torch.no_grad():
         with torch.device("meta"):
             model = repository_class(f"modeling_internvl.{part}")(machine.config()).to(dtype).eval()
@@ -326,13 +333,14 @@ class Scores(TorchFunctionMode):
 
 
 def largest_values(machine: Machine, model: Any, dtype: torch.dtype) -> dict[str, Any]:
-    """By kind of module the largest absolute value that one gave, and how many outputs were not finite."""
+    """By kind of module the largest absolute value that one took or gave, and how many outputs were not finite."""
     largest: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=machine.device))
 
     def note(kind: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, torch.Tensor):
-                largest[kind] = torch.maximum(largest[kind], output.abs().max().float())
+            for states in (*inputs, output):
+                if isinstance(states, torch.Tensor) and states.is_floating_point():
+                    largest[kind] = torch.maximum(largest[kind], states.abs().max().float())
 
         return hook
 

@@ -345,8 +345,9 @@ def public_calls(model: torch.nn.Module, batch: Batch, device: str) -> list[Call
     """Every public method, its inputs on `device`, and the shapes that it must return."""
     config, images, texts = model.config, batch.pictures, batch.texts
     vision, width, dim = config.vision_config, config.qllama_config.hidden_size, config.clip_embed_dim
-    pixels = torch.empty(images, 3, vision.image_size, vision.image_size, device=device)
-    ids = torch.zeros(texts, batch.length, dtype=torch.long, device=device)
+    # Of values that a real device takes too: benchmarks/gpu.py runs these calls on one.
+    pixels = torch.zeros(images, 3, vision.image_size, vision.image_size, device=device)
+    ids = torch.ones(texts, batch.length, dtype=torch.long, device=device)
     mask = torch.ones_like(ids)
     pairs, pair_mask = ids.narrow(0, 0, images), mask.narrow(0, 0, images)
     start = batch.caption - batch.steps
