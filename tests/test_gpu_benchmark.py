@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -11,13 +10,12 @@ from torch import nn
 from conftest import ROOT, run_fork, succeeded
 
 pytest.importorskip("accelerate")
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import gpu  # noqa: E402
-import gpu_machine  # noqa: E402
-import gpu_numbers  # noqa: E402
-import gpu_report  # noqa: E402
-import gpu_speed  # noqa: E402
+import gpu
+import gpu_machine
+import gpu_numbers
+import gpu_report
+import gpu_speed
 
 GPU = ROOT / "benchmarks" / "gpu.py"
 ON_CPU = ["--device", "cpu", "--tiny"]
