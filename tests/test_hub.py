@@ -63,6 +63,10 @@ def clone(tmp_path, monkeypatch):
         "tools/z.py": "",
         "tools/hub/gitattributes": "*.model filter=lfs diff=lfs merge=lfs -text\n",
         "tests/test_x.py": "",
+        "docs/page.md": "",
+        "CONTRIBUTING.md": "",
+        "CHANGELOG.md": "",
+        "CITATION.cff": "",
         "tiny/config.json": '{"a": 1}',
         "tiny/README.md": 'The code lies one folder up:\n\n    f(REPO, subfolder="tiny", trust_remote_code=True)\n',
         "tiny/notes.txt": "of the checkpoint",
@@ -92,6 +96,7 @@ def test_full_repository_is_what_git_tracks_and_the_weights(clone, tmp_path):
     tracked = {"README.md", "config.json", INDEX, "modules.json", "sentence_transformers_x.py", "LICENSE"}
     tracked |= {"examples/a.png", "tools/z.py", "tools/hub/gitattributes", "tests/test_x.py"}
     tracked |= {"tiny/config.json", "tiny/README.md", "tiny/notes.txt"}
+    tracked |= {"docs/page.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff"}
     weights = {"model-00001-of-00001.safetensors", "tokenizer.model"}
     assert contents(tmp_path / "to") == set(names) == tracked | weights | {".gitattributes"}
     assert (tmp_path / "to" / ".gitattributes").read_text() == (clone / "tools" / "hub" / "gitattributes").read_text()
@@ -101,7 +106,7 @@ def test_flat_repository_has_the_checkpoint_at_its_root(clone, tmp_path):
     names = publish.assemble(tmp_path / "to", "tiny")
     code = {"sentence_transformers_x.py", "modules.json", "LICENSE", "examples/a.png", "tools/z.py"}
     own = {"config.json", "README.md", "notes.txt", ".gitattributes", "tools/hub/gitattributes"}
-    assert contents(tmp_path / "to") == set(names) == code | own  # neither the 14B's index nor its weights
+    assert contents(tmp_path / "to") == set(names) == code | own  # nothing of the 14B, no pages about the clone
     assert (tmp_path / "to" / "config.json").read_text() == '{"a": 1}'
     card = (tmp_path / "to" / "README.md").read_text()
     assert "subfolder" not in card and "folder up" not in card and "f(REPO, trust_remote_code=True)" in card

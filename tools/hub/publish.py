@@ -9,12 +9,13 @@ Run by whoever maintains a repository on the Hub, after a change that users shou
 
 Nothing leaves this machine without `--upload`. What lies in the folder:
 
-* the 14B's: all that git tracks, for the card names most of it and its commands run there, and the published weights
-  (`*.safetensors`, `tokenizer.model`), if they were brought into the clone. Left out are `.ci`, and `.gitignore`: the
-  Hub would follow it and leave the weights out of the upload.
+* the 14B's: all that git tracks, because the card links most of it and its commands run there, and the published
+  weights (`*.safetensors`, `tokenizer.model`), if they were brought into the clone. Left out are `.ci`, and
+  `.gitignore`: the Hub would follow it and leave the weights out of the upload.
 * a flat one, for what knows a path or an id but no subfolder (pipelines, sentence-transformers): the checkpoint's
   files at the root, the root's code, and those JSON files of the root that do not describe the 14B. With tiny/ come the
-  examples and tools that its card names; a checkpoint from elsewhere gets a card to be filled in, if it has none.
+  examples and tools that its card names; a checkpoint from elsewhere gets a card to be filled in, if it has none. The
+  pages about this clone (CONTRIBUTING.md, CHANGELOG.md, CITATION.cff, docs/) stay out: they are not about a checkpoint.
 * `.gitattributes` in both, from tools/hub/gitattributes. It is not at the root of this repository because its filters
   would stop `git add` wherever git-lfs is not installed, and store pointers instead of tiny/'s weights where it is.
 
