@@ -22,7 +22,7 @@ from emoji_data import DEFAULT_CACHE, LANGUAGES, load
 from tiny_texts import CAPTION_PROMPTS
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(ROOT / "examples"))  # what draws
 
 from demo import GREEN, GREY, INK, LINE, MARGIN, THUMBNAIL, Example, Poster  # noqa: E402
 
