@@ -24,9 +24,9 @@ import tensor_parallel_plan
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from write_index import empty_model  # of tools/hub/, likewise
+from write_index import empty_model  # of tools/hub/, where the three above look too
 
-from pages import replaced, table  # of tools/, where the three others look too
+from pages import replaced, table  # of tools/, likewise
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
