@@ -43,17 +43,17 @@ lint: .venv/ready ## style and types alone
 	.venv/bin/ruff format --check --config tests/ruff.toml .
 	mkdir -p .cache/types && ln -sfn ../.. .cache/types/internvl
 	cd .cache/types && ../../.venv/bin/mypy --config-file ../../tests/mypy.ini $(ROOT_MODULES:%.py=-m internvl.%)
-	.venv/bin/python tools/write_index.py --check
+	.venv/bin/python tools/hub/write_index.py --check
 
 bench: .venv/ready ## compare the speed with the original's way: a quarter of an hour; needs a C++ compiler
 	.venv/bin/python benchmarks/speed.py
 
 tiny: .venv/ready ## train tiny/ again from scratch and evaluate it: hours; needs npm and a C++ compiler
-	.venv/bin/python tools/emoji_data.py
-	.venv/bin/python tools/train_tokenizer.py
-	.venv/bin/python tools/train_tiny.py --compile
-	.venv/bin/python tools/evaluate_tiny.py
-	.venv/bin/python tools/tiny_figure.py
+	.venv/bin/python tools/tiny/emoji_data.py
+	.venv/bin/python tools/tiny/train_tokenizer.py
+	.venv/bin/python tools/tiny/train_tiny.py --compile
+	.venv/bin/python tools/tiny/evaluate_tiny.py
+	.venv/bin/python tools/tiny/tiny_figure.py
 
 clean: ## remove the environments and everything cached
 	rm -rf .venv .venv-* .cache

@@ -1,5 +1,7 @@
 """Does examples/embed_dataset.py need more memory for more input, and how long does the model wait for pictures?
 
+Run by whoever changes the stages of examples/embed_dataset.py.
+
     python benchmarks/embed_dataset.py      # 2,000 and 20,000 pictures; writes embed_dataset.json, and into README.md
     python benchmarks/embed_dataset.py --rows 500 2000 --out /tmp/report.json
 
@@ -34,15 +36,14 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tools")]
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tools")]  # its arithmetic of costs; the writer of tables
 
 import embed_costs  # noqa: E402
 
-from model_index import replace_between  # noqa: E402
+from pages import put, table  # noqa: E402
 
 README = ROOT / "README.md"
 MEASURED = Path(__file__).with_suffix(".json")
-MARKS = "<!-- results:embed -->", "<!-- /results:embed -->"
 STORE_GB = 0.1
 DIFFERENT = 500
 EMBED = ["--embed", "image", "caption", "--num-beams", "3", "--max-new-tokens", "8", "--dtype", "float32"]
@@ -122,10 +123,6 @@ def on_h100s() -> list[dict]:
     return [{"modes": modes, **embed_costs.on_h100s(modes, MFU, "float16")} for modes in (both[:1], both[1:], both)]
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
-
-
 def summary(report: dict) -> str:
     """What the README says, as Markdown."""
     runs = [
@@ -187,7 +184,7 @@ def main() -> None:
     }
     options.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     if options.out == MEASURED:
-        replace_between(README, *MARKS, summary(report))
+        put(README, "embed", summary(report))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Evaluate a checkpoint as users of CLIP models do: zero-shot classification, retrieval, captions.
 
+Run by whoever asks how good a checkpoint is on their own data, or on a published data set.
+
     python benchmarks/evaluate.py --task retrieval --data examples/pictures --listing examples/pictures/examples.json \\
         --image-column file --caption-column name --language en zh ja --dtype float32
     python benchmarks/evaluate.py --model . --device-map auto --task classification --data wds_imagenetv2 \\

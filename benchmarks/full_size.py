@@ -1,5 +1,7 @@
 """A full-size run for real: synthesise a checkpoint, load it in several ways, use it, and report what that cost.
 
+Run by whoever changes how checkpoints are loaded.
+
     python benchmarks/full_size.py                # the 14B: 29 GB of disk for the time of the run; writes full_size.md
     python benchmarks/full_size.py --keep DIR     # keeps the checkpoint in DIR, or uses the one that is there
     python benchmarks/full_size.py --config tiny --plans mapped disk --out /tmp/report.md    # seconds
@@ -39,10 +41,11 @@ from one_plan import NEW_TOKENS, PLANS, STAGES, undisturbed
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tools" / "machines")]  # the writer of tables; the checkpoint
 
-from synthesise_checkpoint import synthesise  # noqa: E402
-from write_index import INDEX  # noqa: E402
+from synthesise_checkpoint import INDEX, synthesise  # noqa: E402
+
+from pages import table  # noqa: E402
 
 PIECE = 16 << 20  # bytes of one read
 GIB = 1 << 30
@@ -257,11 +260,6 @@ def cosines(embeds: torch.Tensor) -> list[float]:
 # ------------------------------------------------------------------------------------------------------ the report
 
 
-def table(head: list[str], rows: list[list[object]]) -> list[str]:
-    cells = [head, ["---"] * len(head), *rows]
-    return [*("| " + " | ".join(map(str, row)) + " |" for row in cells), ""]
-
-
 def machine() -> str:
     """What the numbers depend on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -298,7 +296,7 @@ def disk_section(results: dict) -> list[str]:
         rows.append(
             [f"reading it, {kind}", *([f"{seconds:.1f}", gigabytes(size / seconds)] if seconds else ["-", "-"])]
         )
-    lines = [f"The checkpoint: {gigabytes(size)} GB.", "", *table(["", "seconds", "GB/s"], rows)]
+    lines = [f"The checkpoint: {gigabytes(size)} GB.", "", table(["", "seconds", "GB/s"], rows), ""]
     if written:
         lines += [f"Peak RSS while writing: {gibibytes(written['peak_rss'])} GiB.", ""]
     return lines
@@ -331,7 +329,7 @@ def plan_section(results: dict) -> list[str]:
         row = [plan, f"{found['load']['seconds']:.1f}", *map(gibibytes, memory), gibibytes(limit) if limit else "none"]
         row += [f"{seconds:.1f}", gigabytes(read)]
         rows.append([*row, f"{found['load_average']:.1f}"])
-    lines = table(head, rows)
+    lines = [table(head, rows), ""]
     sentence = (
         "Memory in GiB. File-backed pages are the mapped shards: the kernel takes them back when RAM is short. A limit"
         " holds for all memory of the plan's process, what the kernel caches of the shards for it included."
@@ -358,7 +356,7 @@ def stage_section(results: dict, plan: str) -> list[str]:
         once = f"{needed(results, stage, True) / rate:.1f}"
         rows.append([STAGES[stage], *needs, gigabytes(read), once, *times, f"{cost['system_seconds']:.1f}"])
     head = ["stage", "weights GB", "passes GB", "read GB", "weights once s", "took s", "queued s"]
-    return [f"### {plan}", "", *table([*head, "reading s", "arithmetic s", "rest s", "kernel s"], rows)]
+    return [f"### {plan}", "", table([*head, "reading s", "arithmetic s", "rest s", "kernel s"], rows), ""]
 
 
 def agreement_section(results: dict) -> list[str]:
@@ -369,7 +367,7 @@ def agreement_section(results: dict) -> list[str]:
         for stage, one in found["stages"].items()
     ]  # fmt: skip
     lines = ["### Do the plans agree?", ""]
-    lines += table(["plan", "compared with", "stage", "same bits", "largest difference", "smallest cosine"], rows)
+    lines += [table(["plan", "compared with", "stage", "same bits", "largest difference", "smallest cosine"], rows), ""]
     finite = all(found.get("finite", False) for found in results["plans"].values() if "error" not in found)
     listed = ", ".join(f"{cosine:.2f}" for cosine in results.get("text_cosines", []))
     return [*lines, f"All outputs are {'' if finite else 'NOT '}finite; cosines of neighbouring texts: {listed}.", ""]

@@ -72,64 +72,73 @@ def run_step(machine: Machine, name: str) -> dict[str, Any]:
     return machine.attempt(step) | {"seconds": round(time.monotonic() - started, 1)}
 
 
-def main() -> None:
+def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="small sizes, to see that every step runs")
-    parser.add_argument("--simulate", action="store_true", help="shapes and memory at full size, without a card")
-    parser.add_argument("--only", nargs="+", choices=STEPS, metavar="STEP", help=f"some of {', '.join(STEPS)}")
-    parser.add_argument("--minutes", type=float, default=9, help="begin no measurement after this time")
-    parser.add_argument(
-        "--out", type=Path, help="JSON file of the results; by default one for each kind of run, in out/"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on with that file: do what is missing or failed")
-    parser.add_argument(
-        "--report", type=Path, metavar="FILE", help="write the pages from such a file, and measure nothing"
-    )
-    parser.add_argument("--to", type=Path, default=ROOT, help="of --report: the clone whose pages are written")
+    add = parser.add_argument
+    add("--device", default="cuda")
+    add("--tiny", action="store_true", help="small sizes, to see that every step runs")
+    add("--simulate", action="store_true", help="shapes and memory at full size, without a card")
+    add("--only", nargs="+", choices=STEPS, metavar="STEP", help=f"some of {', '.join(STEPS)}")
+    add("--minutes", type=float, default=9, help="begin no measurement after this time")
+    add("--out", type=Path, help="JSON file of the results; by default one for each kind of run, in out/")
+    add("--resume", action="store_true", help="go on with that file: do what is missing or failed")
+    add("--report", type=Path, metavar="FILE", help="write the pages from such a file, and measure nothing")
+    add("--to", type=Path, default=ROOT, help="of --report: the clone whose pages are written")
     arguments = parser.parse_args()
+    if arguments.report is not None:
+        return parser, arguments
+    if not arguments.simulate and arguments.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device here; try --device cpu --tiny, or --simulate")
+    if ":" in arguments.device:
+        parser.error("--device takes no number; CUDA_VISIBLE_DEVICES chooses a card")
+    arguments.only = arguments.only or (SIMULATED_STEPS if arguments.simulate else tuple(STEPS))
+    if arguments.simulate and (wrong := set(arguments.only) - set(SIMULATED_STEPS)):
+        parser.error(f"--simulate has the steps {', '.join(SIMULATED_STEPS)}, not {', '.join(sorted(wrong))}")
+    arguments.out = arguments.out or ROOT / "out" / f"gpu-{kind(arguments)}.json"
+    if arguments.out.is_file() and not arguments.resume:
+        parser.error(f"{arguments.out} is there already: --resume goes on with it, --out names another file")
+    return parser, arguments
+
+
+def main() -> None:
+    parser, arguments = parse()
     if arguments.report is not None:
         try:
             gpu_report.write(arguments.report, arguments.to)
         except gpu_report.Refused as problem:
             parser.error(str(problem))
         return
-    if not arguments.simulate and arguments.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("torch finds no CUDA device here; try --device cpu --tiny, or --simulate")
-    if ":" in arguments.device:
-        parser.error("--device takes no number; CUDA_VISIBLE_DEVICES chooses a card")
-    names = arguments.only or (SIMULATED_STEPS if arguments.simulate else tuple(STEPS))
-    if arguments.simulate and (wrong := set(names) - set(SIMULATED_STEPS)):
-        parser.error(f"--simulate has the steps {', '.join(SIMULATED_STEPS)}, not {', '.join(sorted(wrong))}")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     device = measuring.CARD if arguments.simulate else arguments.device
     machine = Machine(device, arguments.tiny, arguments.simulate, arguments.minutes)
-    out = arguments.out or ROOT / "out" / f"gpu-{kind(arguments)}.json"
     results: dict[str, Any] = {"machine": machine.describe(), "steps": {}}
-    if out.is_file():
-        if not arguments.resume:
-            parser.error(f"{out} is there already: --resume goes on with it, --out names another file")
-        earlier = json.loads(out.read_text("utf-8"))
+    if arguments.out.is_file():
+        earlier = json.loads(arguments.out.read_text("utf-8"))
         if differences := differing(earlier["machine"], results["machine"]):
-            parser.error(f"{out} was measured elsewhere, {differences}: --out names another file")
+            parser.error(f"{arguments.out} was measured elsewhere, {differences}: --out names another file")
         results["steps"] = earlier["steps"]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        earlier = results["steps"].get(name)
-        if earlier is not None and is_whole(earlier):
-            print(f"{name}: kept", flush=True)
-            continue
-        found = run_step(machine, name)
-        if earlier is None or found.get("skipped") != OUT_OF_TIME:  # what was measured in part is more than nothing
-            results["steps"][name] = found
-        replace(out, results)
-        print(f"{name}: {found['seconds']} s", flush=True)
-        for key in ("failed", "skipped"):
-            for problem in problems({name: found}, key):
-                print(f"  {key}: {problem[:300]}", flush=True)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    for name in arguments.only:
+        add_step(machine, name, results["steps"])
+        replace(arguments.out, results)
     print(gpu_report.summary(results))
     if any(problems(results["steps"], "failed")):
         raise SystemExit(1)
+
+
+def add_step(machine: Machine, name: str, steps: dict[str, Any]) -> None:
+    """Run a step that is missing, failed or had no time, and say what became of it."""
+    earlier = steps.get(name)
+    if earlier is not None and is_whole(earlier):
+        print(f"{name}: kept", flush=True)
+        return
+    found = run_step(machine, name)
+    if earlier is None or found.get("skipped") != OUT_OF_TIME:  # what was measured in part is more than nothing
+        steps[name] = found
+    print(f"{name}: {found['seconds']} s", flush=True)
+    for key in ("failed", "skipped"):
+        for problem in problems({name: found}, key):
+            print(f"  {key}: {problem[:300]}", flush=True)
 
 
 def kind(arguments: argparse.Namespace) -> str:

@@ -22,9 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModel, CompileConfig
 
-sys.path.insert(0, str(ROOT / "tests"))
-
-from golden_wide import regenerated, regenerated_pixels  # noqa: E402
+from golden_wide import regenerated, regenerated_pixels
 
 GOLDEN = ROOT / "tests" / "golden"
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(ROOT / "tools"))  # the writer of tables
 
-from model_index import replace_between  # noqa: E402
+import pages  # noqa: E402
 
 MEASURED, SIMULATED, ON_CPU = "gpu.json", "gpu_simulated.json", "gpu_on_cpu.json"
 PAGE, CHART = "GPU.md", "gpu.png"
@@ -260,7 +260,7 @@ def number(found: Any) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    return [*("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)), ""]
+    return [pages.table(head, rows), ""]
 
 
 def machine(results: dict[str, Any]) -> str:
@@ -504,12 +504,8 @@ def write(file: Path, to: Path) -> None:
     line, figures = readme_line(card), readme_table(card, simulated)
     (folder / name).write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     (folder / PAGE).write_text(text, "utf-8")
-    replace_between(readme, *marks(LINE), line)
-    replace_between(readme, *marks(TABLE), figures)
-
-
-def marks(name: str) -> tuple[str, str]:
-    return f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
+    pages.put(readme, LINE, line)
+    pages.put(readme, TABLE, figures)
 
 
 def summary(results: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tools" / "machines")]  # tables; cards that are not here
 
 import simulate_devices  # noqa: E402
 

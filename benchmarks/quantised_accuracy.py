@@ -1,5 +1,7 @@
 """Compare quantised models with the same weights in float32 and print how far their embeddings turn.
 
+Run by whoever changes which layers are quantised; speed.py imports it.
+
     python benchmarks/quantised_accuracy.py           # tiny/, on examples/pictures and their names in three languages
     python benchmarks/quantised_accuracy.py --wide    # golden/wide too: one layer of each tower at the 14B's widths
 
@@ -23,11 +25,13 @@ from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
 from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig, TorchAoConfig
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+from golden_wide import regenerated, regenerated_pixels
+from goldens import golden, golden_config, repo_class
 
-from conftest import golden, golden_config, repo_class  # noqa: E402
-from golden_wide import regenerated, regenerated_pixels  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))  # the writer of tables
+
+import pages  # noqa: E402
 
 TINY = {"subfolder": "tiny", "trust_remote_code": True}
 PICTURES = ROOT / "examples" / "pictures"
@@ -121,15 +125,15 @@ def load_wide(folder: Path, **options: Any) -> nn.Module:
     return model_class.from_pretrained(folder, config=golden_config("wide"), **options).eval()
 
 
-def rows(load: Callable[..., nn.Module], inputs: dict[str, torch.Tensor]) -> list[str]:
-    """Lines of the table for each method; the models are loaded one after the other."""
+def rows(load: Callable[..., nn.Module], inputs: dict[str, torch.Tensor]) -> list[list[str]]:
+    """Rows of the table for each method; the models are loaded one after the other."""
     wanted = outputs(load(dtype=torch.float32), inputs)
     lines = []
     for name, config in METHODS.items():
         options = {} if config() is None else {"quantization_config": config()}
         found = compare(outputs(load(dtype=torch.bfloat16, **options), inputs), wanted)
-        cosines = " | ".join("{:.5f}, {:.5f}".format(*found[kind]) for kind in EMBEDDINGS)
-        lines.append(f"| {name} | {cosines} | {found[MATCH]:.4f} |")
+        cosines = ["{:.5f}, {:.5f}".format(*found[kind]) for kind in EMBEDDINGS]
+        lines.append([name, *cosines, f"{found[MATCH]:.4f}"])
     return lines
 
 
@@ -140,11 +144,9 @@ def processor_name() -> str:
     return names[0].partition(":")[2].strip() if names else platform.machine()
 
 
-def print_table(title: str, lines: list[str]) -> None:
-    head = (
-        f"| {title} | {' | '.join(f'{name}: least, mean cosine' for name in EMBEDDINGS)} | match: largest difference |"
-    )
-    print("\n".join([head, "|---|" + "---|" * (len(EMBEDDINGS) + 1), *lines, ""]), flush=True)
+def print_table(title: str, lines: list[list[str]]) -> None:
+    head = [title, *(f"{name}: least, mean cosine" for name in EMBEDDINGS), "match: largest difference"]
+    print(pages.table(head, lines), end="\n\n", flush=True)
 
 
 def main() -> None:

@@ -1,5 +1,7 @@
 """How long examples/search.py takes to index and search 10,000 pictures, with what memory and disk.
 
+Run by whoever changes examples/search_index.py.
+
     python benchmarks/search.py                          # writes search.json and the README's table
     python benchmarks/search.py --pictures 500 --out /tmp/report.json          # and no table
 
@@ -26,12 +28,11 @@ from pathlib import Path
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(ROOT / "tools"))  # the writer of tables
 
-from model_index import replace_between  # noqa: E402
+import pages  # noqa: E402
 
 README = ROOT / "README.md"
-MARKS = "<!-- results:search -->", "<!-- /results:search -->"
 OUT = Path(__file__).with_suffix(".json")
 SOURCES = ROOT / "examples" / "pictures"
 KINDS = (("png", {}), ("jpg", {"quality": 90}), ("webp", {"quality": 90}))
@@ -151,9 +152,9 @@ def table(report: dict) -> str:
         ("of ten found by a picture, made of the same original", f"{found['same_original_among_ten_by_picture']:.0%}"),
         ("of ten found by its English name", f"{found['same_original_among_ten_by_words']:.0%}"),
     ]
-    lines = [f"| {found['pictures']:,} pictures | |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows)]
+    figures = pages.table([f"{found['pictures']:,} pictures", ""], rows)
     packages = ", ".join(f"{name} {number}" for name, number in versions.items())
-    return "\n".join([*lines, "", f"Measured by `{report['command']}` on {report['machine']}; {packages}."])
+    return f"{figures}\n\nMeasured by `{report['command']}` on {report['machine']}; {packages}."
 
 
 def main() -> None:
@@ -173,7 +174,7 @@ def main() -> None:
     }
     options.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     if options.out == OUT:
-        replace_between(README, *MARKS, table(report))
+        pages.put(README, "search", table(report))
     print(json.dumps(report, indent=1))
 
 

@@ -1,5 +1,7 @@
 """Measure how fast the model is, at the 14B's widths with two layers a tower, and write benchmarks/RESULTS.md.
 
+Run by whoever changes what the model computes or how (`make bench`).
+
     python benchmarks/speed.py               # everything, in less than 15 minutes on 2 quiet cores
     python benchmarks/speed.py vision match  # some sections; of the others the last results are kept
 
@@ -31,14 +33,14 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize
 from transformers import AutoModel, AutoProcessor, DynamicCache, TorchAoConfig
 from transformers.utils import logging
 
-from model_index import replace_between  # of tools/, where `measuring` looks too
+from pages import put, table  # of tools/, where `measuring` looks too
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 MEASURED = ROOT / "benchmarks" / "speed.json"
 CURVES = ROOT / "benchmarks" / "curves.png"
 README = ROOT / "README.md"
-MARKS = "<!-- results:speed -->", "<!-- /results:speed -->"
+HEAD = ("work", "figure", "value", "spread", "target", "met")
 INTRODUCTION = """\
 # How fast
 
@@ -467,7 +469,7 @@ def int8(bench: Bench) -> None:
         right = (nearest == torch.arange(len(images))).sum()
         work = f"tiny/, {nearest.numel()} searches for the names of the example pictures"
         bench.add(Row(work, f"found by {name}", int(right)))
-    bench.notes.append("`python tools/evaluate_tiny.py --int8` measures the whole table of tiny/ with int8.")
+    bench.notes.append("`python tools/tiny/evaluate_tiny.py --int8` measures the whole table of tiny/ with int8.")
 
 
 def compiled(bench: Bench) -> None:
@@ -618,21 +620,15 @@ def machine() -> str:
     return f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, no GPU used; {packages}"
 
 
-def table(rows: list[Row]) -> str:
-    header = ("work", "figure", "value", "spread", "target", "met")
-    lines = [header, ("---",) * len(header), *(row.cells() for row in rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
 def report(measured: dict[str, Any]) -> str:
     parts = [INTRODUCTION]
     for name, section in SECTIONS.items():
         if name not in measured:
             continue
         found = measured[name]
-        rows = [Row(**row) for row in found["rows"]]
+        figures = table(HEAD, (Row(**row).cells() for row in found["rows"]))
         notes = "".join(f"* {note}\n" for note in found["notes"])
-        parts.append(f"## {section.__doc__}\n\n{table(rows)}\n\n{notes}\nOn {found['machine']}.\n")
+        parts.append(f"## {section.__doc__}\n\n{figures}\n\n{notes}\nOn {found['machine']}.\n")
     parts.append(f"All sections together took {sum(found['seconds'] for found in measured.values()):.0f} s.\n")
     return "\n".join(parts)
 
@@ -648,7 +644,7 @@ def write(measured: dict[str, Any]) -> None:
     MEASURED.write_text(json.dumps(measured, indent=1, ensure_ascii=False) + "\n")
     RESULTS.write_text(report(measured))
     if "vision" in measured:
-        replace_between(README, *MARKS, summary(measured))
+        put(README, "speed", summary(measured))
 
 
 def main() -> None:

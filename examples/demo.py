@@ -4,7 +4,7 @@
     python examples/demo.py --model PATH_OR_ID            # another one, such as the published 14B
     python examples/demo.py --pictures FOLDER             # your own pictures; their file names are the labels
 
-Prints tables, and writes them with the pictures to demo.png.
+Prints tables, and writes them with the images to demo.png. tools/tiny/tiny_figure.py imports what draws them.
 """
 
 import argparse

@@ -1,4 +1,7 @@
-"""What a run of examples/embed_dataset.py will take: from a sample on these machines, and by arithmetic on H100s."""
+"""What a run of examples/embed_dataset.py will take: from a sample on these machines, and by arithmetic on H100s.
+
+benchmarks/embed_dataset.py imports this module too.
+"""
 
 import argparse
 import json

@@ -114,19 +114,7 @@ def complete(options: argparse.Namespace) -> argparse.Namespace:
     Raises:
         ValueError: options out of range, or that contradict each other.
     """
-    for name in ("batch_size", "shard_rows", "cpus_per_model", "models", "decoders", "max_new_tokens", "num_beams",
-                 "sample_rows", "gpus_per_model"):  # fmt: skip
-        value, least = getattr(options, name), 0 if name == "gpus_per_model" else 1
-        if value is not None and value < least:
-            raise ValueError(f"`--{name.replace('_', '-')}` must be at least {least}, got {value}.")
-    for name in ("object_store_gb", "stall_minutes", "price_per_hour", "mfu", "price_per_gpu_hour"):
-        value = getattr(options, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"`--{name.replace('_', '-')}` must be a positive number, got {value}.")
-    for name, other in (("price_per_hour", "dry_run"), ("h100", "dry_run"), ("mfu", "h100"), ("measured", "h100"),
-                        ("price_per_gpu_hour", "h100")):  # fmt: skip
-        if getattr(options, name) and not getattr(options, other):
-            raise ValueError(f"`--{name.replace('_', '-')}` needs `--{other.replace('_', '-')}`.")
+    check_each(options)
     if options.measured and options.mfu:
         raise ValueError("`--mfu` is an assumption and `--measured` a measurement: give one of them.")
     if options.h100 and not options.measured and (options.mfu is None or options.mfu > 1):
@@ -143,6 +131,23 @@ def complete(options: argparse.Namespace) -> argparse.Namespace:
         raise ValueError(f"`--output` must lie outside of `--data`, got {options.output!r} in {options.data!r}.")
     options.kind, options.model_version, options.files, options.pool = options.source, "", None, 0
     return options
+
+
+def check_each(options: argparse.Namespace) -> None:
+    """Check the range of each number, and that each option has the one that it needs."""
+    for name in ("batch_size", "shard_rows", "cpus_per_model", "models", "decoders", "max_new_tokens", "num_beams",
+                 "sample_rows", "gpus_per_model"):  # fmt: skip
+        value, least = getattr(options, name), 0 if name == "gpus_per_model" else 1
+        if value is not None and value < least:
+            raise ValueError(f"`--{name.replace('_', '-')}` must be at least {least}, got {value}.")
+    for name in ("object_store_gb", "stall_minutes", "price_per_hour", "mfu", "price_per_gpu_hour"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"`--{name.replace('_', '-')}` must be a positive number, got {value}.")
+    for name, other in (("price_per_hour", "dry_run"), ("h100", "dry_run"), ("mfu", "h100"), ("measured", "h100"),
+                        ("price_per_gpu_hour", "h100")):  # fmt: skip
+        if getattr(options, name) and not getattr(options, other):
+            raise ValueError(f"`--{name.replace('_', '-')}` needs `--{other.replace('_', '-')}`.")
 
 
 def absolute(path: str) -> str:

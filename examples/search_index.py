@@ -36,7 +36,7 @@ from urllib.parse import unquote_to_bytes
 
 os.environ.setdefault("LANCEDB_LOG", "error")  # its warnings tell of what is meant, such as a table that is made
 
-import lancedb  # noqa: E402
+import lancedb
 import pyarrow as pa
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,7 @@ BATCH = 32  # pictures that the model sees at once
 ROWS, SECONDS = 256, 10  # a commit is made after so many rows or so much time: what a kill may lose
 DECODERS = 2  # threads
 NAMED = 500  # paths in one filter
-MATCH_WEIGHT = 0.3  # what tools/evaluate_tiny.py re-ranks with
+MATCH_WEIGHT = 0.3  # what tools/tiny/evaluate_tiny.py re-ranks with
 SHORTLIST = 24  # pictures that are re-ranked, if no more are asked for
 NEW_TOKENS = 16  # of a caption
 THUMBNAIL = 320  # pixels of its longer side

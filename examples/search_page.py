@@ -13,8 +13,8 @@ import time
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read while gradio is imported
 
-import gradio as gr  # noqa: E402
-from search_index import COLUMNS, Result, Searcher, SearchError, decode, printable, read_bytes, thumbnail  # noqa: E402
+import gradio as gr
+from search_index import COLUMNS, Result, Searcher, SearchError, decode, printable, read_bytes, thumbnail
 
 MODES = tuple(COLUMNS)
 FONT = ["system-ui", "sans-serif"]

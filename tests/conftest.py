@@ -1,12 +1,10 @@
 """What several test files need. Classes come as a user's `from_pretrained` gets them: by transformers' loader."""
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from functools import cache
 from pathlib import Path
 
 # One thread per process. The matrices are small, and the threads of OpenMP wait for each other by spinning: on a busy
@@ -25,17 +23,22 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import save_torch_state_dict
-from safetensors.torch import load_file
 from transformers import AutoModel
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from fresh import Server
 
 ROOT = Path(__file__).resolve().parents[1]
+# Scripts are imported by their names, as scripts of one folder import each other. A test of benchmarks/search.py or
+# benchmarks/embed_dataset.py, which have namesakes in examples/, loads them by their paths.
+SCRIPTS = ("examples", "benchmarks", "tools", "tools/tiny", "tools/hub", "tools/machines")
+sys.path[:0] = [str(ROOT / folder) for folder in SCRIPTS]
+
+# The test files import all of these from here.
+from goldens import GOLDEN, golden, golden_config, golden_model, repo_class  # noqa: E402, F401
+
 IS_V5 = int(transformers.__version__.split(".")[0]) >= 5
 INDEX = "model.safetensors.index.json"
 CODE = sorted(path.name for path in ROOT.glob("*.py"))
-GOLDEN = Path(__file__).resolve().parent / "golden"
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}  # SPEC, "Reading the goldens"
 LAST_RESORT = 1200  # seconds: a wait ends with an event or a dead process; this only ends a run that hangs
 FRESH = Server()
@@ -55,30 +58,6 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
-
-
-def repo_class(reference: str):
-    """A class of the repository, such as "modeling_internvl.InternVLModel"."""
-    return get_class_from_dynamic_module(reference, str(ROOT))
-
-
-def golden_config(folder: str = "tiny", attn_implementation: str | None = None):
-    """The config of the goldens, in the original's form: no model_type, no tie_word_embeddings."""
-    fields = json.loads((GOLDEN / folder / "config.json").read_text())
-    return repo_class("configuration_internvl.InternVLConfig")(**fields, attn_implementation=attn_implementation)
-
-
-def golden_model(class_name: str = "InternVLModel", attn_implementation: str | None = None):
-    """The model of golden/tiny, float32, in eval mode."""
-    model = repo_class(f"modeling_internvl.{class_name}")(golden_config("tiny", attn_implementation))
-    model.load_state_dict(load_file(GOLDEN / "tiny" / "model.safetensors"), strict=True)
-    return model.eval()
-
-
-@cache
-def golden(name: str) -> dict[str, torch.Tensor]:
-    """Tensors of the original implementation, such as golden("tiny/expected")."""
-    return load_file(GOLDEN / f"{name}.safetensors")
 
 
 def training_batch(objective: str = "stage2", rows: slice = slice(None)) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 # Files that are not imported together: a host loads `handler.py` and `sentence_transformers_internvl.py` by themselves.
 COPIES = {
-    "MATCH_WEIGHT": ("handler.py", "examples/search_index.py", "tools/evaluate_tiny.py"),
+    "MATCH_WEIGHT": ("handler.py", "examples/search_index.py", "tools/tiny/evaluate_tiny.py"),
     "MODES": ("handler.py", "modeling_internvl.py", "sentence_transformers_internvl.py"),
 }
 

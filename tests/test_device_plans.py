@@ -1,4 +1,4 @@
-"""The model on several cards, and on one that is too small, without any: see tools/simulate_devices.py."""
+"""The model on several cards, and on one that is too small, without any: see tools/machines/simulate_devices.py."""
 
 import random
 import sys
@@ -15,12 +15,9 @@ from torch.utils._pytree import tree_leaves
 from conftest import ROOT
 
 pytest.importorskip("accelerate")
-sys.path.insert(0, str(ROOT / "tools"))
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import measuring  # noqa: E402
-import simulate_devices as sim  # noqa: E402
+import measuring
+import simulate_devices as sim
 
 TINY = ROOT / "tiny"
 PARAMETERS = 13_834_975_747

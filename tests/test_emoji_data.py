@@ -1,10 +1,9 @@
-"""The pure parts of tools/emoji_data.py: no network and no built dataset needed."""
+"""The pure parts of tools/tiny/emoji_data.py: no network and no built dataset needed."""
 
 import base64
 import hashlib
 import importlib
 import io
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,6 @@ import pytest
 np = pytest.importorskip("numpy", reason="numpy is not installed")
 pytest.importorskip("PIL", reason="Pillow is not installed")
 pytest.importorskip("tqdm", reason="tqdm is not installed")
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
 emoji_data = importlib.import_module("emoji_data")
 NameIndex = emoji_data.NameIndex
@@ -189,7 +186,7 @@ def test_an_interrupted_write_leaves_no_file(tmp_path):
 
 
 def test_loading_what_is_not_built_says_how_to_build_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"tools/emoji_data\.py"):
+    with pytest.raises(FileNotFoundError, match=r"tools/tiny/emoji_data\.py"):
         emoji_data.load(tmp_path)
 
 

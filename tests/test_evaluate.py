@@ -4,10 +4,12 @@ import importlib.util
 import io
 import json
 import shutil
-import sys
 import tarfile
 from pathlib import Path
 
+import evaluate
+import evaluation_data as data
+import evaluation_metrics as metrics
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,12 +18,6 @@ from torch.testing import assert_close
 from transformers import AutoModel, AutoProcessor
 
 from conftest import ROOT, TOLERANCE, load
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import evaluate  # noqa: E402
-import evaluation_data as data  # noqa: E402
-import evaluation_metrics as metrics  # noqa: E402
 
 NAMES = ("fox", "lion", "panda", "pizza", "rocket", "sushi")
 CAPTIONS = {name: [f"a photo of a {name}", f"{name} on white"] for name in NAMES}

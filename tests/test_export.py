@@ -12,12 +12,12 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoProcessor
 
+import pages
 from conftest import ROOT, TOLERANCE, load, run_interpreter
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
-sys.path.insert(0, str(ROOT / "tools"))
 
 import export  # noqa: E402
 
@@ -221,10 +221,8 @@ def test_missing_packages_are_named_before_anything_is_written(tmp_path, monkeyp
 
 
 def test_the_readme_has_the_table_that_was_measured():
-    start, end = export.MARKS
-    readme = (ROOT / "README.md").read_text("utf-8")
     measured = json.loads(export.REPORT.read_text("utf-8"))
-    assert readme.partition(start)[2].partition(end)[0].strip() == export.table(measured)
+    assert pages.taken(ROOT / "README.md", "export") == export.table(measured)
 
 
 @pytest.mark.slow

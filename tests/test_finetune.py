@@ -17,8 +17,6 @@ from conftest import LAST_RESORT, ROOT, TOLERANCE, load, repo_class, run_python
 
 _cache = tempfile.TemporaryDirectory(prefix="internvl-datasets-")
 os.environ["HF_DATASETS_CACHE"] = _cache.name  # read when `datasets` is imported
-sys.path.insert(0, str(ROOT / "examples"))
-
 datasets = pytest.importorskip("datasets")
 peft = pytest.importorskip("peft")
 

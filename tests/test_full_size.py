@@ -2,20 +2,16 @@
 
 import json
 import shutil
-import sys
 from collections import namedtuple
 
 import pytest
+import synthesise_checkpoint
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
+from write_index import INDEX
 
 from conftest import ROOT, run_fork
-
-sys.path.insert(0, str(ROOT / "tools"))
-
-import synthesise_checkpoint  # noqa: E402
-from write_index import INDEX  # noqa: E402
 
 TINY = ROOT / "tiny"
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,13 +11,14 @@ from torch import nn
 from conftest import ROOT, run_fork, succeeded
 
 pytest.importorskip("accelerate")
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import gpu  # noqa: E402
-import gpu_machine  # noqa: E402
-import gpu_numbers  # noqa: E402
-import gpu_report  # noqa: E402
-import gpu_speed  # noqa: E402
+import gpu
+import gpu_machine
+import gpu_numbers
+import gpu_report
+import gpu_speed
+
+import pages
 
 GPU = ROOT / "benchmarks" / "gpu.py"
 ON_CPU = ["--device", "cpu", "--tiny"]
@@ -494,8 +494,7 @@ def test_the_shipped_pages_say_what_was_measured():
         (gpu_report.LINE, gpu_report.readme_line(measured)),
         (gpu_report.TABLE, gpu_report.readme_table(measured, simulated)),
     ):
-        start, end = gpu_report.marks(name)
-        assert f"{start}\n{text}\n{end}" in readme
+        assert pages.taken(ROOT / "README.md", name) == text
     assert simulated["machine"]["simulated"] and not simulated["machine"]["tiny"]
     # In the first screen of the page: before anything is installed.
-    assert readme.index(gpu_report.marks(gpu_report.LINE)[0]) < readme.index("pip install")
+    assert readme.index(pages.marks(gpu_report.LINE)[0]) < readme.index("pip install")

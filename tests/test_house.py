@@ -63,6 +63,12 @@ def test_entry_modules_import_every_room_they_need():
         assert needed - {entry} <= imported_rooms(entry), entry
 
 
+def test_the_page_for_contributors_names_the_rooms_in_this_order():
+    named = re.findall(r"`(\w+\.py)`", (ROOT / "CONTRIBUTING.md").read_text("utf-8").partition("| room |")[2])
+    order = [name for name in named if name in ROOMS]
+    assert list(dict.fromkeys(order)) == list(ROOMS)
+
+
 def test_the_first_sentence_of_a_room_says_one_thing():
     for name in ROOMS:
         text = ast.get_docstring(ast.parse((ROOT / name).read_text("utf-8")))

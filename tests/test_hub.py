@@ -21,14 +21,10 @@ from safetensors.torch import save as save_bytes
 from transformers import AutoProcessor
 from transformers.pipelines import SUPPORTED_TASKS
 
-from conftest import INDEX, ROOT, load, run_fork, run_interpreter
-
-sys.path.insert(0, str(ROOT / "tools"))
 import model_index
 import offline_load
 import publish
-
-sys.path.remove(str(ROOT / "tools"))
+from conftest import INDEX, ROOT, load, run_fork, run_interpreter
 
 pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git says what belongs to the repository")
 CARDS = {"main": ROOT / "README.md", "tiny": ROOT / "tiny" / "README.md"}
@@ -65,8 +61,12 @@ def clone(tmp_path, monkeypatch):
         ".ci/run": "",
         "examples/a.png": "\0",
         "tools/z.py": "",
-        "tools/hub_gitattributes": "*.model filter=lfs diff=lfs merge=lfs -text\n",
+        "tools/hub/gitattributes": "*.model filter=lfs diff=lfs merge=lfs -text\n",
         "tests/test_x.py": "",
+        "docs/page.md": "",
+        "CONTRIBUTING.md": "",
+        "CHANGELOG.md": "",
+        "CITATION.cff": "",
         "tiny/config.json": '{"a": 1}',
         "tiny/README.md": 'The code lies one folder up:\n\n    f(REPO, subfolder="tiny", trust_remote_code=True)\n',
         "tiny/notes.txt": "of the checkpoint",
@@ -94,18 +94,19 @@ def contents(folder: Path) -> set[str]:
 def test_full_repository_is_what_git_tracks_and_the_weights(clone, tmp_path):
     names = publish.assemble(tmp_path / "to")
     tracked = {"README.md", "config.json", INDEX, "modules.json", "sentence_transformers_x.py", "LICENSE"}
-    tracked |= {"examples/a.png", "tools/z.py", "tools/hub_gitattributes", "tests/test_x.py"}
+    tracked |= {"examples/a.png", "tools/z.py", "tools/hub/gitattributes", "tests/test_x.py"}
     tracked |= {"tiny/config.json", "tiny/README.md", "tiny/notes.txt"}
+    tracked |= {"docs/page.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff"}
     weights = {"model-00001-of-00001.safetensors", "tokenizer.model"}
     assert contents(tmp_path / "to") == set(names) == tracked | weights | {".gitattributes"}
-    assert (tmp_path / "to" / ".gitattributes").read_text() == (clone / "tools" / "hub_gitattributes").read_text()
+    assert (tmp_path / "to" / ".gitattributes").read_text() == (clone / "tools" / "hub" / "gitattributes").read_text()
 
 
 def test_flat_repository_has_the_checkpoint_at_its_root(clone, tmp_path):
     names = publish.assemble(tmp_path / "to", "tiny")
     code = {"sentence_transformers_x.py", "modules.json", "LICENSE", "examples/a.png", "tools/z.py"}
-    own = {"config.json", "README.md", "notes.txt", ".gitattributes", "tools/hub_gitattributes"}
-    assert contents(tmp_path / "to") == set(names) == code | own  # neither the 14B's index nor its weights
+    own = {"config.json", "README.md", "notes.txt", ".gitattributes", "tools/hub/gitattributes"}
+    assert contents(tmp_path / "to") == set(names) == code | own  # nothing of the 14B, no pages about the clone
     assert (tmp_path / "to" / "config.json").read_text() == '{"a": 1}'
     card = (tmp_path / "to" / "README.md").read_text()
     assert "subfolder" not in card and "folder up" not in card and "f(REPO, trust_remote_code=True)" in card
@@ -465,10 +466,9 @@ def test_writing_the_model_index_changes_only_it(tmp_path):
 
 
 def test_the_evaluation_writes_both_cards(tmp_path, monkeypatch):
-    """`tools/evaluate_tiny.py --tables` is the command that puts figures into the metadata."""
+    """`tools/tiny/evaluate_tiny.py --tables` is the command that puts figures into the metadata."""
     pytest.importorskip("resvg_py")
     pytest.importorskip("tqdm")
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
     import evaluate_tiny
 
     cards = tuple(tmp_path / name for name in CARDS)
@@ -573,7 +573,7 @@ def by_id(full, flat_tiny, tmp_path_factory):
     }
     code = f"import os\nos.environ['HF_HUB_CACHE'] = {str(cache)!r}\n" + BY_ID
     picture = ROOT / "examples" / "pictures" / "panda.png"
-    run_interpreter(code, folder, ROOT / "tools", json.dumps(asked), picture)
+    run_interpreter(code, folder, ROOT / "tools" / "hub", json.dumps(asked), picture)
     return json.loads((folder / "found.json").read_text())
 
 

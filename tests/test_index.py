@@ -1,4 +1,4 @@
-"""model.safetensors.index.json and tools/write_index.py, which writes it."""
+"""model.safetensors.index.json and tools/hub/write_index.py, which writes it."""
 
 import json
 import math
@@ -7,13 +7,10 @@ import sys
 
 import pytest
 import torch
+import write_index
 from transformers import AutoModel
 
 from conftest import GOLDEN, IS_V5, ROOT, make_repository
-
-sys.path.insert(0, str(ROOT / "tools"))
-
-import write_index  # noqa: E402
 
 PUBLISHED_BYTES = 2 * 13_834_975_747
 SHAPES = json.loads((GOLDEN / "internvl_14b_parameters.json").read_text())

@@ -5,19 +5,13 @@ import shutil
 import sys
 import threading
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from conftest import run_python
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from conftest import repo_class  # noqa: E402
+from conftest import ROOT, repo_class, run_python
 
 InternVLTokenizer = repo_class("tokenization_internvl.InternVLTokenizer")
 InternVLProcessor = repo_class("processing_internvl.InternVLProcessor")

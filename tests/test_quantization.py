@@ -1,7 +1,6 @@
 """Quantised models: torchao and bitsandbytes, on the CPU, by way of `from_pretrained`."""
 
 import copy
-import sys
 
 import pytest
 import torch
@@ -15,9 +14,6 @@ from conftest import IS_V5, ROOT
 pytest.importorskip("accelerate")
 torchao = pytest.importorskip("torchao.quantization")
 pytest.importorskip("bitsandbytes")
-
-for folder in ("tools", "benchmarks"):
-    sys.path.insert(0, str(ROOT / folder))
 
 import quantised_accuracy as accuracy  # noqa: E402
 import quantised_sizes as sizes  # noqa: E402
@@ -105,7 +101,7 @@ def model(method):
 def test_bytes_are_those_of_the_table(method, model):
     # First of all: bitsandbytes repacks the 4-bit weights of a model that has run on a CPU.
     found = sum(tensor_bytes(parameter) for parameter in model.parameters())
-    assert found == sizes.sizes(sizes.empty_model("tiny"))[FORMATS[method]]
+    assert found == sizes.sizes(sizes.empty_model(ROOT, "tiny"))[FORMATS[method]]
 
 
 def test_all_linear_layers_but_the_heads_are_quantised(model, reference):

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from conftest import LAST_RESORT, ROOT
 
 README = ROOT / "README.md"
+PAGES = ("README.md", "CONTRIBUTING.md")
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```\s*$", re.DOTALL | re.MULTILINE)
 # A path is something with a slash or an ending that this repository uses, of plain characters.
 ENDINGS = "py|json|md|model|safetensors|png|txt|ini|toml|yml|yaml"
@@ -150,9 +152,10 @@ def test_python_blocks_compile_and_are_closed(readme):
         compile(code, f"README.md block {number}", "exec")
 
 
-def test_make_targets_exist(readme):
-    named = named_make_targets(readme)
-    assert named, "the README names no make target"
+@pytest.mark.parametrize("page", PAGES)
+def test_make_targets_exist(page):
+    named = named_make_targets((ROOT / page).read_text("utf-8"))
+    assert named, "the page names no make target"
     assert named <= make_targets((ROOT / "Makefile").read_text())
 
 
@@ -164,10 +167,18 @@ def test_make_help_lists_every_command():
     assert list(listed) == commands and len(done.stdout.splitlines()) == len(commands)
 
 
-def test_named_files_exist(readme):
-    named = named_paths(readme) - MADE_BY_COMMANDS
-    assert named, "the README names no file"
+@pytest.mark.parametrize("page", PAGES)
+def test_named_files_exist(page):
+    named = named_paths((ROOT / page).read_text("utf-8")) - MADE_BY_COMMANDS
+    assert named, "the page names no file"
     assert not [path for path in sorted(named) if not (ROOT / path).exists() and not list(ROOT.glob(f"*/{path}"))]
+
+
+def test_the_citation_is_that_of_the_readme(readme):
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))["preferred-citation"]
+    names = [each.get("name") or f"{each['family-names']}, {each['given-names']}" for each in cited["authors"]]
+    found = {name: str(cited[name]) for name in ("title", "journal", "year")} | {"author": " and ".join(names)}
+    assert found == dict(re.findall(r"(\w+) += \{(.*)\}", blocks(readme, "bibtex")[0]))
 
 
 def test_the_readers_of_the_readme_see_what_they_should():

@@ -4,7 +4,6 @@ import base64
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ pytest.importorskip("gradio")
 pytest.importorskip("selenium")
 if not shutil.which("chromium") or not shutil.which("chromedriver"):
     pytest.skip("needs Debian's packages chromium and chromium-driver", allow_module_level=True)
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tools")]
 
 import search_screenshot  # noqa: E402
 from search_index import Embedder, Index, Searcher  # noqa: E402

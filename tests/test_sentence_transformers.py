@@ -15,6 +15,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from conftest import ROOT, load, run_interpreter, run_python
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
+
 from sentence_transformers import CrossEncoder, SentenceTransformer  # noqa: E402
 
 CODE_FILE = "sentence_transformers_internvl.py"

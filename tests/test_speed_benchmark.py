@@ -1,20 +1,19 @@
 """What benchmarks/speed.py compares is what it says, and what it counts without a clock stays where it should be."""
 
 import json
-import sys
 
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
+import pages
 from conftest import ROOT, TOLERANCE, golden, golden_model
 
 pytest.importorskip("torchao")
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import measuring as m  # noqa: E402
-import speed  # noqa: E402
+import measuring as m
+import speed
 
 
 @torch.inference_mode()
@@ -89,6 +88,4 @@ def test_results_are_those_that_were_measured():
 
 
 def test_what_the_readme_says_is_what_was_measured():
-    readme = (ROOT / "README.md").read_text("utf-8")
-    start, end = speed.MARKS
-    assert f"{start}\n{speed.summary(json.loads(speed.MEASURED.read_text()))}\n{end}" in readme
+    assert pages.taken(ROOT / "README.md", "speed") == speed.summary(json.loads(speed.MEASURED.read_text()))

@@ -5,6 +5,7 @@ import socket
 import sys
 
 import pytest
+import tensor_parallel_plan
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -12,10 +13,6 @@ from torch.testing import assert_close
 from transformers import AutoModel
 
 from conftest import IS_V5, ROOT, TOLERANCE, golden_model, repo_class
-
-sys.path.insert(0, str(ROOT / "tools"))
-
-import tensor_parallel_plan  # noqa: E402
 
 WORLD = 2
 TINY = {"subfolder": "tiny", "trust_remote_code": True, "dtype": torch.float32}

@@ -1,16 +1,11 @@
 """Which texts the tiny checkpoint learns, that what is kept back is kept back, and the figures made of them."""
 
 import importlib
-import sys
 
 import pytest
 
-from conftest import ROOT
-
 pytest.importorskip("tqdm", reason="tqdm is not installed")
 pytest.importorskip("numpy", reason="numpy is not installed")
-sys.path.insert(0, str(ROOT / "tools"))
-
 tiny_texts = importlib.import_module("tiny_texts")
 LANGUAGES = tiny_texts.LANGUAGES
 

@@ -5,18 +5,12 @@ import json
 import os
 import pickle
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import sentencepiece
 
-from conftest import run_python
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from conftest import repo_class  # noqa: E402
+from conftest import ROOT, repo_class, run_python
 
 InternVLTokenizer = repo_class("tokenization_internvl.InternVLTokenizer")
 TINY_MODEL = ROOT / "tiny" / "tokenizer.model"

@@ -9,9 +9,11 @@ import pytest
 from conftest import IS_V5, ROOT
 
 pytest.importorskip("accelerate")
-sys.path.insert(0, str(ROOT / "tools"))
 
-import what_fits  # noqa: E402
+import full_size
+import what_fits
+
+from pages import table
 
 README = (ROOT / "README.md").read_text().splitlines()
 ROWS = {
@@ -25,13 +27,11 @@ ROWS = {
 @pytest.mark.parametrize("kind", ROWS)
 def test_rows_of_the_readme(kind):
     rows = ROWS[kind]()
-    assert len(rows) >= 2 and [row for row in rows if row not in README] == []
+    lines = table(["what you have", "what to type", "what it takes"], rows).splitlines()
+    assert len(rows) >= 2 and [line for line in lines if line not in README] == []
 
 
-def test_the_report_is_that_of_the_measurements(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import full_size
-
+def test_the_report_is_that_of_the_measurements():
     results = json.loads(what_fits.MEASURED.read_text())
     assert full_size.report(results) == (ROOT / "benchmarks" / "full_size.md").read_text()
     assert full_size.failures(results) == []
@@ -49,5 +49,5 @@ def test_what_was_measured_keeps_its_promises():
 @pytest.mark.skipif(not IS_V5, reason="the README names the versions of `make test`")
 def test_all_tables_of_the_readme():
     """Minutes: every setup is simulated again."""
-    done = subprocess.run([sys.executable, ROOT / "tools" / "what_fits.py", "--check"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, what_fits.__file__, "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,7 @@
 """Export both sides of the model by `torch.export` and to ONNX, for programs without transformers and this code.
 
+Run by whoever deploys the model outside Python, and with `--report` by whoever changes what is exported.
+
     python tools/export.py --out DIR --int8 --check                   # tiny/
     python tools/export.py --out DIR --model PATH_OR_ID               # another checkpoint, at its root
     python tools/export.py --out DIR --mode InternVL-G --what vision
@@ -40,12 +42,11 @@ from torch.export import Dim, ExportedProgram
 from transformers import AutoModel, AutoModelForTextEncoding, AutoProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from model_index import replace_between
+import pages
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "examples" / "pictures"
 REPORT = ROOT / "benchmarks" / "export.json"
-MARKS = "<!-- results:export -->", "<!-- /results:export -->"
 VISION_CLASS = "modeling_internvl.InternVLVisionModelWithProjection"
 MODES = ("InternVL-C", "InternVL-G")
 SIDES = ("vision", "text")
@@ -398,15 +399,16 @@ def zero_shot(images: torch.Tensor, texts: torch.Tensor) -> float:
 
 def table(report: dict[str, Any]) -> str:
     """The files of a report and what their check gave, as Markdown."""
-    lines = ["| file | MB | noise: largest difference | noise: least cosine | examples: least, mean cosine | time |"]
-    lines.append("|---|---|---|---|---|---|")
+    head = ["file", "MB", "noise: largest difference", "noise: least cosine", "examples: least, mean cosine", "time"]
+    rows = []
     for name, size in report["megabytes"].items():
         row = report["checks"][name]
         shapes, examples = row["shapes"], row["examples"]
         difference, cosine = f"{shapes['largest_difference']:.1e}", f"{shapes['least_cosine']:.5f}"
         cosines = f"{examples['least_cosine']:.5f}, {examples['mean_cosine']:.5f}"
-        lines.append(f"| `{name}` | {size:.1f} | {difference} | {cosine} | {cosines} | {row['time_to_torch']:.2f} |")
-    lines += [
+        rows.append([f"`{name}`", f"{size:.1f}", difference, cosine, cosines, f"{row['time_to_torch']:.2f}"])
+    lines = [
+        pages.table(head, rows),
         "",
         "Against the model: noise and random ids in many shapes, and the example pictures and their names. Time is",
         "that of a few examples, as a multiple of the model's in torch.",
@@ -533,7 +535,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.report:
             options.report.write_bytes((out / "export.json").read_bytes())
             if options.report.resolve() == REPORT:
-                replace_between(ROOT / "README.md", *MARKS, table(report))
+                pages.put(ROOT / "README.md", "export", table(report))
     if report["failed"]:
         raise SystemExit(f"Not close to the model (rtol {RTOL}, atol {ATOL}): {', '.join(report['failed'])}")
 

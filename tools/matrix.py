@@ -1,5 +1,7 @@
 """Run the contract (tests/contract) on every supported version of transformers; write the table of docs/versions.md.
 
+Run by whoever adds a version of transformers (`make matrix`); CI runs it on the oldest and the newest.
+
     python tools/matrix.py                                     # all versions; writes the table
     python tools/matrix.py --only 4.57.6 newest                # some of them; writes nothing
     python tools/matrix.py --python .venv/bin/python           # an existing interpreter; writes nothing
@@ -26,11 +28,10 @@ from datetime import date
 from pathlib import Path
 from xml.etree import ElementTree
 
-from model_index import replace_between
+import pages
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "versions.md"
-MARKS = "<!-- results:versions -->", "<!-- /results:versions -->"
 ENVIRONMENTS = ROOT / ".cache" / "matrix"
 NEWEST = "newest"
 # A version with two numbers stands for the newest patch of it. The table has one row for each.
@@ -201,14 +202,11 @@ def table(results: dict[str, Result]) -> str:
     for package, version, feature, reason in known_bad():
         if package == "transformers" and version not in run_versions:
             rows.append([version, f"{feature} are refused: {reason}", *[""] * (len(columns) - 2)])
-    lines = [f"| {' | '.join(cells)} |" for cells in (columns, *rows)]
-    lines.insert(1, "|---" * len(columns) + "|")
     torch_version = next(iter(results.values())).versions["torch"]
     machine = (
         f"a CPU ({platform.machine()}, {os.cpu_count()} cores), torch {torch_version}, Python {sys.version.split()[0]}"
     )
-    lines += ["", f"Checks passed, by `make matrix` on {machine}, {date.today()}."]
-    return "\n".join(lines)
+    return f"{pages.table(columns, rows)}\n\nChecks passed, by `make matrix` on {machine}, {date.today()}."
 
 
 def cells(result: Result) -> list[str]:
@@ -245,7 +243,7 @@ def main() -> None:
     text = table(results)
     print(f"\n{text}")
     if not (arguments.only or arguments.python or arguments.no_write):
-        replace_between(PAGE, *MARKS, text)
+        pages.put(PAGE, "versions", text)
     if any(result.failures for result in results.values()):
         sys.exit(1)
 

@@ -11,12 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from matrix import known_bad
 from transformers import AutoProcessor
 
 from conftest import CODE, GOLDEN, LAST_RESORT, ROOT, golden_model, load
-
-sys.path.insert(0, str(ROOT / "tools"))
-from matrix import known_bad  # noqa: E402
 
 FRESH = Path(__file__).resolve().parent / "fresh"
 # Scripts that read what another one wrote.
@@ -108,7 +106,7 @@ class Interpreters:
         command = [sys.executable, FRESH / f"{name}.py", self.work, self.trained]
         if name == "publish":
             to = self.work / "published_repository"
-            command = [sys.executable, ROOT / "tools" / "publish.py", "--checkpoint", "tiny", "--to", to]
+            command = [sys.executable, ROOT / "tools" / "hub" / "publish.py", "--checkpoint", "tiny", "--to", to]
         environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "OMP_NUM_THREADS": "1"}
         options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "cwd": folder}
         options["timeout"] = LAST_RESORT

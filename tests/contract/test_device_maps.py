@@ -6,7 +6,7 @@ import torch
 from conftest import load
 
 pytest.importorskip("accelerate")
-from accelerate import cpu_offload  # noqa: E402
+from accelerate import cpu_offload
 
 PIXELS = torch.linspace(-2, 2, 2 * 3 * 48 * 48).sin().view(2, 3, 48, 48)
 IDS = torch.tensor([[1, 405, 353, 2326, 2, 0], [1, 405, 353, 77, 900, 2]])

@@ -1,4 +1,4 @@
-"""tools/publish.py assembles and checks a repository, which then works in a fresh interpreter."""
+"""tools/hub/publish.py assembles and checks a repository, which then works in a fresh interpreter."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Use the repository that tools/publish.py made, by its path alone, as a Hub id would be used."""
+"""Use the repository that tools/hub/publish.py made, by its path alone, as a Hub id would be used."""
 
 import torch
 from report import WORK, captions_of, embeds_of, finish, image_paths, part

@@ -1,17 +1,18 @@
 """Write the README's tables of what the 14B takes: what you have, what to type, what it takes; and the plans.
 
-    python tools/what_fits.py             # computes all rows, in some minutes, and writes both tables into README.md
-    python tools/what_fits.py --check     # exits with 1 if README.md has other tables
+Run by whoever changes sizes, plans or memory of the model, or renews benchmarks/full_size.json. `make test-slow` runs
+`--check`.
 
-Sizes come from the model on the meta device, cards and their peaks from tools/simulate_devices.py, processes from
-tools/tensor_parallel_plan.py, formats from tools/quantised_sizes.py, and what a CPU needs from the measurements in
-benchmarks/full_size.json.
+    python tools/machines/what_fits.py             # computes all rows, in some minutes; writes both tables
+    python tools/machines/what_fits.py --check     # exits with 1 if README.md has other tables
+
+Sizes come from the model on the meta device, cards and their peaks from simulate_devices.py, processes from
+tensor_parallel_plan.py, formats from quantised_sizes.py, and what a CPU needs from benchmarks/full_size.json.
 """
 
 import argparse
 import json
 import logging
-import re
 import sys
 import warnings
 from importlib.metadata import version
@@ -23,8 +24,11 @@ import tensor_parallel_plan
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from write_index import empty_model  # of tools/hub/, where the three above look too
 
-ROOT = Path(__file__).resolve().parents[1]
+from pages import replaced, table  # of tools/, likewise
+
+ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 MEASURED = ROOT / "benchmarks" / "full_size.json"
 GB, GIB = 10**9, 1 << 30
@@ -33,6 +37,7 @@ UNEVEN = "24+8+8:sequential"
 SINGLE_CARDS = ("24", "16", "12", "8")
 VISION = "modeling_internvl.InternVLVisionModelWithProjection"
 PLAN_TITLES = {**SEVERAL_CARDS, UNEVEN: "cards of 24, 8 and 8 GB"}
+Row = tuple[str, str, str]
 
 
 def gigabytes(size: float) -> str:
@@ -41,10 +46,6 @@ def gigabytes(size: float) -> str:
 
 def gibibytes(size: float) -> str:
     return f"{size / GIB:.1f} GiB"
-
-
-def row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def bytes_of_parts() -> dict[str, int]:
@@ -61,29 +62,29 @@ def bytes_of_parts() -> dict[str, int]:
     return {name: 2 * sum(p.numel() for p in model.parameters()) for name, model in models.items()}
 
 
-def rows_of_parts() -> list[str]:
+def rows_of_parts() -> list[Row]:
     sizes = bytes_of_parts()
     text = "`AutoModelForTextEncoding.from_pretrained(repo, ...)`"
     vision = f'`get_class_from_dynamic_module("{VISION}", repo).from_pretrained(repo, ...)`'
     return [
-        row("one large card", '`device_map="cuda"`', f"{gigabytes(sizes['joint'])} of weights"),
-        row("no need of InternVL-G, matching, captions", "`contrastive_only=True`", gigabytes(sizes["contrastive"])),
-        row("texts only", text, gigabytes(sizes["text"])),
-        row("pictures only, in mode InternVL-C", vision, gigabytes(sizes["vision"])),
+        ("one large card", '`device_map="cuda"`', f"{gigabytes(sizes['joint'])} of weights"),
+        ("no need of InternVL-G, matching, captions", "`contrastive_only=True`", gigabytes(sizes["contrastive"])),
+        ("texts only", text, gigabytes(sizes["text"])),
+        ("pictures only, in mode InternVL-C", vision, gigabytes(sizes["vision"])),
     ]
 
 
-def rows_of_cards(reports: dict[str, sim.Report]) -> list[str]:
-    lines = []
+def rows_of_cards(reports: dict[str, sim.Report]) -> list[Row]:
+    rows = []
     for name, words in SEVERAL_CARDS.items():
-        lines.append(row(words, '`device_map="auto"`', peaks(reports[name])))
+        rows.append((words, '`device_map="auto"`', peaks(reports[name])))
     uneven = reports[UNEVEN]
-    lines.append(row("cards of 24, 8 and 8 GB", f"`{uneven.setup.call}`", peaks(uneven)))
+    rows.append(("cards of 24, 8 and 8 GB", f"`{uneven.setup.call}`", peaks(uneven)))
     for name in SINGLE_CARDS:
         report = reports[name]
         takes = f"{peaks(report)}; {gigabytes(report.weights['cpu'])} of weights wait in RAM"
-        lines.append(row(f"one card of {name} GB, and RAM", '`device_map="auto"`', takes))
-    return lines
+        rows.append((f"one card of {name} GB, and RAM", '`device_map="auto"`', takes))
+    return rows
 
 
 def peaks(report: sim.Report) -> str:
@@ -91,31 +92,31 @@ def peaks(report: sim.Report) -> str:
     return f"at most {', '.join(found)} GB"
 
 
-def rows_of_processes() -> list[str]:
-    model = tensor_parallel_plan.empty_model(ROOT)
-    lines = []
+def rows_of_processes() -> list[Row]:
+    model = empty_model(ROOT)
+    rows = []
     for ranks in (2, 4, 8):
         held = sum(tensor_parallel_plan.bytes_held(model, ranks).values())
         call = f'`distributed_config={{"tp_size": {ranks}}}` under `torchrun --nproc-per-node {ranks}`'
-        lines.append(row(f"{ranks} cards that work on each layer together", call, f"{gigabytes(held)} of weights each"))
-    return lines
+        rows.append((f"{ranks} cards that work on each layer together", call, f"{gigabytes(held)} of weights each"))
+    return rows
 
 
-def rows_of_formats() -> list[str]:
+def rows_of_formats() -> list[Row]:
     calls = {
         "bitsandbytes 8-bit": "BitsAndBytesConfig(load_in_8bit=True)",
         "bitsandbytes 4-bit, double quantisation": (
             'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)'
         ),
     }
-    sizes = quantised_sizes.sizes(quantised_sizes.empty_model())
+    sizes = quantised_sizes.sizes(empty_model(ROOT))
     return [
-        row(f"one card, {name}", f"`quantization_config={call}`", f"{gigabytes(sizes[name])} of weights")
+        (f"one card, {name}", f"`quantization_config={call}`", f"{gigabytes(sizes[name])} of weights")
         for name, call in calls.items()
     ]
 
 
-def rows_of_cpus(results: dict) -> list[str]:
+def rows_of_cpus(results: dict) -> list[Row]:
     calls = {
         "mapped": ("RAM of any size, no card", '`dtype="auto"`'),
         "disk": ("16 GiB of RAM or much less, no card", '`device_map={"": "disk"}`'),
@@ -125,7 +126,7 @@ def rows_of_cpus(results: dict) -> list[str]:
             "`quantization_config=TorchAoConfig(Int8WeightOnlyConfig())`",
         ),
     }
-    return [row(*calls[plan], cost(results["plans"][plan])) for plan in calls]
+    return [(*calls[plan], cost(results["plans"][plan])) for plan in calls]
 
 
 def cost(plan: dict) -> str:
@@ -139,36 +140,30 @@ def cost(plan: dict) -> str:
 
 def machines_table(reports: dict[str, sim.Report], results: dict) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate"))
-    lines = [
-        "| what you have | what to type | what it takes |",
-        "|---|---|---|",
+    rows = [
         *rows_of_cards(reports),
         *rows_of_parts(),
         *rows_of_processes(),
         *rows_of_formats(),
         *rows_of_cpus(results),
-        "",
-        f"Written by `python tools/what_fits.py`. Cards are simulated: bfloat16, {sim.BATCH}; {packages}. The last rows"
-        f" were measured on a synthetic checkpoint by `python benchmarks/full_size.py` on {results['machine']}.",
     ]
-    return "\n".join(lines)
+    source = (
+        f"Written by `python tools/machines/what_fits.py`. Cards are simulated: bfloat16, {sim.BATCH}; {packages}. The"
+        " last rows were measured on a synthetic checkpoint by `python benchmarks/full_size.py` on"
+        f" {results['machine']}."
+    )
+    return f"{table(['what you have', 'what to type', 'what it takes'], rows)}\n\n{source}"
 
 
 def plans_table(reports: dict[str, sim.Report]) -> str:
-    lines = ["| cards | device | parts | weights | peak |", "|---|---|---|---|---|"]
+    rows = []
     for name, title in PLAN_TITLES.items():
         report = reports[name]
         for card in range(len(report.setup.cards)):
             parts = sim.abbreviated([part for part, where in report.device_map.items() if where == card])
             sizes = (report.weights[card], report.peak[f"cuda:{card}"])
-            lines.append(row("" if card else title, str(card), ", ".join(parts), *map(gigabytes, sizes)))
-    return "\n".join(lines)
-
-
-def put(text: str, name: str, table: str) -> str:
-    """Replace what stands between the markers of a table."""
-    start, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
-    return re.sub(f"{re.escape(start)}.*?{re.escape(end)}", lambda _: f"{start}\n{table}\n{end}", text, flags=re.DOTALL)
+            rows.append(("" if card else title, card, ", ".join(parts), *map(gigabytes, sizes)))
+    return table(["cards", "device", "parts", "weights", "peak"], rows)
 
 
 def main() -> None:
@@ -181,12 +176,12 @@ def main() -> None:
     if failures := [f"{name}: {failure}" for name, report in reports.items() for failure in report.failures]:
         sys.exit("\n".join(failures))
     found = README.read_text()
-    wanted = put(found, "machines", machines_table(reports, json.loads(MEASURED.read_text())))
-    wanted = put(wanted, "plans", plans_table(reports))
+    wanted = replaced(found, "machines", machines_table(reports, json.loads(MEASURED.read_text())))
+    wanted = replaced(wanted, "plans", plans_table(reports))
     if not arguments.check:
         README.write_text(wanted)
     elif found != wanted:
-        sys.exit(f"{README} has other tables. Run tools/what_fits.py to write them anew.")
+        sys.exit(f"{README} has other tables. Run tools/machines/what_fits.py to write them anew.")
 
 
 if __name__ == "__main__":

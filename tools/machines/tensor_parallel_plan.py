@@ -1,17 +1,26 @@
 """Print what each process holds of the model when tensor parallelism splits it: a markdown table.
 
-    python tools/tensor_parallel_plan.py                  # the 14B, for 1, 2, 4 and 8 processes
-    python tools/tensor_parallel_plan.py --whole .attn.   # as if layers with this in their name were not split
+Run by whoever splits the model over processes; what_fits.py imports it.
+
+    python tools/machines/tensor_parallel_plan.py                  # the 14B, for 1, 2, 4 and 8 processes
+    python tools/machines/tensor_parallel_plan.py --whole .attn.   # as if layers with this in their name were not split
 
 Nothing is loaded: the sizes are those of the model on the meta device, the splits those of its `_tp_plan`.
 """
 
 import argparse
 import re
+import sys
 from pathlib import Path
 
 import torch
-from write_index import ROOT, empty_model
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tools" / "hub")]  # the writer of tables; the empty model
+
+from write_index import empty_model  # noqa: E402
+
+import pages  # noqa: E402
 
 # The dimension that a style splits of a weight, and whether it splits the bias.
 SPLITS = {
@@ -54,12 +63,12 @@ def make_table(model: torch.nn.Module, counts: tuple[int, ...], whole: str | Non
     """The table, a line for each number of processes."""
     split = split_dimensions(model, whole)
     dtype = str(model.dtype).removeprefix("torch.").replace("bfloat16", "bf16")
-    lines = [f"| ranks | what each rank holds (GB, {dtype}) | of it not split |", "|---|---|---|"]
+    rows = []
     for ranks in counts:
         held = bytes_held(model, ranks, whole)
         shared = sum(size for name, size in held.items() if name not in split)
-        lines.append(f"| {ranks} | {sum(held.values()) / 1e9:.2f} | {shared / 1e9:.2f} |")
-    return "\n".join(lines)
+        rows.append((ranks, f"{sum(held.values()) / 1e9:.2f}", f"{shared / 1e9:.2f}"))
+    return pages.table(["ranks", f"what each rank holds (GB, {dtype})", "of which not split"], rows)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """The `model-index` of the tiny checkpoint's card: what the Hub shows as evaluation results, from tiny/results.json.
 
-`tools/evaluate_tiny.py` (also with `--tables`) writes it. It stands in the card of the tiny checkpoint alone: on the
-main card the Hub would show these figures as the 14B's.
+Imported by tools/tiny/evaluate_tiny.py, which writes it (also with `--tables`). It stands in the card of the tiny
+checkpoint alone: on the main card the Hub would show these figures as the 14B's.
 """
 
 from pathlib import Path
@@ -30,12 +30,10 @@ PER_LANGUAGE = {
 
 
 def replace_between(path: Path, start: str, end: str, text: str) -> None:
-    """Put `text` between two marks of a card."""
-    before, opened, rest = path.read_text("utf-8").partition(start)
-    _, closed, after = rest.partition(end)
-    if not opened or not closed:
-        raise ValueError(f"{path} has no place for a table: {start} and {end} are not both there")
-    path.write_text(f"{before}{start}\n{text}\n{end}{after}", "utf-8")
+    """For benchmarks/gpu_report.py alone, until it calls `pages.put`."""
+    from pages import put
+
+    put(path, start.removeprefix("<!-- results:").removesuffix(" -->"), text)
 
 
 def eval_results(results: dict) -> list[EvalResult]:

@@ -1,7 +1,9 @@
 """Train the tiny checkpoint's tokenizer on the names of the emoji dataset, and on those keywords that are to be learnt.
 
-    python tools/emoji_data.py         # first, for its concepts.json
-    python tools/train_tokenizer.py    # writes tiny/tokenizer.model
+Run by whoever retrains tiny/, as the second step of `make tiny`.
+
+    python tools/tiny/emoji_data.py         # first, for its concepts.json
+    python tools/tiny/train_tokenizer.py    # writes tiny/tokenizer.model
 
 It is a small sibling of LLaMA's: a SentencePiece BPE model with byte fallback, identity normalisation, a dummy
 prefix, single digits, `<unk>`, `<s>` and `</s>` as the pieces 0, 1 and 2, and no padding piece. Training is
@@ -22,7 +24,7 @@ import sentencepiece
 from emoji_data import DEFAULT_CACHE, LANGUAGES
 from tiny_texts import Texts
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 4096
 
 # Phrases that stand around the names in prompts and captions. `{}` is where a name goes.

@@ -1,19 +1,22 @@
 """Put what belongs on the Hugging Face Hub into a folder, check that it loads from there, and upload it when told to.
 
-    python tools/publish.py --to FOLDER                      # the 14B's repository, with tiny/ as a subfolder
-    python tools/publish.py --to FOLDER --checkpoint tiny    # a repository of the tiny checkpoint, at its root
-    python tools/publish.py --to FOLDER --checkpoint out     # of what finetune.py or save_pretrained wrote
-    python tools/publish.py --to FOLDER ... --upload ORG/NAME
+Run by whoever maintains a repository on the Hub, after a change that users should get.
+
+    python tools/hub/publish.py --to FOLDER                      # the 14B's repository, with tiny/ as a subfolder
+    python tools/hub/publish.py --to FOLDER --checkpoint tiny    # a repository of the tiny checkpoint, at its root
+    python tools/hub/publish.py --to FOLDER --checkpoint out     # of what finetune.py or save_pretrained wrote
+    python tools/hub/publish.py --to FOLDER ... --upload ORG/NAME
 
 Nothing leaves this machine without `--upload`. What lies in the folder:
 
-* the 14B's: all that git tracks, for the card names most of it and its commands run there, and the published weights
-  (`*.safetensors`, `tokenizer.model`), if they were brought into the clone. Left out are `.ci`, and `.gitignore`: the
-  Hub would follow it and leave the weights out of the upload.
+* the 14B's: all that git tracks, because the card links most of it and its commands run there, and the published
+  weights (`*.safetensors`, `tokenizer.model`), if they were brought into the clone. Left out are `.ci`, and
+  `.gitignore`: the Hub would follow it and leave the weights out of the upload.
 * a flat one, for what knows a path or an id but no subfolder (pipelines, sentence-transformers): the checkpoint's
   files at the root, the root's code, and those JSON files of the root that do not describe the 14B. With tiny/ come the
-  examples and tools that its card names; a checkpoint from elsewhere gets a card to be filled in, if it has none.
-* `.gitattributes` in both, from tools/hub_gitattributes. It is not at the root of this repository because its filters
+  examples and tools that its card names; a checkpoint from elsewhere gets a card to be filled in, if it has none. The
+  pages about this clone (CONTRIBUTING.md, CHANGELOG.md, CITATION.cff, docs/) stay out: they are not about a checkpoint.
+* `.gitattributes` in both, from tools/hub/gitattributes. It is not at the root of this repository because its filters
   would stop `git add` wherever git-lfs is not installed, and store pointers instead of tiny/'s weights where it is.
 
 Large files are hard links where the disk allows it. The folder must be empty, not there, or made by this script before:
@@ -35,7 +38,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.repocard import metadata_load
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MARK = ".published.json"  # lists what was put into the folder; it is not uploaded
 LEFT_OUT = (".ci/", ".gitignore")
 WEIGHTS = ("*.safetensors", "tokenizer.model")
@@ -147,7 +150,7 @@ def assemble(folder: str | Path, checkpoint: str | None = None) -> list[str]:
     (folder / MARK).write_text(json.dumps(written, indent=1))  # first, so that what an interruption leaves is ours
     for name, source in files.items():
         place(source, folder / name)
-    place(ROOT / "tools" / "hub_gitattributes", folder / ".gitattributes")
+    place(ROOT / "tools" / "hub" / "gitattributes", folder / ".gitattributes")
     card = folder / "README.md"
     if "README.md" not in files:
         card.write_text(CARD.format(name=Path(str(checkpoint)).resolve().name), "utf-8")
@@ -199,7 +202,7 @@ def shown_by(card: Path) -> set[str]:
 
 
 def load_offline(place: str | Path, *options: str) -> dict[str, Any]:
-    """What tools/offline_load.py prints about a place, in a new process with an empty cache of code."""
+    """What tools/hub/offline_load.py prints about a place, in a new process with an empty cache of code."""
     with tempfile.TemporaryDirectory() as modules:
         settings = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": modules, "PYTHONDONTWRITEBYTECODE": "1"}
         script = Path(__file__).resolve().parent / "offline_load.py"

@@ -1,4 +1,4 @@
-"""The weights and images of golden/wide, which are too large to store; benchmarks import it too."""
+"""The weights and images of golden/wide, which are too large to store. The tests import this module too."""
 
 import zlib
 

@@ -1,7 +1,9 @@
 """Write `model.safetensors.index.json`, the table of contents of the published checkpoint's shards.
 
-    python tools/write_index.py            # writes the file beside config.json
-    python tools/write_index.py --check    # exits with 1 if the file is not what would be written
+Run by whoever changes the names, sizes or order of the model's tensors; `make lint` runs `--check`.
+
+    python tools/hub/write_index.py            # writes the file beside config.json
+    python tools/hub/write_index.py --check    # exits with 1 if the file is not what would be written
 
 The repository holds no 14B weights, so the model is built on the meta device and split as `save_pretrained` would split
 it: tensors in the model's own order, in the dtype of config.json, in shards of 5 GB.
@@ -16,14 +18,14 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import AutoConfig, AutoModel
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 INDEX = "model.safetensors.index.json"
 SHARDS = "model{suffix}.safetensors"
 
 
-def empty_model(folder: Path) -> torch.nn.Module:
-    """The model of `folder`'s config, without memory for its weights."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+def empty_model(folder: Path, subfolder: str = "") -> torch.nn.Module:
+    """The model of a folder's config, or of a folder in it, without memory for its weights."""
+    config = AutoConfig.from_pretrained(folder, subfolder=subfolder, trust_remote_code=True)
     with torch.device("meta"):
         return AutoModel.from_config(config, trust_remote_code=True)  # in the dtype that the config names
 
@@ -80,7 +82,7 @@ def main() -> None:
     if not arguments.check:
         path.write_text(json.dumps(index, indent=2) + "\n")
     elif complaint := check(path, index):
-        sys.exit(f"{complaint}. Run tools/write_index.py to write it anew.")
+        sys.exit(f"{complaint}. Run tools/hub/write_index.py to write it anew.")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Place the model on machines that are not here, run every public method there, and print the plans.
 
-    python tools/simulate_devices.py                              # the published sizes on every setup of the README
-    python tools/simulate_devices.py 2x16 24+8+8:sequential 10    # other cards, in GB; a single one offloads to the CPU
-    python tools/simulate_devices.py --config tiny 0.004+0.004
+Run by whoever plans for GPUs that are not at hand; what_fits.py and benchmarks/ import it.
+
+    python tools/machines/simulate_devices.py                              # every setup of the README
+    python tools/machines/simulate_devices.py 2x16 24+8+8:sequential 10    # other cards, in GB; one alone offloads
+    python tools/machines/simulate_devices.py --config tiny 0.004+0.004
 
 Weights and activations are torch's fake tensors: they have a shape, a dtype and a device such as `cuda:3`, and no
 memory, so this needs neither a GPU nor 28 GB. The plan is transformers' own (`device_map="auto"`), the hooks are
@@ -36,7 +38,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoConfig, AutoModel
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))  # the writer of tables
+
+import pages  # noqa: E402
+
 GB = 10**9
 HOST_MEMORY = 64 * GB
 SETUPS = ("2x24", "4x12", "8x8", "24+8+8:sequential", "24", "16", "12", "8")
@@ -424,19 +430,17 @@ class Report:
 
     def table(self) -> str:
         """Markdown; what is on no card stands in the memory of the host, and is fetched block by block."""
-        lines = [
-            f"**{self.setup.name}** (GB), `{self.setup.call}`",
-            "",
-            "| device | parts | weights, GB | peak, GB | in |",
-            "|---|---|---|---|---|",
-        ]
+        rows = []
         for place in (*range(len(self.setup.cards)), *(place for place in ("cpu", "disk") if self.weights[place])):
             device = f"cuda:{place}" if isinstance(place, int) else "cpu"
             budget = f" of {self.setup.cards[place] / GB:g}" if isinstance(place, int) else ""
             parts = abbreviated([name for name, where in self.device_map.items() if where == place])
-            peak = f"{self.peak[device] / GB:.2f}{budget} | {self.peak_call.get(device, '')}"
-            lines.append(f"| {place} | {', '.join(parts)} | {self.weights[place] / GB:.2f} | {peak} |")
-        return "\n".join([*lines, *(f"\nFAILED: {failure}" for failure in self.failures)])
+            peak = f"{self.peak[device] / GB:.2f}{budget}"
+            call = self.peak_call.get(device, "")
+            rows.append((place, ", ".join(parts), f"{self.weights[place] / GB:.2f}", peak, call))
+        title = f"**{self.setup.name}** (GB), `{self.setup.call}`\n"
+        found = pages.table(["device", "parts", "weights, GB", "peak, GB", "in"], rows)
+        return "\n".join([title, found, *(f"\nFAILED: {failure}" for failure in self.failures)])
 
 
 def abbreviated(names: list[str]) -> list[str]:
@@ -499,7 +503,7 @@ def main() -> None:
         print(report.table(), end="\n\n", flush=True)
         failed = failed or bool(report.failures)
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate"))
-    print(f"By `python tools/simulate_devices.py`: bfloat16, {BATCH}; {packages}.")
+    print(f"By `python tools/machines/simulate_devices.py`: bfloat16, {BATCH}; {packages}.")
     sys.exit(failed)
 
 

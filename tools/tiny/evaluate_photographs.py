@@ -1,6 +1,8 @@
 """Measure the tiny checkpoint on photographs, which it has never seen the like of, and write what was measured.
 
-    python tools/evaluate_photographs.py   # prints a table; writes it to tiny/README.md, and tiny/photographs.json
+Run by hand by whoever retrained tiny/: it downloads 160 MB, so `make tiny` leaves it out.
+
+    python tools/tiny/evaluate_photographs.py   # prints a table; writes it to tiny/README.md, and tiny/photographs.json
 
 The photographs are the stamps of Tux Paint: things cut out of photographs, each with a caption in many languages. They
 come from Debian's package `tuxpaint-stamps-default`, which `apt-get download` fetches into `.cache/` (160 MB; on Debian
@@ -17,6 +19,7 @@ import json
 import platform
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -27,12 +30,14 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 
 from emoji_data import DEFAULT_CACHE, LANGUAGES, load
-from model_index import replace_between
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))  # the writer of tables
+
+from pages import put, table  # noqa: E402
+
 RESULTS = ROOT / "tiny" / "photographs.json"
 CARD = ROOT / "tiny" / "README.md"
-START, END = "<!-- results:photographs -->", "<!-- /results:photographs -->"
 PACKAGE = "tuxpaint-stamps-default"
 STAMPS = ROOT / ".cache" / PACKAGE
 LOCALES = {"zh": "zh_CN.utf8=", "ja": "ja.utf8="}
@@ -128,19 +133,19 @@ def evaluate(model, processor, photographs: list[tuple[Path, dict[str, str]]], c
     return results
 
 
-def table(results: dict) -> str:
-    rows = ["| photographs (Tux Paint) | en | zh | ja | by chance |", "|---|---|---|---|---|"]
+def figures_table(results: dict) -> str:
+    rows = []
     for mode in MODES:
         for key, among, title in FIGURES:
             for shortlist in (1, 10):
                 values = [results[language][mode][f"{key}_r{shortlist}"] for language in LANGUAGES]
                 chance = shortlist / results[among]
-                cells = " | ".join(f"{value:.3f}" for value in [*values, chance])
-                rows.append(f"| {title.format(**results)}, R@{shortlist}, {mode} | {cells} |")
+                cells = [f"{value:.3f}" for value in [*values, chance]]
+                rows.append([f"{title.format(**results)}, R@{shortlist}, {mode}", *cells])
     how = results["measured_with"]
     versions = f"torch {how['torch']}, transformers {how['transformers']}"
     measured = f"Measured by `{how['command']}` on {how['machine']}, {versions}, float32 from bfloat16 weights."
-    return "\n".join([*rows, "", measured])
+    return f"{table(['photographs (Tux Paint)', *LANGUAGES, 'by chance'], rows)}\n\n{measured}"
 
 
 def main() -> None:
@@ -156,14 +161,14 @@ def main() -> None:
     photographs = find_photographs(fetch(arguments.stamps))
     results = evaluate(model, processor, photographs, load(arguments.data).concepts)
     results["measured_with"] = {
-        "command": "python tools/evaluate_photographs.py",
+        "command": "python tools/tiny/evaluate_photographs.py",
         "machine": f"a CPU ({platform.machine()})",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
     RESULTS.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
-    replace_between(CARD, START, END, table(results))
-    print(table(results))
+    put(CARD, "photographs", figures_table(results))
+    print(figures_table(results))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Load a repository with the network switched off, and print as JSON what it gives.
 
-    python tools/offline_load.py FOLDER_OR_ID [--subfolder tiny] [--revision R] [--code-revision R]
-    python tools/offline_load.py FOLDER --empty
+Run by publish.py, and by whoever asks whether a folder or a cached repository is complete.
+
+    python tools/hub/offline_load.py FOLDER_OR_ID [--subfolder tiny] [--revision R] [--code-revision R]
+    python tools/hub/offline_load.py FOLDER --empty
 
 FOLDER_OR_ID is a folder, or an id that lies in the Hub's cache (HF_HUB_CACHE). Every Auto class of transformers that a
 user calls is called; pictures and texts are made here, so that two places can be compared. `--empty` is for weights
 that are too large to load or not here: the model is built without memory and compared with the index, and with the
-headers of those shards that are here. tools/publish.py runs this in a process of its own.
+headers of those shards that are here. tools/hub/publish.py runs this in a process of its own.
 """
 
 import argparse

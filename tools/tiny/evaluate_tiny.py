@@ -1,16 +1,18 @@
 """Measure the tiny checkpoint on Twemoji, the artist it was never shown, and write what was measured.
 
-    python tools/evaluate_tiny.py              # prints the table; writes tiny/results.json, the tables of both READMEs
-                                               # and the model-index of tiny/README.md
-    python tools/evaluate_tiny.py --int8       # prints the table of the model in int8 (torchao); writes nothing
-    python tools/evaluate_tiny.py --tables     # writes only tables and model-index, from tiny/results.json
-    python tools/evaluate_tiny.py --weights    # what MATCH_WEIGHT was chosen by: training pictures, augmented
+Run by whoever retrained tiny/ (`make tiny`), or changed what its tables show (`--tables`).
+
+    python tools/tiny/evaluate_tiny.py              # prints the table; writes tiny/results.json, the tables of both
+                                                    # READMEs and the model-index of tiny/README.md
+    python tools/tiny/evaluate_tiny.py --int8       # prints the table of the model in int8 (torchao); writes nothing
+    python tools/tiny/evaluate_tiny.py --tables     # writes only tables and model-index, from tiny/results.json
+    python tools/tiny/evaluate_tiny.py --weights    # what MATCH_WEIGHT was chosen by: training pictures, augmented
 
 How much a training owes to chance (with seeds 1, 2, ...; nothing of `tiny/` but seeds.json and its table is touched):
 
-    python tools/train_tiny.py --seed 1 --out .cache/seed1 --checkpoint .cache/seed1.pt
-    python tools/evaluate_tiny.py --subfolder .cache/seed1     # writes .cache/seed1/results.json
-    python tools/evaluate_tiny.py --spread .cache/seed1 .cache/seed2
+    python tools/tiny/train_tiny.py --seed 1 --out .cache/seed1 --checkpoint .cache/seed1.pt
+    python tools/tiny/evaluate_tiny.py --subfolder .cache/seed1     # writes .cache/seed1/results.json
+    python tools/tiny/evaluate_tiny.py --spread .cache/seed1 .cache/seed2
 
 Every figure is over all concepts of the dataset, one held-out picture each:
 
@@ -21,8 +23,8 @@ Every figure is over all concepts of the dataset, one held-out picture each:
 * caption exact: the caption is the name; caption R@1: the caption's own text embedding is nearest to the name; the
   other captions are counted by what they are: the name of an emoji of the same subgroup of Unicode's (another bird), of
   the same group, of any other, or no name at all;
-* held-out keywords, pairs and phrases (tools/tiny_texts.py): how often one of the ten nearest pictures is a right one,
-  and how often ten pictures drawn at random would have one;
+* held-out keywords, pairs and phrases (tiny_texts.py): how often one of the ten nearest pictures is a right one, and
+  how often ten pictures drawn at random would have one;
 * pixel neighbour: the concept of the nearest training picture at 16 x 16 pixels on white, as a baseline.
 """
 
@@ -30,6 +32,7 @@ import argparse
 import json
 import math
 import platform
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -43,10 +46,14 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor, TorchAoConfig
 
 from emoji_data import DEFAULT_CACHE, LANGUAGES, EmojiData, load
-from model_index import replace_between, write_model_index
 from tiny_texts import CAPTION_PROMPTS, Texts, phrases
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tools" / "hub")]  # the writer of tables; the metadata of cards
+
+from model_index import write_model_index  # noqa: E402
+from pages import put, table  # noqa: E402
+
 RESULTS = ROOT / "tiny" / "results.json"
 SEEDS = ROOT / "tiny" / "seeds.json"
 CARDS = (ROOT / "README.md", ROOT / "tiny" / "README.md")
@@ -65,8 +72,6 @@ CAPTIONS = {
     "another name": "caption is a name of another group",
     "no name": "caption is no name at all",
 }
-START, END = "<!-- results:tiny -->", "<!-- /results:tiny -->"
-SPREAD_START, SPREAD_END = "<!-- results:seeds -->", "<!-- /results:seeds -->"
 QUERIES = {
     "keywords": "keywords that were held out",
     "pairs": "pairs of keywords that were held out",
@@ -235,12 +240,12 @@ def try_weights(evaluation: Evaluation, data: EmojiData, count: int = 700, seed:
         print(language, {weight: round(accuracy(row, own), 3) for weight, row in zip(weights, best)})
 
 
-def table(results: dict) -> str:
+def figures_table(results: dict) -> str:
     """The figures as Markdown, and how they were measured."""
-    rows = [f"| {results['pictures']} held-out pictures (Twemoji) | en | zh | ja |", "|---|---|---|---|"]
+    rows = []
 
     def row(title: str, values: list[float]) -> None:
-        rows.append(f"| {title} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
+        rows.append([title, *(f"{value:.3f}" for value in values)])
 
     parts = [results[language] for language in LANGUAGES]
     for mode in MODES:
@@ -260,7 +265,8 @@ def table(results: dict) -> str:
     row("baseline: nearest training picture at 16 x 16 pixels, R@1", [results["pixel_neighbour_r1"]] * len(parts))
     how = results["measured_with"]
     versions = f"torch {how['torch']}, transformers {how['transformers']}"
-    return "\n".join([*rows, "", f"Measured by `{how['command']}` on {how['machine']}, {versions}, {how['dtype']}."])
+    found = table([f"{results['pictures']} held-out pictures (Twemoji)", *LANGUAGES], rows)
+    return f"{found}\n\nMeasured by `{how['command']}` on {how['machine']}, {versions}, {how['dtype']}."
 
 
 def spread_of(trainings: list[dict]) -> dict[str, dict[str, list[float]]]:
@@ -282,17 +288,17 @@ def spread_of(trainings: list[dict]) -> dict[str, dict[str, list[float]]]:
 
 def spread_table(spread: dict[str, dict[str, list[float]]]) -> str:
     count = len(next(iter(spread.values()))["en"])
-    rows = [f"| least and greatest of {count} trainings, each with another seed | en | zh | ja |", "|---|---|---|---|"]
-    for title, values in spread.items():
-        cells = " | ".join(f"{min(values[language]):.3f} to {max(values[language]):.3f}" for language in LANGUAGES)
-        rows.append(f"| {title} | {cells} |")
-    return "\n".join(rows)
+    rows = [
+        [title, *(f"{min(values[language]):.3f} to {max(values[language]):.3f}" for language in LANGUAGES)]
+        for title, values in spread.items()
+    ]
+    return table([f"least and greatest of {count} trainings, each with another seed", *LANGUAGES], rows)
 
 
 def write_tables(results: dict) -> None:
     """Put the table between the marks of both model cards, and the figures into the metadata of the tiny one."""
     for path in CARDS:
-        replace_between(path, START, END, table(results))
+        put(path, "tiny", figures_table(results))
     write_model_index(CARDS[1], results)
 
 
@@ -301,7 +307,7 @@ def write_spread(folders: list[str]) -> None:
     paths = [RESULTS, *(ROOT / folder / "results.json" for folder in folders)]
     spread = spread_of([json.loads(path.read_text("utf-8")) for path in paths])
     SEEDS.write_text(json.dumps(spread, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    replace_between(CARDS[1], SPREAD_START, SPREAD_END, spread_table(spread))
+    put(CARDS[1], "seeds", spread_table(spread))
     print(spread_table(spread))
 
 
@@ -330,7 +336,7 @@ def main() -> None:
         return try_weights(Evaluation(model, processor, data, arguments.batch), data)
     results, captions = evaluate(model, processor, data, arguments.batch)
     results["measured_with"] = {
-        "command": "python tools/evaluate_tiny.py" + " --int8" * arguments.int8,
+        "command": "python tools/tiny/evaluate_tiny.py" + " --int8" * arguments.int8,
         "machine": f"a CPU ({platform.machine()}, {torch.get_num_threads()} threads)",
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -1,6 +1,8 @@
 """Take the README's picture of the page of examples/search.py, and drive that page in Chromium for the tests.
 
-    python tools/search_screenshot.py             # writes examples/search.png: a desk and a phone side by side
+Run by whoever changes the page; tests/test_search_page.py imports it.
+
+    python tools/hub/search_screenshot.py             # writes examples/search.png: a desk and a phone side by side
 
 It needs selenium and Debian's packages chromium, chromium-driver and fonts-noto-cjk.
 """
@@ -27,7 +29,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "search.py"
 FLAGS = (
     "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",

@@ -1,7 +1,9 @@
 """Train the tiny checkpoint in `tiny/` from scratch, on rendered emoji named in English, Chinese and Japanese.
 
-    python tools/emoji_data.py        # once: the pictures
-    python tools/train_tiny.py        # resumes if it was interrupted; --fresh starts over
+Run by whoever retrains tiny/ (`make tiny`): hours on a CPU.
+
+    python tools/tiny/emoji_data.py        # once: the pictures
+    python tools/tiny/train_tiny.py        # resumes if it was interrupted; --fresh starts over
 
 It writes the weights and `training.json`, which says how they came about.
 
@@ -13,8 +15,7 @@ concepts, by a random one of the training artists, and adds up
 * matching against a wrong name that is the likelier to be drawn the nearer it is, and captioning, on `--joint` of them,
 * for training only, the contrast of each embedding with one learnable anchor per concept: with it every step compares
   against all concepts, not only against the batch. Names are drawn to their anchor besides. Keywords and pairs of them
-  learn by anchors alone: their target is all the concepts that they fit. tools/tiny_texts.py says which texts are kept
-  back.
+  learn by anchors alone: their target is all the concepts that they fit. tiny_texts.py says which texts are kept back.
 
 Then, in `--finish` steps, the vision tower stays as it is and QLLaMA alone learns, from three times as many texts a
 step: pictures come to see names as they see the anchors.
@@ -41,7 +42,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from emoji_data import DEFAULT_CACHE, LANGUAGES, load
 from tiny_texts import CAPTION_PROMPTS, JOINTS, TEMPLATES, Texts, phrases
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / ".cache" / "train_tiny.pt"
 
 
@@ -444,7 +445,7 @@ class Trainer:
 
     def report(self, folder: Path) -> None:
         report = {
-            "command": "python tools/train_tiny.py" + " --compile" * self.arguments.compile,
+            "command": "python tools/tiny/train_tiny.py" + " --compile" * self.arguments.compile,
             "arguments": self.state()["arguments"],
             "steps_done": self.step,
             "hours": round(self.seconds / 3600, 2),

@@ -1,5 +1,7 @@
 """The texts of the tiny checkpoint: which ones it learns, and which are kept back to ask it with.
 
+Imported by the scripts beside it; it is no command.
+
 Names are learnt, all of them. Of the keywords that Unicode gives each emoji in three languages a fifth is *held out*:
 neither the model nor its tokenizer is ever trained on one, whatever the emoji. So is a fifth of the pairs of other
 keywords of one emoji, such as "evil smile", and every one of `PHRASES`, which were written down by hand. What is kept

@@ -1,6 +1,8 @@
 """Draw what the tiny checkpoint makes of held-out pictures, right and wrong: tiny/examples.png, for its card.
 
-    python tools/tiny_figure.py
+Run by whoever retrained tiny/, as the last step of `make tiny`.
+
+    python tools/tiny/tiny_figure.py
 
 The pictures are drawn at random from all 1,400 of Twemoji's, with a fixed seed and before anything is known of them.
 Each shows its five nearest names in one language, with their probabilities among all names, and under them the captions
@@ -19,8 +21,8 @@ from transformers import AutoModel, AutoProcessor
 from emoji_data import DEFAULT_CACHE, LANGUAGES, load
 from tiny_texts import CAPTION_PROMPTS
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "examples"))  # what draws
 
 from demo import GREEN, GREY, INK, LINE, MARGIN, THUMBNAIL, Example, Poster  # noqa: E402
 

@@ -1,7 +1,9 @@
 """Print how many bytes the weights take, as they are and quantised, as a markdown table.
 
-    python tools/quantised_sizes.py                     # the published 14B, from config.json
-    python tools/quantised_sizes.py --subfolder tiny    # the checkpoint in tiny/
+Run by whoever asks which format fits a machine; what_fits.py imports it.
+
+    python tools/machines/quantised_sizes.py                     # the published 14B, from config.json
+    python tools/machines/quantised_sizes.py --subfolder tiny    # the checkpoint in tiny/
 
 The model is built on the meta device; a linear layer is counted as quantised unless it is in the list of modules that
 loading leaves alone. What a library adds to each quantised weight is stated below, and tests/test_quantization.py holds
@@ -10,14 +12,19 @@ the sums to what a loaded model takes.
 
 import argparse
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tools" / "hub")]  # the writer of tables; the empty model
+
+from write_index import empty_model  # noqa: E402
+
+import pages  # noqa: E402
+
 BNB_BLOCK = 64  # weights that share a scale in bitsandbytes' 4-bit formats
 NESTED_BLOCK = 256  # scales of those that share a scale of their own
 QUANT_MAP = 16 * 4  # the 16 values that 4 bits stand for, in float32
@@ -58,13 +65,6 @@ FORMATS: dict[str, Callable[[int, int], int]] = {
 }
 
 
-def empty_model(subfolder: str = "") -> nn.Module:
-    """The model of the config in a folder of the repository, in its dtype, without memory for its weights."""
-    config = AutoConfig.from_pretrained(ROOT, subfolder=subfolder, trust_remote_code=True)
-    with torch.device("meta"):
-        return AutoModel.from_config(config, trust_remote_code=True)
-
-
 def is_quantised(model: nn.Module, name: str) -> bool:
     """Whether loading quantises the module of that name, if nobody says otherwise."""
     kept = any(name == skipped or name.startswith(f"{skipped}.") for skipped in model._keep_unquantized)
@@ -94,8 +94,8 @@ def table(model: nn.Module) -> str:
     """The sizes, as markdown."""
     found = sizes(model)
     plain = next(iter(found.values()))
-    lines = ["| weights as | bytes | GiB | of the plain ones |", "|---|---:|---:|---:|"]
-    lines += [f"| {name} | {size:,} | {size / 2**30:.2f} | {size / plain:.0%} |" for name, size in found.items()]
+    rows = [(name, f"{size:,}", f"{size / 2**30:.2f}", f"{size / plain:.0%}") for name, size in found.items()]
+    lines = [pages.table(["weights as", "bytes", "GiB", "of the plain ones"], rows)]
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     quantised = sum(is_quantised(model, name) for name in linears)
     kept = ", ".join(f"`{name}`" for name in model._keep_unquantized)
@@ -105,7 +105,7 @@ def table(model: nn.Module) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--subfolder", default="", help="where config.json is")
-    print(table(empty_model(parser.parse_args().subfolder)))
+    print(table(empty_model(ROOT, parser.parse_args().subfolder)))
 
 
 if __name__ == "__main__":
