@@ -48,7 +48,8 @@ def require_activation(value: Any) -> None:
 
 class InternVisionConfig(PretrainedConfig):
     """
-    Sizes and options of [`InternVisionModel`]. The defaults are those of the published checkpoint (SPEC, "Sizes").
+    Sizes and options of [`InternVisionModel`]. The defaults are those of the published checkpoint
+    (docs/model.md, "Sizes").
 
     Args:
         num_channels (`int`): channels of the picture.

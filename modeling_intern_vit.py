@@ -1,5 +1,6 @@
 """
-InternViT-6B, the vision tower of InternVL-14B (InternVL paper, arXiv:2312.14238, section 3.2; SPEC, "Vision tower").
+InternViT-6B, the vision tower of InternVL-14B (InternVL paper, arXiv:2312.14238, section 3.2; docs/model.md, "Vision
+tower").
 
 A plain pre-norm vision transformer with three particulars: RMSNorm instead of LayerNorm, an RMSNorm over *all* channels
 of the queries and keys before they are split into heads, and LayerScale on both branches. It has no final norm.
@@ -32,7 +33,7 @@ NOT_INTERN_VIT = [r"^qllama\.", r"^clip_projector2?\.", r"^itm_head\.", r"^(quer
 
 def interpolate_positions(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """
-    Fit a square position table to another grid (SPEC, "Vision tower": float32, bicubic, `align_corners=False`).
+    Fit a square position table to another grid (docs/model.md, "Position interpolation").
 
     Args:
         table (`torch.Tensor`): [1, 1 + G * G, C], the class position first.
@@ -162,7 +163,7 @@ class InternVisionEncoderLayer(nn.Module):
 
 
 class InternVisionEncoder(nn.Module):
-    """The stack of layers. Gradient checkpointing is on by default in training, as in the original (SPEC)."""
+    """The stack of layers. Gradient checkpointing is on by default in training (docs/model.md, "Vision tower")."""
 
     def __init__(self, config: InternVisionConfig):
         super().__init__()
@@ -180,7 +181,7 @@ class InternVisionEncoder(nn.Module):
 
 class InternVisionModel(InternPreTrainedModel):
     """
-    InternViT without a head (SPEC, "Vision tower").
+    InternViT without a head (docs/model.md, "Vision tower").
 
     Args:
         config ([`InternVisionConfig`]): sizes and options.
@@ -218,7 +219,7 @@ class InternVisionModel(InternPreTrainedModel):
 
     def resize_pos_embeddings(self, old_size: int, new_size: int, patch_size: int) -> None:
         """
-        Interpolate the position table to another picture size and keep it (SPEC, "Vision tower").
+        Interpolate the position table to another image size and keep it (docs/model.md, "Position interpolation").
 
         Args:
             old_size (`int`): side in pixels that the table stands for now.

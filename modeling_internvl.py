@@ -1,8 +1,8 @@
 """
 InternVL-14B: InternViT-6B sees, QLLaMA reads and writes, CLIP-style heads compare.
 
-Paper: InternVL (arXiv:2312.14238). The numbers are those of the published checkpoint (SPEC, "Features and logits");
-parameter names are its format.
+Paper: InternVL (arXiv:2312.14238). The numbers are those of the published checkpoint (docs/model.md, "Features and
+logits"); parameter names are its format.
 
 Two ways to embed an image:
 * InternVL-C pools the vision tower's tokens;
@@ -127,7 +127,7 @@ class PoolingAttention(RegistryAttention):
 
 class AttentionPool(nn.Module):
     """
-    Pool tokens into one embedding: their mean attends to them (SPEC, "Features and logits").
+    Pool tokens into one embedding: their mean attends to them (docs/model.md, "Features and logits").
 
     [B, N, width] -> [B, clip_embed_dim]
     """
@@ -236,7 +236,7 @@ class ImageSide:
     def encode_image(self, image: torch.Tensor, mode: str | None = None) -> torch.Tensor:
         """
         The original call: [B, 3, H, W] -> [B, clip_embed_dim], not normalised. In mode InternVL-G it is the sum of two
-        embeddings of length 1 (SPEC, "Features and logits").
+        embeddings of unit length (docs/model.md, "Features and logits").
         """
         return self._image_embeds(image, mode)
 
@@ -464,8 +464,8 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, CaptionSide, G
         all_pairs: bool = False,
     ) -> torch.Tensor:
         """
-        Does the text match the picture? QLLaMA sees both at once, so this is sharper than a cosine, and dearer: it is
-        made to re-rank a short list (SPEC, "ITM").
+        Does the text match the image? QLLaMA reads both together: more accurate than a cosine, and slower, so meant
+        for re-ranking a short list (docs/model.md, "Matching").
 
         Args:
             pixel_values (`torch.Tensor` or [`InternVLSeen`]): [B, 3, H, W], or [I, 3, H, W] for all pairs.

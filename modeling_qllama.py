@@ -1,5 +1,5 @@
 """
-QLLaMA, the language tower of InternVL-14B (InternVL paper, arXiv:2312.14238, section 3.2; SPEC, "QLLaMA").
+QLLaMA, the language tower of InternVL-14B (InternVL paper, arXiv:2312.14238, section 3.2; docs/model.md, "QLLaMA").
 
 A LLaMA decoder whose even layers can also look at a picture: a sequence may start with learnable queries, and only
 those queries cross-attend to the vision tower's tokens. The three ways to run it need no special attention mask:

@@ -35,7 +35,7 @@ def check_token_ids(name: str, input_ids: Any, attention_mask: Any, vocab_size: 
     Refuse what is not a batch of token ids, and return its padding mask.
 
     Returns:
-        `torch.Tensor`: bool [B, L]; without `attention_mask` the recipe of the checkpoint, every id but 0 (SPEC).
+        `torch.Tensor`: bool [B, L]; without `attention_mask`, every id but 0 (docs/model.md, "Texts").
     """
     if not isinstance(input_ids, torch.Tensor) or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
         kind = getattr(input_ids, "dtype", type(input_ids).__name__)

@@ -1,6 +1,6 @@
 """
 The training objectives of InternVL-14B: matching, contrast and captions of stage 2, and the retrieval fine-tuning
-(InternVL paper, arXiv:2312.14238, section 3.3; SPEC, "Training objectives").
+(InternVL paper, arXiv:2312.14238, section 3.3; docs/model.md, "Training objectives").
 """
 
 from dataclasses import dataclass
@@ -34,9 +34,7 @@ class InternVLTrainingOutput(ModelOutput):
 
 
 class GatherWithGradient(torch.autograd.Function):
-    """
-    Concatenate the ranks' tensors. Backward sums the ranks' gradients for each slice (SPEC, "Training objectives").
-    """
+    """Concatenate the ranks' tensors; backward sums the ranks' gradients for each slice (docs/model.md, "Gather")."""
 
     @staticmethod
     def forward(ctx: Any, local: torch.Tensor) -> torch.Tensor:
@@ -105,9 +103,9 @@ class InternVLTrainingModel(InternVLModel):
 
 class InternVLForPreTraining(InternVLTrainingModel):
     """
-    Stage 2 of the original's training: matching, contrast and captioning (paper, section 3.3; SPEC, "Training
-    objectives"). Two of its three passes need no mask: the queries of the caption's pass are also what the contrast is
-    made with, because they see nothing but themselves and the picture.
+    Stage 2 of the original's training: matching, contrast and captions (paper, section 3.3; docs/model.md, "Stage 2").
+    The captions' pass also gives the contrast its queries, because queries attend only to themselves and the image.
+    Only the matching pass needs a mask.
     """
 
     def forward(  # type: ignore[override]
@@ -192,7 +190,7 @@ class InternVLForPreTraining(InternVLTrainingModel):
 
 
 class InternVLForRetrieval(InternVLTrainingModel):
-    """Retrieval fine-tuning of the original: matching and contrast with soft targets (SPEC, "Training objectives")."""
+    """Matching and contrast with soft targets (docs/model.md, "Retrieval fine-tuning")."""
 
     def forward(  # type: ignore[override]
         self,
@@ -252,7 +250,7 @@ class InternVLForRetrieval(InternVLTrainingModel):
     def _contrastive_loss(
         self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
-        # The targets are soft already: the config's `label_smoothing` belongs to stage 2 (SPEC).
+        # The config's `label_smoothing` belongs to stage 2 (docs/model.md, "Retrieval fine-tuning").
         losses = [
             F.cross_entropy(logits, targets.to(logits.device))
             for logits in self._similarities(image_embeds, text_embeds)

@@ -36,7 +36,7 @@ IS_V5 = int(transformers.__version__.split(".")[0]) >= 5
 INDEX = "model.safetensors.index.json"
 CODE = sorted(path.name for path in ROOT.glob("*.py"))
 GOLDEN = Path(__file__).resolve().parent / "golden"
-TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}  # SPEC, "Reading the goldens"
+TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}  # docs/model.md, "Goldens"
 LAST_RESORT = 1200  # seconds: a wait ends with an event or a dead process; this only ends a run that hangs
 FRESH = Server()
 
