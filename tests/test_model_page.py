@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 from itertools import product
+from math import prod
 
 import pytest
 
@@ -68,9 +69,19 @@ def test_nothing_cites_what_is_not_in_the_repository():
     assert not [name for name, text in text_files().items() if old.search(text)]
 
 
-def test_the_table_of_parameters(page):
+@pytest.fixture(scope="module")
+def published() -> dict[str, list[int]]:
+    """The shapes of the published checkpoint's parameters by name."""
+    return json.loads((GOLDEN / "internvl_14b_parameters.json").read_text("utf-8"))
+
+
+def test_the_counts(page, published):
+    total = sum(prod(shape) for shape in published.values())
+    assert f"{total:,} parameters in {len(published):,} tensors; {2 * total / 1e9:.2f} GB in bfloat16" in page
+
+
+def test_the_table_of_parameters(page, published):
     table = parameters_in_table(page)
-    published = json.loads((GOLDEN / "internvl_14b_parameters.json").read_text("utf-8"))
     assert len(table) == len(dict(table)), "a name stands in two rows"
     assert dict(table) == published
 
