@@ -1,8 +1,8 @@
 """
-What the layers of both towers share: the norm, eager attention, the attention base class, and the loop over layers.
+Building blocks of both towers: RMSNorm, attention, and the loop over layers.
 
 Attention functions come from transformers' registry (`attn_implementation="eager" | "sdpa" | "flash_attention_2"`, and
-others), so that the model runs on every device.
+others), so the model runs on every device.
 """
 
 from collections.abc import Callable
@@ -16,20 +16,20 @@ from .compat_internvl import attention_function, attention_name, recomputed
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm; faster in float32 on the CPU, where torch has no fused kernel."""
+    """RMSNorm; faster in float32 on the CPU, where torch has no fused kernel."""
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        plain = states.device.type == "cpu" and states.dtype == self.weight.dtype == torch.float32
-        if not plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        is_float32_on_cpu = states.device.type == "cpu" and states.dtype == self.weight.dtype == torch.float32
+        if not is_float32_on_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().forward(states)
-        # In place, which gradients would forbid, because fresh memory costs more than the arithmetic.
+        # In place, which autograd would forbid: allocating memory takes longer than the arithmetic.
         scale = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
         scale.square_().div_(states.shape[-1]).add_(self.eps).rsqrt_()
         return (states * scale).mul_(self.weight)
 
 
 def repeat_key_value(states: torch.Tensor, groups: int) -> torch.Tensor:
-    """Repeat every key/value head `groups` times, for grouped queries."""
+    """Repeat every key/value head `groups` times, for grouped-query attention."""
     return states if groups == 1 else states.repeat_interleave(groups, dim=1)
 
 
@@ -43,7 +43,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention spelt out, with the registry's signature: [B, heads, N, head_dim] in, [B, N, heads, head_dim] out."""
+    """Eager attention with the registry's signature: [B, heads, N, head_dim] in, [B, N, heads, head_dim] out."""
     key = repeat_key_value(key, module.num_key_value_groups)
     value = repeat_key_value(value, module.num_key_value_groups)
     scores = query @ key.transpose(-1, -2) * scaling  # [B, heads, N, S]
@@ -57,13 +57,13 @@ def eager_attention_forward(
 
 class RegistryAttention(nn.Module):
     """
-    Base of every attention here: holds what the functions of transformers' attention registry look for on a module.
+    Base class of all attention modules, with the attributes that transformers' attention functions read.
 
     Args:
         config: a config whose `attn_implementation` names the attention function.
         num_heads (`int`), head_dim (`int`): shape of the queries.
         num_key_value_groups (`int`): query heads per key/value head.
-        dropout (`float`): of the attention weights, in training.
+        dropout (`float`): dropout rate of the attention weights in training.
     """
 
     is_causal = False
@@ -82,10 +82,10 @@ class RegistryAttention(nn.Module):
         return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def attention_function(self, dtype: torch.dtype, has_mask: bool) -> Callable:
-        """Look the configured function up in the registry."""
+        """Look up the configured function in the registry."""
         name = attention_name(self.config)
         if name is not None and name.startswith("flash") and dtype == torch.float32:
-            # FlashAttention has no float32 kernels, and SDPA does not take its masks.
+            # FlashAttention has no float32 kernels. SDPA replaces it, but cannot read its masks.
             if has_mask:
                 raise ValueError(f"`attn_implementation={name!r}` needs a model in float16 or bfloat16, got float32.")
             name = "sdpa"
@@ -102,14 +102,14 @@ class RegistryAttention(nn.Module):
         """
         Args:
             query (`torch.Tensor`): [B, heads, N, head_dim]; key and value [B, key/value heads, S, head_dim].
-            attention_mask (*optional*): in whatever form the configured implementation wants it.
-            is_causal (`bool`): whether position i of the last N of the S keys sees nothing after itself.
+            attention_mask (*optional*): in the form that the configured implementation expects.
+            is_causal (`bool`): whether attention is causal; the queries are the last N of the S positions.
 
         Returns:
             `torch.Tensor`: [B, N, heads * head_dim]
         """
-        # A dense mask already says what is causal, and a single query sees everything before it;
-        # FlashAttention's masks are the 2-D padding and leave causality to the flag.
+        # A dense mask includes causality, and a single query attends to everything before it. FlashAttention's 2-D mask
+        # holds only the padding, so it needs the flag.
         padding_only = attention_mask is None or getattr(attention_mask, "ndim", 4) == 2
         attention = self.attention_function(value.dtype, attention_mask is not None)
         states, _ = attention(
@@ -129,11 +129,11 @@ def run_layers(
     stack: Any, hidden_states: torch.Tensor, output_hidden_states: bool, *arguments: Any
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
     """
-    Run `stack.layers` one after the other, recomputing activations in the backward pass if the stack's
-    `gradient_checkpointing` flag (set by `gradient_checkpointing_enable`) says so.
+    Run `stack.layers` in order. If `stack.gradient_checkpointing` is set (by `gradient_checkpointing_enable`), training
+    recomputes their activations in the backward pass.
 
     Returns:
-        The last output, and the input of every layer followed by the last output if asked for.
+        The last output and, if requested, the input of every layer followed by the last output.
     """
     recompute = stack.gradient_checkpointing and stack.training and torch.is_grad_enabled()
     all_states = [hidden_states]

@@ -1,6 +1,5 @@
 """
-Captions: what `generate` takes is checked and prepared, images and prompts are read once into a cache, and transformers
-writes on from there.
+Captions: check the arguments of `generate`, read images and prompts once into a cache, and let transformers decode.
 """
 
 from copy import deepcopy
@@ -13,10 +12,10 @@ from transformers.utils import logging
 from .compat_internvl import (
     ARGUMENTS_OF_GENERATE,
     CACHE_NAME,
-    cache_of_kind,
+    convert_cache,
     copy_cache,
     refuse_known_bad,
-    under_hook,
+    with_accelerate_hook,
 )
 from .texts_internvl import check_token_ids, has_values, real_tokens_last
 
@@ -27,11 +26,11 @@ DEFAULT_NEW_TOKENS = 32
 
 class InternVLSeen(NamedTuple):
     """
-    What the model saw in pictures, computed once by [`InternVLModel.look_at`]. Methods take it in place of
-    `pixel_values`, and do not change it.
+    States of images, computed once by [`InternVLModel.look_at`]. Methods take it in place of `pixel_values`, and do not
+    change it.
 
     Attributes:
-        image_states (`torch.Tensor`): [B, 1 + N, vision width], the tokens of the vision tower.
+        image_states (`torch.Tensor`): [B, 1 + N, vision width], the vision tokens.
         query_states (`torch.Tensor`): [B, num_query_token, C], the outputs of the queries; None without queries.
         query_cache (`Cache`): keys and values of the queries, for captions; None without queries.
     """
@@ -42,22 +41,22 @@ class InternVLSeen(NamedTuple):
 
 
 class CaptionSide:
-    """How captions are written, for models with `qllama` and `query_tokens`."""
+    """Methods that write captions, for models with `qllama` and `query_tokens`."""
 
     config: Any
     generation_config: Any
     qllama: Any
     get_input_embeddings: Any
-    _ends: Any
+    _as_seen: Any
+    _ends_with_eos: Any
     _joint_embeds: Any
     _joint_states: Any
     _query_states: Any
     _require_queries: Any
-    _seen: Any
     _with_queries: Any
 
     @torch.no_grad()
-    @under_hook
+    @with_accelerate_hook
     def generate(
         self,
         pixel_values: torch.Tensor | InternVLSeen | None = None,
@@ -67,34 +66,34 @@ class CaptionSide:
         **generate_kwargs: Any,
     ) -> Any:
         """
-        Write about pictures, by any decoding of transformers that runs one model once for each step. Pictures and
-        prompts run once, not per beam.
+        Write captions. All of `GenerationMixin.generate`'s options work except assistant models, guidance, prompt
+        lookup and custom loops. Images and prompts run once, not once per beam.
 
         Args:
             pixel_values (`torch.Tensor` or [`InternVLSeen`]): [B, 3, H, W], normalised by the processor.
             input_ids (`torch.Tensor`, *optional*): [B, L] ids of the prompts, `<s>` first and no `</s>`, padded on
-                either side; one for all pictures, or any number for one picture. By default the config's
+                either side; one prompt for all images, or any number for one image. Defaults to the config's
                 `caption_prompt_ids`.
             attention_mask (`torch.Tensor`, *optional*): like `input_ids`; without it every id but 0 is real.
-            generation_config (`GenerationConfig`, *optional*): by default the checkpoint's.
+            generation_config (`GenerationConfig`, *optional*): defaults to the checkpoint's.
             generate_kwargs: as in `GenerationMixin.generate`: `num_beams`, `do_sample`, `max_new_tokens`, ...
-                `max_length` and `min_length` count what the original returned: the new tokens and a `<s>`.
-                `prefill_chunk_size` changes nothing: queries and prompt are always read in one pass.
+                `max_length` and `min_length` count the tokens that the original returned: the new ones and a `<s>`.
+                `prefill_chunk_size` has no effect: queries and prompt are always read in one pass.
 
         Returns:
-            `torch.Tensor`: [B, new tokens], without the prompt; or transformers' output class if asked for.
+            `torch.Tensor`: [B, new tokens], without the prompt; or transformers' output class on request.
 
         Raises:
-            `ValueError`, `TypeError`: no picture, a bad picture, prompt or mask, an unknown argument, an assistant,
-                guidance, prompt lookup, a loop of one's own (`custom_generate`) or `output_attentions`.
+            `ValueError`, `TypeError`: no image, an invalid image, prompt or mask, an unknown argument, or one that is
+                not supported: assistants, guidance, prompt lookup, `custom_generate`, `output_attentions`.
         """
         refuse_known_bad("captions")
         self._require_queries("`generate`")
         if pixel_values is None:
-            raise ValueError("`pixel_values` must be given: there is nothing to write about.")
+            raise ValueError("`pixel_values` must be given: captions need an image.")
         arguments = self._decoding_arguments(generation_config, generate_kwargs)
         config = arguments["generation_config"]
-        seen = self._seen(pixel_values)
+        seen = self._as_seen(pixel_values)
         input_ids, mask = self._prompt(input_ids, attention_mask, len(seen.image_states), seen.image_states.device)
         mask = self._with_queries(mask)
         cache = self._read_prompts(seen, input_ids[:, :-1], mask[:, :-1])
@@ -102,10 +101,10 @@ class CaptionSide:
         if copies > 1:
             cache.batch_repeat_interleave(copies)
         length = mask.shape[1] + config.max_new_tokens
-        cache = cache_of_kind(config, cache, self.config.qllama_config, length)
-        # Embeddings and not ids, so that processors of logits, streamers and results see what is written and no prompt.
+        cache = convert_cache(config, cache, self.config.qllama_config, length)
+        # Embeddings instead of ids, so that logits processors, streamers and results contain only the new tokens.
         return self.qllama.generate(
-            input_ids[:, :0],  # nothing is written yet; transformers may put its own on the meta device
+            input_ids[:, :0],  # no token yet; transformers may create its own on the meta device
             inputs_embeds=self._joint_embeds(input_ids),
             attention_mask=mask,
             **{CACHE_NAME: cache},
@@ -114,13 +113,13 @@ class CaptionSide:
 
     def _read_prompts(self, seen: InternVLSeen, input_ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache:
         """
-        Run the queries and prompts, ids [B, L] with a mask [B, num_query_token + L], into a new cache of B rows: once,
-        however many beams there will be. L may be 0.
+        Run the queries and prompts, ids [B, L] with a mask [B, num_query_token + L], into a new cache of B rows. L may
+        be 0.
         """
         batch, length = input_ids.shape
         cache = DynamicCache(config=self.config.qllama_config)
         if length and seen.query_cache is None and len(seen.image_states) == batch:
-            self._joint_states(seen.image_states, input_ids, mask, see_all=False, cache=cache)
+            self._joint_states(seen.image_states, input_ids, mask, bidirectional=False, cache=cache)
             return cache
         if seen.query_cache is None:
             self._query_states(seen.image_states, cache)
@@ -135,54 +134,55 @@ class CaptionSide:
     def _prompt(
         self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, batch: int, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The prompt of every caption and its mask, both [B, L], padded on the left so that all end together."""
+        """The prompt of every caption and its mask, both [B, L], padded on the left."""
         if input_ids is None:
             if attention_mask is not None:
-                raise ValueError("`attention_mask` was given without the `input_ids` that it belongs to.")
+                raise ValueError("`attention_mask` needs the `input_ids` that it masks, got none.")
             ids = self.config.caption_prompt_ids or [self.config.qllama_config.bos_token_id]
             input_ids = torch.tensor([ids], device=device)
         mask = check_token_ids("input_ids", input_ids, attention_mask, self.config.qllama_config.vocab_size)
         if batch != 1 and len(input_ids) not in (1, batch):
-            raise ValueError(f"`input_ids` must have one prompt, or one per picture ({batch}), got {len(input_ids)}.")
-        if has_values(input_ids) and bool(self._ends(input_ids, mask).any()):
+            raise ValueError(f"`input_ids` must have one prompt, or one per image ({batch}), got {len(input_ids)}.")
+        if has_values(input_ids) and bool(self._ends_with_eos(input_ids, mask).any()):
             logger.warning_once(
-                "A prompt ends with `</s>`: nothing sensible follows it. Set `tokenizer.add_eos_token = False`, or call"
-                ' the processor with `task="caption"`.'
+                "A prompt ends with `</s>`: no meaningful text follows it. Set `tokenizer.add_eos_token = False`, or"
+                ' call the processor with `task="caption"`.'
             )
-        # The embedding of padding may be zero, and a static cache of some releases takes zero keys for free places.
+        # The embedding of padding may be zero, and static caches of some releases treat zero keys as empty slots.
         input_ids = input_ids.masked_fill(mask.logical_not(), self.config.qllama_config.bos_token_id)
         order = real_tokens_last(mask)
-        place = self.get_input_embeddings()(input_ids[:1, :1]).device  # offloaded weights do not say where they run
+        # The weights would not tell: offloaded ones are elsewhere until they run.
+        run_device = self.get_input_embeddings()(input_ids[:1, :1]).device
         rows = max(batch, len(input_ids))
         input_ids, mask = input_ids.gather(1, order), mask.gather(1, order).long()
-        return input_ids.expand(rows, -1).to(place), mask.expand(rows, -1).to(place)
+        return input_ids.expand(rows, -1).to(run_device), mask.expand(rows, -1).to(run_device)
 
     def _decoding_arguments(
         self, generation_config: GenerationConfig | None, generate_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         """
-        One config with all that is asked for, and the arguments that are no part of it, such as a streamer. Lengths go
-        by new tokens: transformers' `max_length` would count the queries and the prompt too.
+        The generation config with all requested options, and the arguments that are not part of it, such as a streamer.
+        Lengths become numbers of new tokens: transformers' `max_length` would include the queries and the prompt.
         """
         config, plain = deepcopy(generation_config or self.generation_config), GenerationConfig()
         lengths = (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens"))
         for old, new in lengths:
             if generate_kwargs.get(old) is not None:
-                setattr(config, new, None)  # what is asked for now comes before the checkpoint's default
+                setattr(config, new, None)  # the argument takes precedence over the checkpoint's default
         rest = config.update(**generate_kwargs)
         for name in sorted(set(rest) - ARGUMENTS_OF_GENERATE):
             raise TypeError(f"generate() got an unexpected keyword argument '{name}'")
-        without_image = {
+        unsupported = {
             "assistant_model": rest.get("assistant_model") is not None,
             "assistant_early_exit": config.assistant_early_exit is not None,
             "custom_generate": rest.get("custom_generate") is not None,
             "guidance_scale": config.guidance_scale not in (None, 1),
             "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens is not None,
         }
-        for name in (name for name, is_asked_for in without_image.items() if is_asked_for):
-            raise ValueError(f"`generate` cannot use `{name}`: what it adds would be written without the image.")
+        for name in (name for name, is_requested in unsupported.items() if is_requested):
+            raise ValueError(f"`generate` does not support `{name}`, which would write tokens without the image.")
         if config.output_attentions:
-            raise ValueError("`generate` cannot give `output_attentions`: the model keeps no attention weights.")
+            raise ValueError("`generate` does not support `output_attentions`: the model keeps no attention weights.")
         for old, new in lengths:
             length = getattr(config, old)
             if length != getattr(plain, old) and getattr(config, new) is None:

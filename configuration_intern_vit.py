@@ -8,7 +8,7 @@ from transformers.utils import is_flash_attn_2_available
 
 
 def require(name: str, value: Any, condition: bool, expected: str) -> None:
-    """Raise a `ValueError` that names the field, what came and what was expected, unless `condition` holds."""
+    """Raise a `ValueError` that names the field, its value and what was expected, unless `condition` holds."""
     if not condition:
         raise ValueError(f"`{name}` must be {expected}, got {value!r}.")
 
@@ -36,38 +36,39 @@ def require_positive_numbers(**fields: Any) -> None:
         require(name, value, is_number(value) and value > 0, "above 0")
 
 
-def require_spread(value: Any) -> None:
+def require_standard_deviation(value: Any) -> None:
     """Check that `initializer_range` can be a standard deviation."""
-    require("initializer_range", value, is_number(value) and value >= 0, "a number from 0 on")
+    require("initializer_range", value, is_number(value) and value >= 0, "a number of at least 0")
 
 
 def require_activation(value: Any) -> None:
-    """Check that `hidden_act` is one that transformers knows."""
+    """Check that transformers knows `hidden_act`."""
     require("hidden_act", value, isinstance(value, str) and value in ACT2FN, "a name in transformers' ACT2FN")
 
 
 class InternVisionConfig(PretrainedConfig):
     """
-    Sizes and options of [`InternVisionModel`]. The defaults are those of the published checkpoint (SPEC, "Sizes").
+    Sizes and options of [`InternVisionModel`]. The defaults are those of the published checkpoint
+    (docs/model.md, "Sizes").
 
     Args:
-        num_channels (`int`): channels of the picture.
+        num_channels (`int`): channels of the image.
         patch_size (`int`): side of a square patch in pixels.
-        image_size (`int`): side in pixels of the square picture that the position table was made for; a multiple of
-            `patch_size`. Other sizes can still be fed: positions are interpolated.
-        force_image_size (`int`, *optional*): side that the position table of *this* checkpoint was resized to, when
-            that is not `image_size`.
+        image_size (`int`): side in pixels of the square image that the position table was made for; a multiple of
+            `patch_size`. Images of other sizes work too: positions are interpolated.
+        force_image_size (`int`, *optional*): image side that the position table of *this* checkpoint was resized to,
+            if that is not `image_size`.
         qkv_bias (`bool`): whether the query/key/value projection has a bias.
         hidden_size, num_attention_heads, intermediate_size, num_hidden_layers (`int`): widths and depth.
         qk_normalization (`bool`): RMSNorm over all channels of the queries and of the keys.
-        use_flash_attn (`bool`): prefer FlashAttention-2. It is a preference: where flash-attn or the GPU is missing,
-            and whenever `attn_implementation` is given, it has no effect.
+        use_flash_attn (`bool`): prefer FlashAttention-2. It has no effect without flash-attn or a GPU, or if
+            `attn_implementation` is given.
         hidden_act (`str`): activation of the MLP.
         layer_norm_eps (`float`): epsilon of every RMSNorm of the tower.
         dropout, attention_dropout (`float`): rates in [0, 1).
         drop_path_rate (`float`): stochastic depth of the last layer, in [0, 1); it rises linearly from 0.
         initializer_range (`float`): standard deviation of freshly initialised weights.
-        initializer_factor (`float`): fresh value of the LayerScale parameters `ls1` and `ls2`.
+        initializer_factor (`float`): initial value of the LayerScale parameters `ls1` and `ls2`.
 
     Raises:
         `ValueError`: if a field is out of range; the message names it.
@@ -141,7 +142,7 @@ class InternVisionConfig(PretrainedConfig):
             whole = size is None or (isinstance(size, int) and size > 0 and size % self.patch_size == 0)
             require(name, size, whole, f"a positive multiple of {self.patch_size=}")
         require_positive_numbers(layer_norm_eps=self.layer_norm_eps)
-        require_spread(self.initializer_range)
+        require_standard_deviation(self.initializer_range)
         require("initializer_factor", self.initializer_factor, is_number(self.initializer_factor), "a number")
         require_activation(self.hidden_act)
 

@@ -13,13 +13,13 @@ from .configuration_intern_vit import (
     require_fractions,
     require_positive_integers,
     require_positive_numbers,
-    require_spread,
+    require_standard_deviation,
 )
 
 
 class QLlamaConfig(PretrainedConfig):
     """
-    Sizes of QLLaMA: LLaMA's fields, and what its cross-attention to the picture needs.
+    Sizes of QLLaMA: LLaMA's fields and those of its cross-attention to the image.
 
     Args:
         vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads (`int`): as in LLaMA.
@@ -27,14 +27,14 @@ class QLlamaConfig(PretrainedConfig):
         hidden_act (`str`): activation of the gated MLP.
         max_position_embeddings (`int`): the context that the checkpoint was trained for.
         initializer_range (`float`): standard deviation of freshly initialised weights.
-        rms_norm_eps (`float`): epsilon of every RMSNorm, those of the cross-attention included.
+        rms_norm_eps (`float`): epsilon of every RMSNorm, including those of the cross-attention.
         use_cache (`bool`): whether a forward pass returns its keys and values.
         rope_theta (`float`): base of the rotary positions.
         attention_dropout (`float`): rate in [0, 1).
         pad_token_id, bos_token_id, eos_token_id (`int`): special ids; padding shares id 0 with `<unk>`.
-        num_query_token (`int`): learnable queries in front of the text; [`InternVLConfig`] sets it.
-        cross_attention_frequency (`int`): every layer whose index is a multiple of it has a cross-attention.
-        encoder_hidden_size (`int`): width of the picture's tokens, which is the vision tower's.
+        num_query_token (`int`): number of learnable queries before the text; [`InternVLConfig`] sets it.
+        cross_attention_frequency (`int`): layers whose index is a multiple of this have a cross-attention.
+        encoder_hidden_size (`int`): width of the vision tokens; [`InternVLConfig`] sets it.
 
     Raises:
         `ValueError`: if a field is out of range; the message names it.
@@ -118,7 +118,7 @@ class QLlamaConfig(PretrainedConfig):
         grouped = self.num_attention_heads % self.num_key_value_heads == 0
         require("num_key_value_heads", self.num_key_value_heads, grouped, f"a divisor of {self.num_attention_heads=}")
         require_positive_numbers(rms_norm_eps=self.rms_norm_eps, rope_theta=self.rope_theta)
-        require_spread(self.initializer_range)
+        require_standard_deviation(self.initializer_range)
         require_activation(self.hidden_act)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             token = getattr(self, name)
@@ -134,18 +134,19 @@ class InternVLConfig(PretrainedConfig):
         qllama_config (`dict` or [`QLlamaConfig`], *optional*): the language tower.
         clip_embed_dim (`int`): width of the shared embedding space.
         attn_pool_num_heads (`int`): heads of the attention pools `clip_projector` and `clip_projector2`.
-        num_query_token (`int`): learnable queries; also set on the QLLaMA config.
+        num_query_token (`int`): number of learnable queries; also set on the QLLaMA config.
         label_smoothing (`float`): of the contrastive loss of stage 2, in [0, 1); it has no effect on retrieval.
         cross_attention_frequency (`int`): also set on the QLLaMA config.
-        use_backbone_lora, use_qllama_lora (`int`): ranks of the LoRA adapters of a checkpoint that the original's code
-            fine-tuned; 0 is none. `from_pretrained` adds them to the weights and sets these to 0.
-        force_image_size (`int`, *optional*): side that the position table was resized to; also set on vision_config.
-        caption_prompt_ids (`list[int]`, *optional*): prompt that `generate` uses when it is given none; the ids
-            depend on the tokenizer, hence their place here. `<s>` alone if not given.
-        embed_prefix_ids (`list[int]`, *optional*): `<s>` and the prefix of texts to be embedded, `summarize:`; by them
-            a text without it and another checkpoint's tokenizer are noticed. Not given, they are not.
-        contrastive_only (`bool`): leave out what only InternVL-G, matching and captions need; may be given to
-            `from_pretrained`, to load less of a whole checkpoint.
+        use_backbone_lora, use_qllama_lora (`int`): ranks of the LoRA adapters of a checkpoint that the original code
+            fine-tuned; 0 is none. `from_pretrained` merges the adapters and sets both fields to 0.
+        force_image_size (`int`, *optional*): image side that the position table was resized to; also set on
+            vision_config.
+        caption_prompt_ids (`list[int]`, *optional*): default prompt of `generate`; it belongs to the checkpoint because
+            ids depend on the tokenizer. `<s>` alone if not given.
+        embed_prefix_ids (`list[int]`, *optional*): ids of `<s>` and of the prefix of texts to embed, `summarize:`. They
+            are used to detect a text without the prefix and the tokenizer of another checkpoint.
+        contrastive_only (`bool`): leave out the tensors that only InternVL-G, matching and captions need.
+            `from_pretrained` takes it too, to load part of a whole checkpoint.
         initializer_range (`float`): standard deviation of freshly initialised weights of the heads.
 
     Raises:
@@ -153,7 +154,7 @@ class InternVLConfig(PretrainedConfig):
         `TypeError`: if a sub-config is neither a dict nor a config.
     """
 
-    # Not "internvl": that name belongs to an unrelated model of transformers' own since 4.52.
+    # Not "internvl": that name belongs to an unrelated model of transformers.
     model_type = "internvl_14b"
     sub_configs = {"vision_config": InternVisionConfig, "qllama_config": QLlamaConfig}
 
@@ -179,11 +180,11 @@ class InternVLConfig(PretrainedConfig):
         require(
             "tie_word_embeddings", tie_word_embeddings, not tie_word_embeddings, "False: `lm_head` is its own matrix"
         )
-        # The original configs store these two; here the class and the language tower are their only sources.
+        # The original configs store these two; here they come from the class and the language tower.
         kwargs.pop("model_type", None)
         kwargs.pop("hidden_size", None)
-        # transformers has an unrelated `InternVLModel`, which its pipelines would take, with random weights, whenever
-        # this one does not load or has no such task. `auto_map` says what to load.
+        # transformers has an unrelated `InternVLModel`. Its pipelines would fall back to it, with random weights, if
+        # this one does not load or lacks the task. `auto_map` names the class to load.
         if kwargs.get("architectures") == ["InternVLModel"]:
             kwargs["architectures"] = None
         attn_implementation = kwargs.pop("attn_implementation", None)
@@ -211,7 +212,7 @@ class InternVLConfig(PretrainedConfig):
         self.qllama_config.num_query_token = self.num_query_token
         self.qllama_config.cross_attention_frequency = self.cross_attention_frequency
         self.qllama_config.encoder_hidden_size = self.vision_config.hidden_size
-        # A table that was resized after loading is the vision config's own; it must win when the model is saved.
+        # A table resized after loading is recorded in the vision config only, which takes precedence.
         if self.force_image_size is not None and self.vision_config.force_image_size is None:
             self.vision_config.force_image_size = self.force_image_size
 
@@ -237,16 +238,16 @@ class InternVLConfig(PretrainedConfig):
             known = ids is None or (listed and all(isinstance(i, int) and 0 <= i < vocab_size for i in ids))
             require(name, ids, known, f"a list of ids below {vocab_size=}")
         require("contrastive_only", self.contrastive_only, isinstance(self.contrastive_only, bool), "True or False")
-        require_spread(self.initializer_range)
+        require_standard_deviation(self.initializer_range)
 
     @property
     def hidden_size(self) -> int:
-        """Width of the language tower, under the name that generic tools look for."""
+        """Width of the language tower, under the name that generic tools expect."""
         return self.qllama_config.hidden_size
 
     @property
     def image_size(self) -> int:
-        """Side in pixels of the pictures that the vision tower's positions are for."""
+        """Side in pixels of the images that the vision tower's position table is for."""
         return self.vision_config.position_grid * self.vision_config.patch_size
 
     @property
@@ -255,8 +256,8 @@ class InternVLConfig(PretrainedConfig):
         return self.vision_config.patch_size
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PretrainedConfig:
-        """The config that transformers' generation and caches are to read: QLLaMA's."""
-        # transformers may ask while its own part of the config is being built.
+        """The config that transformers' generation and caches read: QLLaMA's."""
+        # transformers may call this before the sub-configs are set.
         return getattr(self, "qllama_config", self)
 
 
@@ -265,7 +266,7 @@ def _sub_config(name: str, value: Any, config_class: type[PretrainedConfig]) -> 
         return config_class()
     if isinstance(value, dict):
         return config_class(**{key: item for key, item in value.items() if key != "model_type"})
-    # Not isinstance(value, config_class): the loader may hold the class twice, from two copies of this file.
+    # Not isinstance(value, config_class): the loader may have imported two copies of this file.
     if isinstance(value, PretrainedConfig) and value.model_type == config_class.model_type:
         return copy.deepcopy(value)
     raise TypeError(f"`{name}` must be a dict or a {config_class.__name__}, got {type(value).__name__}.")

@@ -1,8 +1,8 @@
 """
-The base class of all models here: fresh weights, and strict loading in four steps, plan, read, merge, verify.
+Base class of all models: weight initialisation, and strict loading in four steps: plan, read, merge, verify.
 
-Plans are `device_map`, `max_memory`, quantisation and tensor parallelism; what cannot work is refused before anything
-is read. Merging adds the LoRA adapters of checkpoints that the original's code fine-tuned.
+A plan is made of `device_map`, `max_memory`, quantisation and tensor parallelism; one that cannot work is an error
+before any file is read. Merging adds LoRA adapters to the weights of checkpoints that the original code fine-tuned.
 """
 
 import os
@@ -30,13 +30,13 @@ from .compat_internvl import (
     save_quantized_root_parameters,
 )
 
-# The config's names for the ranks of the original's LoRA adapters, and what these are multiplied with: alpha / r.
+# Config fields with the ranks of the original's LoRA adapters, and the scale of these adapters: alpha / r.
 LORA_RANKS = ("use_backbone_lora", "use_qllama_lora")
 LORA_SCALING = 2.0
 
 
 class InternPreTrainedModel(PreTrainedModel):
-    """What the towers and the joint model share: fresh weights, strict loading, supported attention functions."""
+    """Base class of the towers and the joint model: initialisation, strict loading, supported attention functions."""
 
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
@@ -45,11 +45,11 @@ class InternPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _tp_plan: dict[str, str] = {}
-    _keep_unquantized: tuple[str, ...] = ()  # full names of modules, where the user names none
+    _keep_unquantized: tuple[str, ...] = ()  # full module names, used unless the user lists modules
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # torch.nn.init functions only: transformers guards those against overwriting what was loaded.
+        # Only torch.nn.init functions: transformers keeps them from overwriting loaded weights.
         is_norm = type(module).__name__ in ("RMSNorm", "LayerNorm")
         if not is_norm and not isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
             return
@@ -62,30 +62,30 @@ class InternPreTrainedModel(PreTrainedModel):
                 nn.init.normal_(parameter, std=self.config.initializer_range)
 
     def post_init(self) -> None:
-        """As in transformers; the plan for tensor parallelism is what the classes say and nothing else."""
+        """As in transformers, but the tensor-parallel plan contains only the entries of the classes."""
         super().post_init()
         collect_tp_plan(self)
 
     def compile_layers(self, **options: Any) -> None:
         """
-        Compile what repeats, in place, where `model.compile()` would compile all layers as one: the same code serves
-        every layer, so that it takes seconds however deep the model is. Quantised models on the CPU need it.
+        Compile the repeated blocks in place. All layers share the compiled code, so compilation takes seconds at any
+        depth, while `model.compile()` would compile all layers as one graph. Quantised models on the CPU need this.
 
         Args:
-            options: of `torch.compile`, such as `mode`.
+            options: options of `torch.compile`, for example `mode`.
         """
         for module in self.modules():
             kind = type(module).__name__
             if kind in ("InternVisionEncoderLayer", "QLlamaMLP"):
                 module.compile(**options)
             elif kind in ("QLlamaAttention", "QLlamaCrossAttention"):
-                # Not as a whole: a layer's own place in the cache would make each of them a case of its own.
+                # Only its parts: the layer's index in the cache would force a recompilation for every layer.
                 for part in module.children():
                     part.compile(**options)
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        return True  # transformers would guess from the source text of each module
+        return True  # transformers would guess from each module's source code
 
     @classmethod
     def from_pretrained(
@@ -97,25 +97,25 @@ class InternPreTrainedModel(PreTrainedModel):
         **kwargs: Any,
     ) -> Any:
         """
-        As in transformers, but strict: tensors that the checkpoint lacks, has in another shape or has too many are an
-        error, where transformers would only log them and go on with random weights.
+        As in transformers, but strict: missing tensors, unexpected tensors and tensors of another shape are an error.
+        transformers would log them and continue with random weights.
 
         Args:
-            strict (`bool`): pass `False` to accept such a checkpoint, as when new heads are added for fine-tuning.
+            strict (`bool`): `False` accepts such a checkpoint, for example when fine-tuning adds new heads.
 
         Raises:
-            `ValueError`: names the tensors that are missing, superfluous or of another shape. Before anything is read:
-                what is wrong with `device_map` or `max_memory`, or the size that so many processes cannot share.
+            `ValueError`: the message names the tensors that are missing, unexpected or of another shape. Before any
+                file is read: `device_map`, `max_memory` or the number of tensor-parallel ranks cannot work.
 
-        A checkpoint with adapters of the original's fine-tuning (`use_backbone_lora`, `use_qllama_lora`) is read into
-        RAM whole, and its adapters are added to its weights.
+        A checkpoint with LoRA adapters of the original code (`use_backbone_lora`, `use_qllama_lora`) is read into RAM
+        as a whole, and its adapters are added to its weights.
         """
         checkpoint = pretrained_model_name_or_path
         refuse_known_bad("loading")
         if kwargs.get("device_map") is not None:
             refuse_known_bad("device maps")
         if strict:
-            kwargs["ignore_mismatched_sizes"] = True  # transformers' own error names no tensor; ours below does
+            kwargs["ignore_mismatched_sizes"] = True  # the error of transformers names no tensor; the one below does
         ranks = tensor_parallel_ranks(**kwargs)
         cls._check_plan(checkpoint, kwargs, ranks)
         if kwargs.get("quantization_config") is not None:
@@ -126,27 +126,27 @@ class InternPreTrainedModel(PreTrainedModel):
                 model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **plain_kwargs)
         except SafetensorError as error:
             raise OSError(f"{_damaged_files(checkpoint, kwargs.get('subfolder', ''))}: {error}") from error
-        if source is not checkpoint:  # transformers was not told where all this comes from
+        if source is not checkpoint:  # transformers was not given the checkpoint's name
             model.name_or_path = model.config.name_or_path = str(checkpoint)
             if model.can_generate():
                 model.generation_config = _generation_config(checkpoint, kwargs) or model.generation_config
         problems = {kind: info[kind] for kind in LOADING_PROBLEMS if info.get(kind)}
         if strict and problems:
             listed = "; ".join(f"{kind}: {_abbreviate(names)}" for kind, names in problems.items())
-            raise ValueError(f"The checkpoint does not fit {cls.__name__} ({listed}). `strict=False` loads it anyhow.")
+            raise ValueError(f"The checkpoint does not fit {cls.__name__} ({listed}). `strict=False` loads it anyway.")
         save_quantized_root_parameters(model)
         return (model, info) if output_loading_info else model
 
     @classmethod
     def _check_plan(cls, checkpoint: Any, kwargs: dict[str, Any], ranks: int) -> None:
-        """Refuse a plan that cannot work; write out what a `device_map` says of "all the rest"."""
+        """Raise an error for a plan that cannot work; expand the key "" (all the rest) of a `device_map`."""
         device_map, max_memory = kwargs.get("device_map"), kwargs.get("max_memory")
         quantised_by = getattr(kwargs.get("quantization_config"), "quant_method", None)
         if quantised_by == "torchao" and isinstance(device_map, dict) and "disk" in device_map.values():
-            raise ValueError("`device_map` offloads to the disk, which a model that torchao quantises cannot do.")
+            raise ValueError("`device_map` offloads to the disk, which a model quantised by torchao does not support.")
         if ranks > 1:
             check_ranks(cls._config_for(checkpoint, kwargs), ranks)
-        # Not every release reads a checkpoint of a single file for {"": "disk"}; written out they do.
+        # Some releases fail on {"": "disk"} with a single-file checkpoint, but accept the expanded map.
         if isinstance(device_map, dict) and (set(device_map) != {""} or device_map[""] == "disk"):
             kwargs["device_map"] = complete_device_map(cls._empty_model(checkpoint, kwargs), device_map)
         elif isinstance(device_map, str) and max_memory and kwargs.get("quantization_config") is None:
@@ -157,23 +157,24 @@ class InternPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _without_adapters(cls, checkpoint: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """A source and arguments that load the same: if the checkpoint has adapters, its weights with them added."""
+        """Source and arguments for `from_pretrained`; a checkpoint with adapters becomes a merged state dict."""
         if checkpoint is None or kwargs.get("state_dict") is not None:
             return checkpoint, kwargs
         config = cls._config_for(checkpoint, kwargs)
         fields = vars(config)
-        if not set(LORA_RANKS) & set(fields):  # the vision tower's own config, made from that of the joint model
+        if not set(LORA_RANKS) & set(fields):  # the vision tower's config, taken from the joint model's
             fields, _ = PretrainedConfig.get_config_dict(checkpoint, **_hub_arguments(kwargs))
         if not any(fields.get(name) for name in LORA_RANKS):
             return checkpoint, kwargs
         device_map = kwargs.get("device_map")
         if not CAN_OFFLOAD_A_STATE and isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError(
-                "`device_map` offloads to the disk, which needs a checkpoint without adapters: save it first."
+                "`device_map` offloads to the disk, which needs a checkpoint without adapters: load this one without"
+                " `device_map`, and save it."
             )
         state = read_checkpoint(checkpoint, **_hub_arguments(kwargs))
         if not any(".lora_" in name for name in state):
-            return checkpoint, kwargs  # adapters that were never trained change nothing
+            return checkpoint, kwargs  # the config names adapters, but the checkpoint has none
         config = deepcopy(config)
         for name in set(LORA_RANKS) & set(vars(config)):
             setattr(config, name, 0)
@@ -190,7 +191,7 @@ class InternPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _empty_model(cls, checkpoint: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
-        """The model that `from_pretrained` will fill, without memory for its weights."""
+        """The model that `from_pretrained` will fill, on the meta device."""
         with torch.device("meta"):
             return cls(cls._config_for(checkpoint, kwargs))
 
@@ -202,11 +203,11 @@ def blocks_of(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 def complete_device_map(model: PreTrainedModel, device_map: dict[str, Any]) -> dict[str, Any]:
     """
-    Write out what the key "" of a map, "all the rest", stands for, which accelerate cannot mix with other keys. What
-    sits on the model itself stays in memory if it is to go to the disk: accelerate offloads modules only.
+    Expand the key "" of a device map (all the rest), which accelerate cannot mix with other keys. Parameters of the
+    model itself stay in memory where the map says "disk", because accelerate offloads modules only.
 
     Raises:
-        `ValueError`: a key that is no part of the model, a part without a device, or a block on several devices.
+        `ValueError`: a key names no part of the model, a part has no device, or a block is split over devices.
     """
     devices = devices_by_map(model, device_map)
     completed = {key: device for key, device in device_map.items() if key}
@@ -214,7 +215,7 @@ def complete_device_map(model: PreTrainedModel, device_map: dict[str, Any]) -> d
         completed[name] = "cpu" if devices[name] == "disk" else devices[name]
     for name, device in devices.items():
         if not any(is_part(name, key) for key in completed):
-            # The largest part around this parameter that no other key speaks of.
+            # The largest module around this parameter that contains no other key.
             steps = name.split(".")
             parts = [".".join(steps[: depth + 1]) for depth in range(len(steps))]
             completed[next(part for part in parts if not any(is_part(key, part) for key in completed))] = device
@@ -222,30 +223,30 @@ def complete_device_map(model: PreTrainedModel, device_map: dict[str, Any]) -> d
 
 
 def is_part(name: str, whole: str) -> bool:
-    """Whether a module or parameter is another one, or in it; everything is in the model, whose name is ""."""
+    """Whether the module or parameter `name` is `whole` or inside it; "" is the whole model."""
     return whole in ("", name) or name.startswith(f"{whole}.")
 
 
 def devices_by_map(model: PreTrainedModel, device_map: dict[str, Any]) -> dict[str, Any]:
-    """The device of every parameter, by name; it raises what [`complete_device_map`] lists."""
+    """The device of every parameter, by name. Raises as [`complete_device_map`] does."""
     known = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
     if unknown := sorted(set(device_map) - set(known)):
-        raise ValueError(f"`device_map` names what {type(model).__name__} does not have: {_abbreviate(unknown)}.")
+        raise ValueError(f"`device_map` names parts that {type(model).__name__} does not have: {_abbreviate(unknown)}.")
     keys = {name: [key for key in device_map if is_part(name, key)] for name, _ in model.named_parameters()}
     if missing := [name for name, found in keys.items() if not found]:
-        raise ValueError(f'`device_map` gives no device, nor one for "" (all the rest), to {_abbreviate(missing)}.')
+        raise ValueError(f'`device_map` gives no device to {_abbreviate(missing)}. "" stands for all the rest.')
     devices = {name: device_map[max(found, key=len)] for name, found in keys.items()}
     for block in blocks_of(model):
         places = {str(device) for name, device in devices.items() if is_part(name, block)}
         if len(places) > 1:
-            raise ValueError(f"`device_map` splits {block}, which must stay whole, over {', '.join(sorted(places))}.")
+            raise ValueError(f"`device_map` splits {block} over {', '.join(sorted(places))}; it must be on one device.")
     return devices
 
 
 def check_budgets(model: PreTrainedModel, max_memory: dict[Any, Any], dtype: torch.dtype) -> None:
     """
     Raises:
-        `ValueError`: the budget of an accelerator is not 0, which leaves it out, and too small for the largest block.
+        `ValueError`: the budget of an accelerator is too small for the largest block. A budget of 0 is accepted.
     """
     try:
         from accelerate.utils import convert_file_size_to_int
@@ -259,13 +260,13 @@ def check_budgets(model: PreTrainedModel, max_memory: dict[Any, Any], dtype: tor
         given = convert_file_size_to_int(budget) if isinstance(budget, str) else budget
         if device not in ("cpu", "disk") and 0 < given < needed:
             raise ValueError(
-                f"`max_memory` gives {int(given):,} bytes to device {device}, and the largest block, {largest}, needs"
-                f" {needed:,} in {dtype}. Give it more, or 0 to leave it out."
+                f"`max_memory` gives {int(given):,} bytes to device {device}, but the largest block, {largest}, needs"
+                f" {needed:,} in {dtype}. Raise the budget, or set it to 0 to leave the device out."
             )
 
 
 def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of `from_pretrained` that say where a checkpoint lies."""
+    """The arguments of `from_pretrained` that locate a checkpoint."""
     names = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
     return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
 
@@ -295,11 +296,11 @@ def read_checkpoint(checkpoint: Any, subfolder: str = "", **hub_arguments: Any) 
 
 def merge_adapters(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    The plain weights of a checkpoint of the original's fine-tuning with LoRA (arXiv:2106.09685), which had PEFT wrap a
-    tower: W + 2 B A, alpha being 2 r, and names without what PEFT adds; newer PEFT calls what it adapts `base_layer`.
+    Merge the LoRA adapters (arXiv:2106.09685) of a checkpoint that the original code fine-tuned with PEFT: each weight
+    becomes W + 2 B A, since alpha = 2 r. Names lose the parts that PEFT adds, such as `base_layer` of newer releases.
 
     Raises:
-        `ValueError`: half an adapter, or one without the weights that it adapts.
+        `ValueError`: an adapter lacks A, B or the weight that it adapts.
     """
     plain: dict[str, torch.Tensor] = {}
     adapters: dict[str, dict[str, torch.Tensor]] = {}
@@ -313,7 +314,7 @@ def merge_adapters(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for module, halves in adapters.items():
         weight = plain.get(f"{module}.weight")
         if weight is None or set(halves) != {"A", "B"}:
-            raise ValueError(f"The checkpoint's adapter of {module} is not whole: it has {sorted(halves)}.")
+            raise ValueError(f"The checkpoint's adapter of {module} is incomplete: it has {sorted(halves)}.")
         change = halves["B"].float() @ halves["A"].float()
         plain[f"{module}.weight"] = torch.add(weight.float(), change, alpha=LORA_SCALING).to(weight.dtype)
     return plain
@@ -321,10 +322,10 @@ def merge_adapters(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def with_skip_list(quantization_config: Any, modules: Iterable[str]) -> Any:
     """
-    A copy of a quantisation config that leaves `modules` as they are; the config itself if it has a list of its own.
+    A copy of a quantisation config that skips `modules`; the config itself if it already has a skip list.
 
     Args:
-        quantization_config: of transformers, or the dict of one.
+        quantization_config: a quantisation config of transformers, or its dict.
         modules (iterable of `str`): full names of modules.
     """
     if isinstance(quantization_config, dict):
@@ -339,24 +340,24 @@ def with_skip_list(quantization_config: Any, modules: Iterable[str]) -> Any:
 def tensor_parallel_ranks(
     tp_plan: Any = None, tp_size: int | None = None, distributed_config: Any = None, **others: Any
 ) -> int:
-    """Among how many processes these arguments of `from_pretrained` split each layer; 1 for no tensor parallelism."""
-    asked = distributed_config if isinstance(distributed_config, dict) else getattr(distributed_config, "__dict__", {})
-    tp_plan, tp_size = asked.get("tp_plan", tp_plan), asked.get("tp_size", tp_size)
+    """Number of tensor-parallel ranks requested by these arguments of `from_pretrained` (1 = none)."""
+    given = distributed_config if isinstance(distributed_config, dict) else getattr(distributed_config, "__dict__", {})
+    tp_plan, tp_size = given.get("tp_plan", tp_plan), given.get("tp_size", tp_size)
     return tp_size or (1 if tp_plan is None else int(os.environ.get("WORLD_SIZE", 1)))
 
 
 def check_ranks(config: Any, ranks: int) -> None:
-    """Refuse a number of processes that cannot share the split layers (`_tp_plan`) evenly, before anything is read."""
+    """Raise a `ValueError` if the layers of `_tp_plan` cannot be split evenly over `ranks`."""
     for part in [getattr(config, name) for name in config.sub_configs] or [config]:
         for name in ("num_key_value_heads", "hidden_size", "intermediate_size"):
             size = getattr(part, name, 0)
             if size % ranks:
-                problem = f"{name}={size} of {part.model_type} does not divide by {ranks}"
-                raise ValueError(f"{ranks} processes cannot share the model by tensor parallelism: {problem}.")
+                problem = f"{name}={size} of {part.model_type} is not divisible by {ranks}"
+                raise ValueError(f"Tensor parallelism over {ranks} ranks is not possible: {problem}.")
 
 
 def _damaged_files(checkpoint: Any, subfolder: str) -> str:
-    """The safetensors files of a local checkpoint that cannot be read, or the checkpoint's name."""
+    """The unreadable safetensors files of a local checkpoint, or the checkpoint's name."""
     damaged = []
     for file in sorted(Path(checkpoint, subfolder).glob("*.safetensors")):
         try:

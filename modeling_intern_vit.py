@@ -1,11 +1,12 @@
 """
-InternViT-6B, the vision tower of InternVL-14B (InternVL paper, arXiv:2312.14238, section 3.2; SPEC, "Vision tower").
+InternViT-6B, the vision tower of InternVL-14B (InternVL paper, arXiv:2312.14238, section 3.2; docs/model.md, "Vision
+tower").
 
 A plain pre-norm vision transformer with three particulars: RMSNorm instead of LayerNorm, an RMSNorm over *all* channels
 of the queries and keys before they are split into heads, and LayerScale on both branches. It has no final norm.
 
 Where this file differs from the original implementation, and why:
-* Attention goes through transformers' registry instead of a vendored FlashAttention, so that it runs on every device.
+* Attention comes from transformers' registry instead of a vendored FlashAttention, so it runs on every device.
 * Scaling a branch and adding it is one operation.
 """
 
@@ -26,13 +27,13 @@ from .loading_internvl import InternPreTrainedModel
 
 logger = logging.get_logger(__name__)
 
-# What a checkpoint of the joint model has beside the vision tower, as patterns of names.
+# Patterns of the tensors that a checkpoint of the joint model has besides the vision tower.
 NOT_INTERN_VIT = [r"^qllama\.", r"^clip_projector2?\.", r"^itm_head\.", r"^(query_tokens|text_projection|logit_scale)$"]
 
 
 def interpolate_positions(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """
-    Fit a square position table to another grid (SPEC, "Vision tower": float32, bicubic, `align_corners=False`).
+    Fit a square position table to another grid (docs/model.md, "Position interpolation").
 
     Args:
         table (`torch.Tensor`): [1, 1 + G * G, C], the class position first.
@@ -50,7 +51,7 @@ def interpolate_positions(table: torch.Tensor, height: int, width: int) -> torch
 
 
 class InternVisionEmbeddings(nn.Module):
-    """Cut a picture into patches, embed them, put the class token in front and add positions."""
+    """Cut an image into patches, embed them, prepend the class token and add positions."""
 
     def __init__(self, config: InternVisionConfig):
         super().__init__()
@@ -63,7 +64,7 @@ class InternVisionEmbeddings(nn.Module):
         self.position_embedding = nn.Parameter(torch.zeros(1, num_positions, width))
 
     def check_pixels(self, pixel_values: Any) -> None:
-        """Refuse what is not a batch of pictures in whole patches."""
+        """Require a batch of images whose sides are multiples of the patch size."""
         if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
             kind = getattr(pixel_values, "dtype", type(pixel_values).__name__)
             raise TypeError(f"`pixel_values` must be a floating-point tensor, normalised by the processor, got {kind}.")
@@ -73,19 +74,19 @@ class InternVisionEmbeddings(nn.Module):
         if shape[2] % patch or shape[3] % patch or 0 in shape:
             raise ValueError(f"The sides of `pixel_values` must be multiples of {patch}, got {shape[2]} x {shape[3]}.")
 
-    def warn_of_another_size(self, pixel_values: torch.Tensor) -> None:
-        """Once for each size: another one may be meant, or the processor may be another checkpoint's."""
+    def warn_about_interpolation(self, pixel_values: torch.Tensor) -> None:
+        """Warn once per size: it may be intended, or the processor may belong to another checkpoint."""
         side = round((self.position_embedding.shape[1] - 1) ** 0.5) * self.patch_size
         height, width = pixel_values.shape[-2:]
         if (height, width) != (side, side) and not torch.compiler.is_compiling():
             logger.warning_once(
-                f"The pictures have {height} x {width} pixels and the checkpoint's positions are for {side} x {side}:"
-                " they are interpolated. If that is not meant, the processor is another checkpoint's."
+                f"The images have {height} x {width} pixels, but the checkpoint's positions are for {side} x {side}:"
+                " they are interpolated. If this is not intended, load the processor of this checkpoint."
             )
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         self.check_pixels(pixel_values)
-        self.warn_of_another_size(pixel_values)
+        self.warn_about_interpolation(pixel_values)
         patches = self.patch_embedding(pixel_values.to(self.class_embedding.dtype))  # [B, C, H, W]
         height, width = patches.shape[-2:]
         tokens = patches.flatten(2).transpose(1, 2)  # [B, H * W, C]
@@ -94,7 +95,7 @@ class InternVisionEmbeddings(nn.Module):
 
 
 class InternAttention(RegistryAttention):
-    """Full self-attention over the tokens of a picture, with normalised queries and keys."""
+    """Full self-attention over the tokens of an image, with normalised queries and keys."""
 
     def __init__(self, config: InternVisionConfig):
         width = config.hidden_size
@@ -102,7 +103,7 @@ class InternAttention(RegistryAttention):
         super().__init__(config, heads, width // heads, dropout=config.attention_dropout)
         norm = partial(RMSNorm, width, eps=config.layer_norm_eps)
         self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
-        # Over all channels at once, not per head: a rank of a tensor-parallel group cannot compute it alone.
+        # Over all channels at once, not per head, so a tensor-parallel rank needs the channels of all ranks.
         self.q_norm = norm() if config.qk_normalization else nn.Identity()
         self.k_norm = norm() if config.qk_normalization else nn.Identity()
         self.proj = nn.Linear(width, width)
@@ -127,7 +128,7 @@ class InternMLP(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (arXiv:1603.09382): drop a residual branch for whole samples, scaling up those that remain."""
+    """Stochastic depth (arXiv:1603.09382): drop a residual branch for whole samples, scaling up the others."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -152,17 +153,17 @@ class InternVisionEncoderLayer(nn.Module):
         self.ls2 = nn.Parameter(torch.full((width,), config.initializer_factor))
         self.drop_path = DropPath(drop_path_rate)
 
-    def add(self, hidden_states: torch.Tensor, scale: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
-        """Add a branch with its LayerScale."""
+    def add_branch(self, hidden_states: torch.Tensor, scale: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+        """Add a residual branch with its LayerScale."""
         return torch.addcmul(hidden_states, scale, self.drop_path(branch) if self.training else branch)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.add(hidden_states, self.ls1, self.attn(self.norm1(hidden_states)))
-        return self.add(hidden_states, self.ls2, self.mlp(self.norm2(hidden_states)))
+        hidden_states = self.add_branch(hidden_states, self.ls1, self.attn(self.norm1(hidden_states)))
+        return self.add_branch(hidden_states, self.ls2, self.mlp(self.norm2(hidden_states)))
 
 
 class InternVisionEncoder(nn.Module):
-    """The stack of layers. Gradient checkpointing is on by default in training, as in the original (SPEC)."""
+    """The stack of layers. Gradient checkpointing is on by default in training (docs/model.md, "Vision tower")."""
 
     def __init__(self, config: InternVisionConfig):
         super().__init__()
@@ -180,7 +181,7 @@ class InternVisionEncoder(nn.Module):
 
 class InternVisionModel(InternPreTrainedModel):
     """
-    InternViT without a head (SPEC, "Vision tower").
+    InternViT without a head (docs/model.md, "Vision tower").
 
     Args:
         config ([`InternVisionConfig`]): sizes and options.
@@ -188,8 +189,8 @@ class InternVisionModel(InternPreTrainedModel):
 
     config_class = InternVisionConfig
     base_model_prefix = "vision_model"
-    # Weights are split, heads are not: 25 divide by neither 2 nor 4, and `q_norm` and `k_norm` span them all. So every
-    # rank gathers all channels and attends with all heads, which is little work beside the projections.
+    # Weights are split, heads are not: 25 is divisible by neither 2 nor 4, and `q_norm` and `k_norm` span all heads. So
+    # every rank gathers all channels and computes all heads, which costs little compared to the projections.
     _tp_plan = {
         "encoder.layers.*.attn.qkv": GATHERED,
         "encoder.layers.*.attn.proj": GATHERED,
@@ -218,15 +219,15 @@ class InternVisionModel(InternPreTrainedModel):
 
     def resize_pos_embeddings(self, old_size: int, new_size: int, patch_size: int) -> None:
         """
-        Interpolate the position table to another picture size and keep it (SPEC, "Vision tower").
+        Interpolate the position table to another image size and keep it (docs/model.md, "Position interpolation").
 
         Args:
-            old_size (`int`): side in pixels that the table stands for now.
-            new_size (`int`): side in pixels to fit it to.
+            old_size (`int`): image side in pixels that the table is made for.
+            new_size (`int`): image side in pixels to fit it to.
             patch_size (`int`): side of a patch in pixels.
 
         Raises:
-            `ValueError`: if the table is not that of `old_size`, or a size is not a multiple of the patch.
+            `ValueError`: if the table is not made for `old_size`, or a size is not a multiple of `patch_size`.
         """
         table = self.embeddings.position_embedding
         if patch_size != self.config.patch_size:
@@ -234,11 +235,11 @@ class InternVisionModel(InternPreTrainedModel):
         if not isinstance(new_size, int) or new_size <= 0 or new_size % patch_size:
             raise ValueError(f"`new_size` must be a positive multiple of {patch_size}, got {new_size}.")
         if old_size < 0 or old_size % patch_size or table.shape[1] != 1 + (old_size // patch_size) ** 2:
-            raise ValueError(f"`old_size` {old_size} does not belong to a table of {table.shape[1]} positions.")
+            raise ValueError(f"`old_size` {old_size} does not fit the table, which has {table.shape[1]} positions.")
         grid = new_size // patch_size
         resized = interpolate_positions(table.detach(), grid, grid)
         self.embeddings.position_embedding = nn.Parameter(resized.clone(), requires_grad=table.requires_grad)
-        # A saved model must be built with the table it has.
+        # A saved model must be rebuilt with a table of this size.
         self.config.force_image_size = new_size
 
     def forward(
@@ -251,17 +252,17 @@ class InternVisionModel(InternPreTrainedModel):
         """
         Args:
             pixel_values (`torch.Tensor`): [B, 3, H, W], normalised by the processor; H and W are multiples of the
-                patch, square or not. Floats of another precision are brought to the model's.
+                patch size, square or not. Floats of another precision are cast to the model's dtype.
             output_hidden_states (`bool`, *optional*): also return the embeddings and the output of every layer.
             return_dict (`bool`, *optional*): `False` for a plain tuple.
             pixel_embeds (`torch.Tensor`): [B, 1 + N, C], embedded tokens to use instead of `pixel_values`.
 
         Returns:
             `BaseModelOutputWithPooling`: `last_hidden_state` [B, 1 + N, C], class token first; `pooler_output` [B, C],
-            the class token as it is; `hidden_states`, layers + 1 times [B, 1 + N, C].
+            the unchanged class token; `hidden_states`, layers + 1 times [B, 1 + N, C].
 
         Raises:
-            `ValueError`, `TypeError`: neither or both inputs, or one of a wrong shape or dtype.
+            `ValueError`, `TypeError`: neither or both inputs were given, or one has a wrong shape or dtype.
         """
         if (pixel_values is None) == (pixel_embeds is None):
             raise ValueError("Exactly one of `pixel_values` and `pixel_embeds` must be given.")

@@ -1,19 +1,19 @@
 """
-InternVL-14B: InternViT-6B sees, QLLaMA reads and writes, CLIP-style heads compare.
+InternVL-14B: InternViT-6B reads images, QLLaMA reads and writes text, CLIP-style heads compare both.
 
-Paper: InternVL (arXiv:2312.14238). The numbers are those of the published checkpoint (SPEC, "Features and logits");
-parameter names are its format.
+Paper: InternVL (arXiv:2312.14238). The numbers are those of the published checkpoint (docs/model.md, "Features and
+logits"); parameter names are its format.
 
 Two ways to embed an image:
 * InternVL-C pools the vision tower's tokens;
-* InternVL-G also runs the 96 queries through QLLaMA over the image, and adds both embeddings.
+* InternVL-G also runs the 96 queries through QLLaMA with the image, and adds both embeddings.
 
 Where this file differs from the original implementation, and why:
-* No attention mask is built but the padding of the matching texts: see modeling_qllama.py.
-* `embed_image`, `embed_text`, `embed_texts`, `match` and `look_at` are new; the original calls beside them keep their
-  values and types.
+* No dense attention mask is built: masks are for padding only, in matching and in prompts (see modeling_qllama.py).
+* `embed_image`, `embed_text`, `embed_texts`, `match` and `look_at` are new; the original methods keep their values and
+  types.
 
-texts_internvl.py reads texts, captions_internvl.py writes captions, and training_internvl.py has the losses.
+texts_internvl.py embeds texts, captions_internvl.py writes captions, and training_internvl.py has the losses.
 """
 
 import math
@@ -29,16 +29,16 @@ from transformers.utils import ModelOutput
 
 from .attention_internvl import RegistryAttention
 from .captions_internvl import CaptionSide, InternVLSeen
-from .compat_internvl import ignore_in_checkpoint, under_hook
+from .compat_internvl import ignore_in_checkpoint, with_accelerate_hook
 from .configuration_intern_vit import InternVisionConfig  # noqa: F401 - some loaders copy direct imports only
 from .configuration_internvl import InternVLConfig
 from .loading_internvl import InternPreTrainedModel
 from .modeling_intern_vit import InternVisionModel
 from .modeling_qllama import QLlamaForCausalLM, QLlamaTextEncoder
-from .texts_internvl import TextSide, put_back, without_padding
+from .texts_internvl import TextSide, restore_positions, without_padding
 
 MODES = ("InternVL-C", "InternVL-G")
-# Tensors of the joint checkpoint that its parts have no use for, as patterns of names.
+# Patterns of the tensors of the joint checkpoint that a part of the model does not use.
 NOT_FOR_CONTRAST = [
     r"^query_tokens$",
     r"^clip_projector2\.",
@@ -47,7 +47,7 @@ NOT_FOR_CONTRAST = [
     r"^qllama\..*\.cross_attn\.",
 ]
 NOT_FOR_TEXT = [*NOT_FOR_CONTRAST, r"^vision_model\.", r"^clip_projector\.", r"^logit_scale$"]
-NOT_FOR_PICTURES = [*NOT_FOR_CONTRAST, r"^qllama\.", r"^text_projection$", r"^logit_scale$"]
+NOT_FOR_IMAGES = [*NOT_FOR_CONTRAST, r"^qllama\.", r"^text_projection$", r"^logit_scale$"]
 
 
 @dataclass
@@ -58,10 +58,10 @@ class InternVLOutput(ModelOutput):
     Attributes:
         logits_per_image (`torch.Tensor`): [images, texts], cosine similarities times `exp(logit_scale)`.
         logits_per_text (`torch.Tensor`): [texts, images], its transpose.
-        last_hidden_state (`torch.Tensor`): [images, 1 + N, vision width], the vision tokens, of pictures alone.
-        image_embeds (`torch.Tensor`): [images, clip_embed_dim], of length 1.
-        text_embeds (`torch.Tensor`): [texts, clip_embed_dim], of length 1.
-        pooler_output (`torch.Tensor`): `image_embeds` of pictures alone, under the name that pipelines look for.
+        last_hidden_state (`torch.Tensor`): [images, 1 + N, vision width], the vision tokens, only without texts.
+        image_embeds (`torch.Tensor`): [images, clip_embed_dim], of unit length.
+        text_embeds (`torch.Tensor`): [texts, clip_embed_dim], of unit length.
+        pooler_output (`torch.Tensor`): `image_embeds` under the name that pipelines expect, only without texts.
     """
 
     logits_per_image: torch.Tensor | None = None
@@ -80,7 +80,7 @@ class InternVLImageOutput(ModelOutput):
     Attributes:
         image_embeds (`torch.Tensor`): [B, clip_embed_dim] in mode InternVL-C, not normalised.
         last_hidden_state (`torch.Tensor`): [B, 1 + N, C], the vision tokens, class token first.
-        hidden_states (`tuple(torch.Tensor)`): layers + 1 times [B, 1 + N, C], if asked for.
+        hidden_states (`tuple(torch.Tensor)`): layers + 1 times [B, 1 + N, C], on request.
     """
 
     image_embeds: torch.Tensor | None = None
@@ -95,7 +95,7 @@ class InternVLTextOutput(ModelOutput):
 
     Attributes:
         text_embeds (`torch.Tensor`): [B, clip_embed_dim], not normalised.
-        last_hidden_state (`torch.Tensor`): [B, L, C], the states of all tokens; what stands at padding is arbitrary.
+        last_hidden_state (`torch.Tensor`): [B, L, C], the states of all tokens; values at padding are arbitrary.
     """
 
     text_embeds: torch.Tensor | None = None
@@ -106,7 +106,7 @@ class InternVLTextOutput(ModelOutput):
 
 
 class PoolingAttention(RegistryAttention):
-    """Attention of one query to the tokens that it is the mean of."""
+    """Attention of a single query, the mean of the tokens, to these tokens."""
 
     def __init__(self, config: InternVLConfig, width: int):
         super().__init__(config, config.attn_pool_num_heads, width // config.attn_pool_num_heads)
@@ -127,7 +127,7 @@ class PoolingAttention(RegistryAttention):
 
 class AttentionPool(nn.Module):
     """
-    Pool tokens into one embedding: their mean attends to them (SPEC, "Features and logits").
+    Pool tokens into one embedding: their mean attends to them (docs/model.md, "Features and logits").
 
     [B, N, width] -> [B, clip_embed_dim]
     """
@@ -152,13 +152,13 @@ class InternVLPreTrainedModel(InternPreTrainedModel):
     base_model_prefix = "internvl"
     _no_split_modules = ["InternVisionEmbeddings", "InternVisionEncoderLayer", "QLlamaDecoderLayer", "AttentionPool"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
-    # Every embedding, match and word passes through one of these. In 8 bits they make a quarter of the error of tiny/'s
-    # image embeddings (1 - cosine), and would save 2 % of the bytes at 14B (tools/quantised_sizes.py).
+    # Every embedding, match and caption passes through one of these. In 8 bits they cause a quarter of the error of
+    # tiny/'s image embeddings (1 - cosine), and would save 2 % of the bytes at 14B (tools/quantised_sizes.py).
     _keep_unquantized = ("clip_projector", "clip_projector2", "itm_head", "qllama.lm_head")
     saved_as: str | None = None
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """As in transformers; `AutoModel` then loads the class named by `saved_as`, or the one that was saved."""
+        """As in transformers; `AutoModel` then loads the class named by `saved_as`, by default the model's own."""
         super().save_pretrained(save_directory, **kwargs)
         self.config.auto_map["AutoModel"] = f"modeling_internvl.{self.saved_as or type(self).__name__}"
         self.config.save_pretrained(save_directory)
@@ -178,7 +178,7 @@ class InternVLPreTrainedModel(InternPreTrainedModel):
 
 
 class ImageSide:
-    """How pictures are seen and embedded, for models with `vision_model` and `clip_projector`."""
+    """Methods that read and embed images, for models with `vision_model` and `clip_projector`."""
 
     config: Any
     vision_model: Any
@@ -195,7 +195,7 @@ class ImageSide:
 
     def _require_queries(self, what: str) -> None:
         if not hasattr(self, "query_tokens"):
-            raise ValueError(f"{what} needs the queries, and this {type(self).__name__} was loaded without them.")
+            raise ValueError(f"{what} needs the queries, but this {type(self).__name__} was loaded without them.")
 
     def _image_states(self, pixel_values: torch.Tensor | InternVLSeen) -> torch.Tensor:
         """[B, 3, H, W] -> the vision tower's tokens [B, 1 + N, vision width]"""
@@ -203,7 +203,7 @@ class ImageSide:
             return pixel_values.image_states
         return self.vision_model(pixel_values).last_hidden_state
 
-    def _seen(self, pixel_values: torch.Tensor | InternVLSeen) -> InternVLSeen:
+    def _as_seen(self, pixel_values: torch.Tensor | InternVLSeen) -> InternVLSeen:
         if isinstance(pixel_values, InternVLSeen):
             return pixel_values
         return InternVLSeen(self._image_states(pixel_values))
@@ -213,15 +213,15 @@ class ImageSide:
         self._checked_mode(mode)
         return self.clip_projector(self._image_states(pixel_values))
 
-    @under_hook
+    @with_accelerate_hook
     def embed_image(
         self, pixel_values: torch.Tensor | InternVLSeen, mode: str | None = None, normalize: bool = True
     ) -> torch.Tensor:
         """
         Args:
             pixel_values (`torch.Tensor` or [`InternVLSeen`]): [B, 3, H, W], normalised by the processor.
-            mode (`str`, *optional*): "InternVL-C", which it is if not given, or "InternVL-G".
-            normalize (`bool`): bring the embeddings to length 1; `False` gives the values of `encode_image`.
+            mode (`str`, *optional*): "InternVL-C" or "InternVL-G"; defaults to the class's `default_mode`.
+            normalize (`bool`): scale the embeddings to unit length; `False` gives the values of `encode_image`.
 
         Returns:
             `torch.Tensor`: [B, clip_embed_dim]
@@ -232,22 +232,22 @@ class ImageSide:
         embeds = self._image_embeds(pixel_values, mode)
         return F.normalize(embeds, dim=-1) if normalize else embeds
 
-    @under_hook
+    @with_accelerate_hook
     def encode_image(self, image: torch.Tensor, mode: str | None = None) -> torch.Tensor:
         """
         The original call: [B, 3, H, W] -> [B, clip_embed_dim], not normalised. In mode InternVL-G it is the sum of two
-        embeddings of length 1 (SPEC, "Features and logits").
+        embeddings of unit length (docs/model.md, "Features and logits").
         """
         return self._image_embeds(image, mode)
 
 
 class InternVLTextModelWithProjection(InternVLPreTrainedModel, TextSide):
     """
-    What embeds texts, of the joint model's checkpoint: QLLaMA without cross-attentions and language head, and
-    `text_projection`. 6.7 of 13.8 billion parameters; their values are the joint model's.
+    The text encoder of the joint model, loaded from its checkpoint: QLLaMA without cross-attentions and language head,
+    and `text_projection`. It has 6.7 of the 13.8 billion parameters and gives the joint model's values.
 
     Args:
-        config ([`InternVLConfig`]): the joint model's.
+        config ([`InternVLConfig`]): config of the joint model.
     """
 
     main_input_name = "input_ids"
@@ -284,22 +284,22 @@ class InternVLTextModelWithProjection(InternVLPreTrainedModel, TextSide):
             [`InternVLTextOutput`]
 
         Raises:
-            `ValueError`, `TypeError`: ids of a wrong shape, dtype or range, a mask of another shape, an empty row.
+            `ValueError`, `TypeError`: wrong shape, dtype or range of ids, another shape of the mask, or an empty row.
         """
         mask = self._checked_text(input_ids, attention_mask)
-        self._warn_of_another_recipe(input_ids, mask)
+        self._warn_about_text_format(input_ids, mask)
         states = self._text_states(input_ids, mask)
-        output = InternVLTextOutput(self._pool_states(states, mask), put_back(states, mask))
+        output = InternVLTextOutput(self._pool_states(states, mask), restore_positions(states, mask))
         return output.to_tuple() if return_dict is False else output
 
 
 class InternVLVisionModelWithProjection(InternVLPreTrainedModel, ImageSide):
     """
-    What embeds pictures in mode InternVL-C, of the joint model's checkpoint: InternViT and `clip_projector`. 5.9 of
-    13.8 billion parameters; their values are the joint model's.
+    The image encoder of mode InternVL-C, loaded from the joint model's checkpoint: InternViT and `clip_projector`. It
+    has 5.9 of the 13.8 billion parameters and gives the joint model's values.
 
     Args:
-        config ([`InternVLConfig`]): the joint model's.
+        config ([`InternVLConfig`]): config of the joint model.
     """
 
     def __init__(self, config: InternVLConfig):
@@ -307,7 +307,7 @@ class InternVLVisionModelWithProjection(InternVLPreTrainedModel, ImageSide):
         self.vision_model = InternVisionModel(config.vision_config)
         self.clip_projector = AttentionPool(config, config.vision_config.hidden_size)
         self.post_init()
-        ignore_in_checkpoint(self, NOT_FOR_PICTURES)
+        ignore_in_checkpoint(self, NOT_FOR_IMAGES)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.vision_model.get_input_embeddings()
@@ -335,17 +335,17 @@ class InternVLVisionModelWithProjection(InternVLPreTrainedModel, ImageSide):
 
 class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, CaptionSide, GenerationMixin):
     """
-    The joint model: embeds pictures and texts, compares them, matches them and writes captions.
+    The joint model: embeds images and texts, compares them, matches them and writes captions.
 
     Args:
-        config ([`InternVLConfig`]): sizes and options. With its `contrastive_only` the model has what InternVL-C needs;
-            `query_tokens`, `clip_projector2`, `itm_head` and what QLLaMA needs for pictures and captions are left out.
+        config ([`InternVLConfig`]): sizes and options. With `contrastive_only` the model has only the parts of
+            InternVL-C: no `query_tokens`, `clip_projector2` and `itm_head`, no cross-attentions and no `lm_head`.
 
     Attributes:
         vision_model ([`InternVisionModel`]): InternViT.
         qllama ([`QLlamaForCausalLM`]): QLLaMA.
         query_tokens (`nn.Parameter`): [1, num_query_token, C], the queries.
-        clip_projector, clip_projector2 ([`AttentionPool`]): of the vision tokens, and of the query outputs.
+        clip_projector, clip_projector2 ([`AttentionPool`]): pools of the vision tokens and of the query outputs.
         text_projection (`nn.Parameter`): [C, clip_embed_dim]
         logit_scale (`nn.Parameter`): scalar, the logarithm of the inverse temperature.
         itm_head (`nn.Linear`): C -> 2, no match and match.
@@ -393,7 +393,7 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, CaptionSide, G
         return F.normalize(pooled, dim=-1) + F.normalize(queried, dim=-1).to(pooled.device)
 
     def _query_states(self, image_states: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
-        """Run the queries over pictures: [B, 1 + N, vision width] -> [B, num_query_token, C]"""
+        """Run the queries with vision tokens: [B, 1 + N, vision width] -> [B, num_query_token, C]"""
         queries = self.query_tokens.expand(image_states.shape[0], -1, -1)
         return self.qllama.model(
             inputs_embeds=queries,
@@ -404,7 +404,7 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, CaptionSide, G
         ).last_hidden_state
 
     def _with_queries(self, mask: torch.Tensor) -> torch.Tensor:
-        """The mask of [queries ; text] for that of texts [B, L]."""
+        """The mask of texts [B, L] -> the mask of [queries ; text]"""
         return F.pad(mask, (self.config.num_query_token, 0), value=1)
 
     def _joint_states(
@@ -412,16 +412,16 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, CaptionSide, G
         image_states: torch.Tensor,
         input_ids: torch.Tensor,
         mask: torch.Tensor | None,
-        see_all: bool,
+        bidirectional: bool,
         cache: Cache | None = None,
     ) -> torch.Tensor:
-        """Run [queries ; text] over pictures: ids [B, L], mask [B, queries + L] -> [B, queries + L, C]"""
+        """Run [queries ; text] with vision tokens: ids [B, L], mask [B, queries + L] -> [B, queries + L, C]"""
         embeds = self._joint_embeds(input_ids)
         return self.qllama.model(
             inputs_embeds=embeds,
             attention_mask=None if mask is None else mask.to(embeds.device),
             encoder_hidden_states=image_states,
-            num_bidirectional=embeds.shape[1] if see_all else self.config.num_query_token,
+            num_bidirectional=embeds.shape[1] if bidirectional else self.config.num_query_token,
             cache=cache,
             use_cache=cache is not None,
         ).last_hidden_state
@@ -434,20 +434,20 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, CaptionSide, G
 
     # ------------------------------------------------------------------------------------------------ new calls
 
-    @under_hook
+    @with_accelerate_hook
     def look_at(self, pixel_values: torch.Tensor, queries: bool = True) -> InternVLSeen:
         """
-        Run pictures once, for several calls: what is returned goes where they take `pixel_values`.
+        Run images once for several calls, which take the result in place of `pixel_values`.
 
         Args:
             pixel_values (`torch.Tensor`): [B, 3, H, W], normalised by the processor.
             queries (`bool`): also run the queries, for mode InternVL-G and captions.
 
         Raises:
-            `ValueError`, `TypeError`: pixels of a wrong shape or type, or queries that were not loaded.
+            `ValueError`, `TypeError`: pixels of a wrong shape or type, or a model loaded without queries.
         """
         if not isinstance(pixel_values, torch.Tensor):
-            raise TypeError(f"`pixel_values` must be a tensor of pictures, got {type(pixel_values).__name__}.")
+            raise TypeError(f"`pixel_values` must be a tensor of images, got {type(pixel_values).__name__}.")
         image_states = self._image_states(pixel_values)
         if not queries:
             return InternVLSeen(image_states)
@@ -455,7 +455,7 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, CaptionSide, G
         cache = DynamicCache(config=self.config.qllama_config)
         return InternVLSeen(image_states, self._query_states(image_states, cache), cache)
 
-    @under_hook
+    @with_accelerate_hook
     def match(
         self,
         pixel_values: torch.Tensor | InternVLSeen,
@@ -464,20 +464,20 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, CaptionSide, G
         all_pairs: bool = False,
     ) -> torch.Tensor:
         """
-        Does the text match the picture? QLLaMA sees both at once, so this is sharper than a cosine, and dearer: it is
-        made to re-rank a short list (SPEC, "ITM").
+        Does the text match the image? QLLaMA reads both together: more accurate than a cosine, and slower, so meant
+        for re-ranking a short list (docs/model.md, "Matching").
 
         Args:
             pixel_values (`torch.Tensor` or [`InternVLSeen`]): [B, 3, H, W], or [I, 3, H, W] for all pairs.
             input_ids (`torch.Tensor`): [B, L] ids of `<s> TEXT </s>`, or [T, L] for all pairs.
             attention_mask (`torch.Tensor`, *optional*): like `input_ids`; without it every id but 0 is real.
-            all_pairs (`bool`): score every picture with every text instead of the i-th with the i-th.
+            all_pairs (`bool`): score every image with every text instead of the i-th image with the i-th text.
 
         Returns:
             `torch.Tensor`: logits [B, 2], or [I, T, 2] for all pairs; index 1 is "match".
 
         Raises:
-            `ValueError`: pictures and texts differ in number and `all_pairs` is off; or a bad input.
+            `ValueError`, `TypeError`: different numbers of images and texts without `all_pairs`, or an invalid input.
         """
         self._require_queries("`match`")
         mask = self._checked_text(input_ids, attention_mask)
@@ -486,17 +486,17 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, CaptionSide, G
         if all_pairs:
             return torch.stack([self._match(states, input_ids, mask) for states in image_states.split(1)])
         if len(image_states) != len(input_ids):
-            counts = f"{len(image_states)} pictures and {len(input_ids)} texts"
+            counts = f"{len(image_states)} images and {len(input_ids)} texts"
             raise ValueError(f"`pixel_values` and `input_ids` must be pairs, got {counts}. Or pass `all_pairs=True`.")
         return self._match(image_states, input_ids, mask)
 
     def _match(self, image_states: torch.Tensor, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        states = self._joint_states(image_states, input_ids, self._with_queries(mask), see_all=True)
+        states = self._joint_states(image_states, input_ids, self._with_queries(mask), bidirectional=True)
         return self.itm_head(states[:, : self.config.num_query_token]).mean(dim=1)  # [B, 2]
 
     # ------------------------------------------------------------------------------------------ the original calls
 
-    @under_hook
+    @with_accelerate_hook
     def get_image_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The original call: the vision tokens [B, 1 + N, vision width] and the query outputs [B, queries, C]."""
         self._require_queries("`get_image_features`")
@@ -515,20 +515,19 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, CaptionSide, G
         output_hidden_states: bool | None = None,
     ) -> tuple | InternVLOutput:
         """
-        Compare pictures and texts, or embed one of them.
+        Compare images and texts, or embed one of them.
 
         Args:
             input_ids (`torch.Tensor`, *optional*): [T, L] ids of `<s> summarize:TEXT </s>`.
             pixel_values (`torch.Tensor`, *optional*): [I, 3, H, W], normalised by the processor.
             attention_mask (`torch.Tensor`, *optional*): [T, L]; without it every id but 0 is real.
-            mode (`str`, *optional*): "InternVL-C", which it is if not given, or "InternVL-G".
+            mode (`str`, *optional*): "InternVL-C" or "InternVL-G"; defaults to the class's `default_mode`.
             return_dict (`bool`, *optional*): `False` for a plain tuple.
-            image, text: the original names of `pixel_values` and `input_ids`; with them a plain tuple
-                `(logits_per_image, logits_per_text)` is returned, as the original did.
-            output_hidden_states (`bool`, *optional*): see pictures, as the vision tower of another model, LLaVA for
-                one: a tuple is returned, the vision tower's `BaseModelOutputWithPooling` with all `hidden_states`, and
-                the outputs of the queries, a tensor [I, num_query_token, C]. The pictures may then come first, without
-                a name.
+            image, text: the original names of `pixel_values` and `input_ids`; with them the call returns a plain tuple
+                `(logits_per_image, logits_per_text)`, as the original did.
+            output_hidden_states (`bool`, *optional*): serve as the vision tower of another model such as LLaVA: return
+                a tuple of the vision tower's `BaseModelOutputWithPooling` with all `hidden_states` and of the query
+                outputs [I, num_query_token, C]. Images may then be the first positional argument.
 
         Returns:
             [`InternVLOutput`]
@@ -540,17 +539,17 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, CaptionSide, G
             if pixel_values is None and isinstance(input_ids, torch.Tensor) and input_ids.is_floating_point():
                 input_ids, pixel_values = None, input_ids
             if pixel_values is None or not all(each is None for each in (input_ids, attention_mask, image, text)):
-                raise ValueError("`output_hidden_states` is for pictures alone: `pixel_values`, and no text.")
-            return self._see(pixel_values)
+                raise ValueError("`output_hidden_states` is for images alone: pass `pixel_values`, and no text.")
+            return self._vision_tower_outputs(pixel_values)
         if image is None and text is None:
             output = self._compare(input_ids, pixel_values, attention_mask, mode)
             return output.to_tuple() if return_dict is False else output
         if image is None or text is None or input_ids is not None or pixel_values is not None:
-            raise ValueError("`image` and `text` go together, and without `pixel_values` and `input_ids`.")
+            raise ValueError("`image` and `text` go together, without `pixel_values` and `input_ids`.")
         output = self._compare(text, image, attention_mask, mode)
         return output.logits_per_image, output.logits_per_text
 
-    def _see(self, pixel_values: torch.Tensor) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
+    def _vision_tower_outputs(self, pixel_values: torch.Tensor) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
         self._require_queries("`output_hidden_states`")
         vision = self.vision_model(pixel_values, output_hidden_states=True)
         return vision, self._query_states(vision.last_hidden_state)
@@ -567,7 +566,7 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, CaptionSide, G
             raise ValueError("At least one of `input_ids` and `pixel_values` must be given.")
         image_states = image_embeds = text_embeds = None
         if pixel_values is not None:
-            seen = self._seen(pixel_values)
+            seen = self._as_seen(pixel_values)
             image_states = seen.image_states
             image_embeds = F.normalize(self._image_embeds(seen, mode), dim=-1)
         if input_ids is not None:
@@ -584,22 +583,22 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, CaptionSide, G
 
 
 class InternVL_C(InternVLModel):  # noqa: N801 - the name that CLIP_benchmark imports
-    """[`InternVLModel`], in mode InternVL-C if none is given."""
+    """[`InternVLModel`] with default mode InternVL-C."""
 
 
 class InternVL_G(InternVLModel):  # noqa: N801
-    """[`InternVLModel`], in mode InternVL-G if none is given."""
+    """[`InternVLModel`] with default mode InternVL-G."""
 
     default_mode = "InternVL-G"
 
 
-# The loader does this only if no model of transformers' own has a config of this name; some releases have one.
+# The loader registers a class only if transformers has no config of this name; in some releases it has one.
 for model_class in (InternVLModel, InternVLTextModelWithProjection, InternVLVisionModelWithProjection):
     model_class.register_for_auto_class("AutoModel")
 
 
 def __getattr__(name: str) -> Any:
-    """The training classes under the name of this module, which has been theirs; they are imported when asked for."""
+    """Import the training classes on request: `auto_map` names them as part of this module."""
     if name in ("InternVLForPreTraining", "InternVLForRetrieval"):
         from .training_internvl import InternVLForPreTraining, InternVLForRetrieval
 

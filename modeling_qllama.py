@@ -1,17 +1,17 @@
 """
-QLLaMA, the language tower of InternVL-14B (InternVL paper, arXiv:2312.14238, section 3.2; SPEC, "QLLaMA").
+QLLaMA, the language tower of InternVL-14B (InternVL paper, arXiv:2312.14238, section 3.2; docs/model.md, "QLLaMA").
 
-A LLaMA decoder whose even layers can also look at a picture: a sequence may start with learnable queries, and only
-those queries cross-attend to the vision tower's tokens. The three ways to run it need no special attention mask:
+A LLaMA decoder with cross-attention in its even layers: a sequence may start with learnable queries, and only those
+queries cross-attend to the vision tower's tokens. The three ways to run it need no special attention mask:
 
-* picture:          queries alone, which all see each other;
-* text:             plain causal attention;
-* picture + prompt: the queries first, which see each other and nothing else, then the prompt, causally over both.
-                    The queries can be run ahead into a cache; what is decoded then never meets the cross-attention.
+* image:          the queries alone, which attend bidirectionally;
+* text:           plain causal attention;
+* image + prompt: the queries attend only to each other; the prompt follows and attends causally to both. The queries
+                  can be run into a cache first; tokens decoded from it never enter the cross-attention.
 
 Where this file differs from the original implementation, and why:
-* Rotary angles are computed where they are used: no buffer that could be lost on the meta device, no gathered tables.
-* Keys and values live in transformers' `Cache` objects, dynamic, static or quantised, as `generate` creates them.
+* Rotary angles are computed when needed: no buffer that could be lost on the meta device, no table lookup.
+* Keys and values are kept in transformers' `Cache` objects: dynamic, static or quantised, as `generate` creates them.
 """
 
 from functools import partial
@@ -29,9 +29,9 @@ from .compat_internvl import (
     attention_name,
     causal_mask,
     check_unexpected,
-    either_cache,
     is_loaded,
     recompute_by_default,
+    resolve_cache,
     update_cache,
 )
 from .configuration_intern_vit import InternVisionConfig  # noqa: F401 - some loaders copy direct imports only
@@ -44,26 +44,26 @@ def attention_mask_for(
     hidden_states: torch.Tensor,
     padding_mask: torch.Tensor | None,
     past_key_values: Cache | None,
-    see_all: bool,
+    bidirectional: bool,
 ) -> Any:
     """
-    Build the mask that the configured attention function wants, or None where it needs none.
+    Build the mask that the configured attention function expects, or None if it needs none.
 
     Args:
         hidden_states (`torch.Tensor`): [B, L, C], the input of the first layer.
         padding_mask (`torch.Tensor`, *optional*): [B, past + L], 1 for real tokens.
-        see_all (`bool`): every position sees every real token, instead of those before it.
+        bidirectional (`bool`): every position attends to every real token, not only to those before it.
     """
-    if see_all and padding_mask is None:
+    if bidirectional and padding_mask is None:
         return None
     implementation = attention_name(config)
-    if see_all and padding_mask is not None and implementation in ("eager", "sdpa"):
-        visible = padding_mask[:, None, None].bool()  # [B, 1, 1, L], where transformers would fill [B, 1, L, L]
+    if bidirectional and padding_mask is not None and implementation in ("eager", "sdpa"):
+        visible = padding_mask[:, None, None].bool()  # [B, 1, 1, L]; transformers would allocate [B, 1, L, L]
         if implementation == "sdpa":
             return visible
         lowest = torch.finfo(hidden_states.dtype).min
         return torch.zeros_like(visible, dtype=hidden_states.dtype).masked_fill(visible.logical_not(), lowest)
-    return causal_mask(config, hidden_states, padding_mask, past_key_values, see_all)
+    return causal_mask(config, hidden_states, padding_mask, past_key_values, bidirectional)
 
 
 def rotary_angles(config: QLlamaConfig, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -85,8 +85,8 @@ def rotary_angles(config: QLlamaConfig, position_ids: torch.Tensor, dtype: torch
 
 
 def rotate(states: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """Turn each pair (i, i + head_dim / 2) of [B, L, heads, head_dim] by its position's angle."""
-    # Rolling by half swaps the two of a pair; the sign that this needs is in the sines.
+    """Rotate each pair (i, i + head_dim / 2) of [B, L, heads, head_dim] by its position's angle."""
+    # Rolling by half swaps the two channels of a pair; the sines carry the sign.
     return torch.addcmul(states * cosines, states.roll(states.shape[-1] // 2, -1), sines)
 
 
@@ -103,7 +103,7 @@ class QLlamaMLP(nn.Module):
 
 
 class QLlamaAttention(RegistryAttention):
-    """Self-attention with rotary positions; the first positions may see each other, the rest is causal."""
+    """Self-attention with rotary positions: bidirectional for the first positions, causal for the rest."""
 
     def __init__(self, config: QLlamaConfig, layer_idx: int):
         heads, groups = config.num_attention_heads, config.num_attention_heads // config.num_key_value_heads
@@ -134,15 +134,14 @@ class QLlamaAttention(RegistryAttention):
             return self.o_proj(self.attend(query, key, value, attention_mask))
         states = self.attend(query, key, value, attention_mask, is_causal=True)
         if first:
-            # Causal attention gave these positions too little; giving it to them again spares every other
-            # implementation than eager a dense mask.
+            # Causal attention is wrong for these positions. Computing them again avoids a dense mask.
             states_first = self.attend(query[:, :, :first], key[:, :, :first], value[:, :, :first])
             states = torch.cat([states_first, states[:, first:]], dim=1)
         return self.o_proj(states)
 
 
 class QLlamaCrossAttention(RegistryAttention):
-    """Attention of the queries to the tokens of a picture; every token is visible, none has a rotary position."""
+    """Attention of the queries to the vision tokens, without a mask and without rotary positions."""
 
     def __init__(self, config: QLlamaConfig):
         width, encoder_width = config.hidden_size, config.encoder_hidden_size
@@ -159,18 +158,18 @@ class QLlamaCrossAttention(RegistryAttention):
         query = self.split_heads(self.q_proj(self.norm1(queries)))
         context = self.norm2(encoder_hidden_states)
         key, value = self.split_heads(self.k_proj(context)), self.split_heads(self.v_proj(context))
-        if len(key) == 1:  # one picture for many texts: its keys and values are computed once
+        if len(key) == 1:  # one image for many texts: compute its keys and values once
             key, value = (states.expand(len(query), -1, -1, -1) for states in (key, value))
         return self.o_proj(self.attend(query, key, value))
 
 
 class QLlamaDecoderLayer(nn.Module):
-    def __init__(self, config: QLlamaConfig, layer_idx: int, sees_pictures: bool = True):
+    def __init__(self, config: QLlamaConfig, layer_idx: int, with_cross_attention: bool = True):
         super().__init__()
         norm = partial(RMSNorm, config.hidden_size, eps=config.rms_norm_eps)
         self.num_query_token = config.num_query_token
         self.self_attn = QLlamaAttention(config, layer_idx)
-        has_cross_attention = sees_pictures and layer_idx % config.cross_attention_frequency == 0
+        has_cross_attention = with_cross_attention and layer_idx % config.cross_attention_frequency == 0
         self.cross_attn = QLlamaCrossAttention(config) if has_cross_attention else None
         self.mlp = QLlamaMLP(config)
         self.input_layernorm = norm()
@@ -217,10 +216,10 @@ class QLlamaModel(QLlamaPreTrainedModel):
 
     Args:
         config ([`QLlamaConfig`]): sizes and options.
-        sees_pictures (`bool`): `False` leaves the cross-attentions out, which text alone does not need.
+        with_cross_attention (`bool`): `False` leaves out the cross-attentions, which text alone does not need.
     """
 
-    # By heads and by MLP channels. The embeddings stay whole, as `lm_head` does: 49,954 rows do not divide by 4.
+    # Split by heads and by MLP channels. `embed_tokens` and `lm_head` are not split: 49,954 is not divisible by 4.
     _tp_plan = {
         **{f"layers.*.{part}.{name}_proj": "colwise" for part in ("self_attn", "cross_attn") for name in "qkv"},
         **{f"layers.*.{part}.o_proj": "rowwise" for part in ("self_attn", "cross_attn")},
@@ -229,9 +228,9 @@ class QLlamaModel(QLlamaPreTrainedModel):
         "layers.*.mlp.down_proj": "rowwise",
     }
 
-    def __init__(self, config: QLlamaConfig, sees_pictures: bool = True):
+    def __init__(self, config: QLlamaConfig, with_cross_attention: bool = True):
         super().__init__(config)
-        layers = [QLlamaDecoderLayer(config, index, sees_pictures) for index in range(config.num_hidden_layers)]
+        layers = [QLlamaDecoderLayer(config, i, with_cross_attention) for i in range(config.num_hidden_layers)]
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -248,7 +247,7 @@ class QLlamaModel(QLlamaPreTrainedModel):
     def position_ids_for(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
     ) -> torch.Tensor:
-        """Positions [1 or B, L] of new states [B, L, C]: those of the real tokens so far, counted from 0."""
+        """Positions [1 or B, L] of new states [B, L, C]: real tokens are counted from 0."""
         length = hidden_states.shape[1]
         if attention_mask is not None and attention_mask.ndim == 2:
             return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
@@ -273,32 +272,33 @@ class QLlamaModel(QLlamaPreTrainedModel):
         Args:
             input_ids (`torch.Tensor`): [B, L] token ids, or `inputs_embeds` [B, L, C] instead.
             attention_mask (`torch.Tensor`, *optional*): [B, past + L], 1 for real tokens, 0 for padding. Not needed
-                for right-padded text: nothing real looks at what stands behind it.
+                for right-padded text: real tokens never attend to the padding after them.
             position_ids (`torch.Tensor`, *optional*): [1 or B, L]; by default they count the real tokens from 0.
-            past_key_values, cache (`Cache`, *optional*): what came before, under either of its names; it is extended in
-                place.
-            use_cache (`bool`, *optional*): return a cache; by default as the config says, but never in training.
+            past_key_values, cache (`Cache`, *optional*): keys and values of earlier positions, under either of its two
+                names; extended in place.
+            use_cache (`bool`, *optional*): return a cache; defaults to the config's value, and to `False` in training.
             output_hidden_states (`bool`, *optional*): also return the embeddings and the output of every layer.
             return_dict (`bool`, *optional*): `False` for a plain tuple.
-            encoder_hidden_states (`torch.Tensor`, *optional*): [1 or B, tokens, vision width], the picture; then the
-                first `config.num_query_token` positions are queries and cross-attend to it.
-            num_bidirectional (`int`): so many leading positions see each other, and nothing else; if it is L,
-                everything sees everything.
+            encoder_hidden_states (`torch.Tensor`, *optional*): [1 or B, tokens, vision width], the vision tokens. The
+                first `config.num_query_token` positions are queries and cross-attend to them.
+            num_bidirectional (`int`): number of leading positions that attend bidirectionally, and only to each other;
+                L makes the whole sequence bidirectional.
 
         Returns:
             `BaseModelOutputWithPast`: `last_hidden_state` [B, L, C] after the final norm.
 
         Raises:
-            `ValueError`: neither or both of `input_ids` and `inputs_embeds`, or fewer positions than queries.
+            `ValueError`: neither or both of `input_ids` and `inputs_embeds` were given, both names of the cache were
+                given, or there are fewer positions than queries.
         """
-        cache = either_cache(past_key_values, cache)
+        cache = resolve_cache(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, L, C]
         length = hidden_states.shape[1]
         if encoder_hidden_states is not None and length < self.config.num_query_token:
             queries = self.config.num_query_token
-            raise ValueError(f"With a picture the sequence must start with {queries} queries, got {length} positions.")
+            raise ValueError(f"With an image the sequence must start with {queries} queries, got {length} positions.")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and cache is None:
@@ -307,8 +307,8 @@ class QLlamaModel(QLlamaPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if position_ids is None:
             position_ids = self.position_ids_for(hidden_states, attention_mask, cache)
-        see_all = num_bidirectional == length
-        mask = attention_mask_for(self.config, hidden_states, attention_mask, cache, see_all)
+        bidirectional = num_bidirectional == length
+        mask = attention_mask_for(self.config, hidden_states, attention_mask, cache, bidirectional)
         hidden_states, all_states = run_layers(
             self,
             hidden_states,
@@ -326,11 +326,11 @@ class QLlamaModel(QLlamaPreTrainedModel):
 
 
 class QLlamaTextEncoder(QLlamaPreTrainedModel):
-    """What only reads texts needs of QLLaMA, no cross-attentions and no language head, by the checkpoint's names."""
+    """QLLaMA for reading texts: without cross-attentions and language head, with the checkpoint's names."""
 
     def __init__(self, config: QLlamaConfig):
         super().__init__(config)
-        self.model = QLlamaModel(config, sees_pictures=False)
+        self.model = QLlamaModel(config, with_cross_attention=False)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -348,7 +348,7 @@ class QLlamaTextEncoder(QLlamaPreTrainedModel):
 
 
 class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
-    """QLLaMA with its language head; what writes captions."""
+    """QLLaMA with its language head, which writes captions."""
 
     def __init__(self, config: QLlamaConfig):
         super().__init__(config)

@@ -1,7 +1,7 @@
 """Turns pictures and texts into the inputs InternVL-14B was trained on.
 
-Reference: SPEC, "Features and logits" (what each kind of text looks like), and the CLIPImageProcessor settings of the
-published checkpoint (resize the shortest edge, centre crop, ImageNet mean and standard deviation).
+Reference: docs/model.md, "Texts" (the ids of each kind of text), and the CLIPImageProcessor settings of the published
+checkpoint (resize the shortest edge, centre crop, ImageNet mean and standard deviation).
 
 Where this file differs from the usual CLIP processor, and why:
 

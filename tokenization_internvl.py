@@ -1,7 +1,7 @@
 """The tokenizer of InternVL-14B: SentencePiece's own ids on every transformers release.
 
-Reference: the checkpoint's ``tokenizer.model`` as the original's slow ``LlamaTokenizer`` read it (SPEC, "Sizes" and
-"Features and logits").
+Reference: the checkpoint's ``tokenizer.model`` as the original's slow ``LlamaTokenizer`` read it
+(docs/model.md, "Sizes" and "Texts").
 
 Why the library's tokenizer is not used: newer releases rebuild ``LlamaTokenizer`` on the `tokenizers` library, which
 ranks merges by vocabulary id where SentencePiece ranks them by score, so "A  double  space" and much Chinese text get

@@ -1,6 +1,6 @@
 """
-The training objectives of InternVL-14B: matching, contrast and captions of stage 2, and the retrieval fine-tuning
-(InternVL paper, arXiv:2312.14238, section 3.3; SPEC, "Training objectives").
+Training objectives of InternVL-14B: stage 2 (matching, contrast and captions) and retrieval fine-tuning
+(InternVL paper, arXiv:2312.14238, section 3.3; docs/model.md, "Training objectives").
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 
 from .compat_internvl import refuse_known_bad
 from .modeling_internvl import InternVLModel
-from .texts_internvl import check_token_ids, has_values, pad_together, real_tokens_first
+from .texts_internvl import check_token_ids, concatenate_padded, has_values, real_tokens_first
 
 
 @dataclass
@@ -34,9 +34,7 @@ class InternVLTrainingOutput(ModelOutput):
 
 
 class GatherWithGradient(torch.autograd.Function):
-    """
-    Concatenate the ranks' tensors. Backward sums the ranks' gradients for each slice (SPEC, "Training objectives").
-    """
+    """Concatenate the ranks' tensors; backward sums the ranks' gradients for each slice (docs/model.md, "Gather")."""
 
     @staticmethod
     def forward(ctx: Any, local: torch.Tensor) -> torch.Tensor:
@@ -45,13 +43,13 @@ class GatherWithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        gradient = gradient.clone(memory_format=torch.contiguous_format)  # not the caller's own
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # the caller's must not change
         dist.all_reduce(gradient)
         return gradient.narrow(0, ctx.size * dist.get_rank(), ctx.size)
 
 
 def gather(local: torch.Tensor) -> torch.Tensor:
-    """Concatenate a tensor of every rank along its first dimension, without gradients."""
+    """Concatenate the tensors of all ranks along the first dimension, without gradients."""
     parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, local.contiguous())
     return torch.cat(parts)
@@ -62,13 +60,13 @@ def is_distributed() -> bool:
 
 
 def mean_of_valid(losses: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """The mean over the valid rows; 0, with a gradient of 0, where there is none."""
+    """The mean over the valid rows; 0 with zero gradients if no row is valid."""
     valid = valid.to(losses.device)
     return (losses * valid).sum() / valid.sum().clamp(min=1)
 
 
 class InternVLTrainingModel(InternVLModel):
-    """The losses that both training objectives are made of."""
+    """Losses and input checks that both training objectives share."""
 
     saved_as = "InternVLModel"
 
@@ -79,12 +77,12 @@ class InternVLTrainingModel(InternVLModel):
         mask: torch.Tensor,
         labels: torch.Tensor,
     ) -> torch.Tensor:
-        """ITM: the cross-entropy of match and no match, for each row."""
+        """ITM: the cross-entropy of match and no match, per row."""
         logits = self._match(image_states, input_ids, mask).float()
         return F.cross_entropy(logits, labels.to(logits.device), reduction="none")
 
     def _similarities(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits of the local pictures to all ranks' texts and of the local texts to all ranks' pictures [B, W * B]."""
+        """Logits [B, W * B] of the local images and all ranks' texts, and of the local texts and all ranks' images."""
         images, texts = F.normalize(image_embeds, dim=-1), F.normalize(text_embeds, dim=-1)
         all_images, all_texts = images, texts
         if is_distributed():
@@ -92,22 +90,22 @@ class InternVLTrainingModel(InternVLModel):
         scale = self.logit_scale.exp()
         return (scale * images @ all_texts.T).float(), (scale * texts @ all_images.T).float()
 
-    def _checked(
+    def _checked_texts(
         self, name: str, input_ids: torch.Tensor, mask: torch.Tensor | None, batch: int, *others: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """Check a token batch; bring the real tokens of it, its mask and others of its shape to the left."""
+        """Check a token batch; return it, its mask and `others` of its shape with the real tokens on the left."""
         mask = check_token_ids(name, input_ids, mask, self.config.qllama_config.vocab_size)
         if len(input_ids) != batch:
-            raise ValueError(f"`{name}` must have one row per picture ({batch}), got {len(input_ids)}.")
+            raise ValueError(f"`{name}` must have one row per image ({batch}), got {len(input_ids)}.")
         order = real_tokens_first(mask)
         return tuple(tensor.gather(1, order) for tensor in (input_ids, mask, *others))
 
 
 class InternVLForPreTraining(InternVLTrainingModel):
     """
-    Stage 2 of the original's training: matching, contrast and captioning (paper, section 3.3; SPEC, "Training
-    objectives"). Two of its three passes need no mask: the queries of the caption's pass are also what the contrast is
-    made with, because they see nothing but themselves and the picture.
+    Stage 2 of the original's training: matching, contrast and captions (paper, section 3.3; docs/model.md, "Stage 2").
+    The captions' pass also gives the contrast its queries, because queries attend only to themselves and the image.
+    Only the matching pass needs a mask.
     """
 
     def forward(  # type: ignore[override]
@@ -126,19 +124,19 @@ class InternVLForPreTraining(InternVLTrainingModel):
         """
         Args:
             pixel_values (`torch.Tensor`): [B, 3, H, W]; every rank has the same B.
-            positive_input_ids, negative_input_ids (`torch.Tensor`): [B, L] ids of texts `<s> TEXT </s>` that match the
-                picture, and that do not. The first B - B // 2 rows take the negative, the others the positive text.
-            summarize_input_ids (`torch.Tensor`): [B, L] ids of `<s> summarize:TEXT </s>`. Rows of five tokens, which
-                hold no text, are left out of the contrast.
-            input_ids, labels (`torch.Tensor`): [B, L] ids of the caption with its prompt, and the same ids with -100
-                where nothing is to be learnt. The shift by one happens here.
-            ..._attention_mask (`torch.Tensor` or None): like the ids; None for "every id but 0".
+            positive_input_ids, negative_input_ids (`torch.Tensor`): [B, L] ids of texts `<s> TEXT </s>` that match and
+                do not match the image. The first B - B // 2 rows use the negative, the others the positive text.
+            summarize_input_ids (`torch.Tensor`): [B, L] ids of `<s> summarize:TEXT </s>`. Rows of five tokens have no
+                text and are left out of the contrast.
+            input_ids, labels (`torch.Tensor`): [B, L] ids of the prompt and caption, and the same ids with -100 at
+                positions without a loss. The model shifts them by one.
+            ..._attention_mask (`torch.Tensor` or None): like the ids; None means "every id but 0".
 
         Returns:
             [`InternVLTrainingOutput`]: `loss` = `loss_itm` + `loss_itc` + `loss_itg`.
         """
         refuse_known_bad("training")
-        batch, checked = len(pixel_values), self._checked
+        batch, checked = len(pixel_values), self._checked_texts
         positive_ids, positive_mask = checked("positive_input_ids", positive_input_ids, positive_attention_mask, batch)
         negative_ids, negative_mask = checked("negative_input_ids", negative_input_ids, negative_attention_mask, batch)
         summary_ids, summary_mask = checked("summarize_input_ids", summarize_input_ids, summarize_attention_mask, batch)
@@ -147,15 +145,15 @@ class InternVLForPreTraining(InternVLTrainingModel):
         image_states = self._image_states(pixel_values)
 
         num_negative = batch - batch // 2
-        mask = pad_together((negative_mask[:num_negative], positive_mask[num_negative:]))
+        mask = concatenate_padded((negative_mask[:num_negative], positive_mask[num_negative:]))
         losses = self._matching_losses(
             image_states,
-            pad_together((negative_ids[:num_negative], positive_ids[num_negative:])),
+            concatenate_padded((negative_ids[:num_negative], positive_ids[num_negative:])),
             mask,
             torch.arange(len(image_states), device=image_states.device).ge(num_negative).long(),
         )
-        loss_itm = mean_of_valid(losses, mask.sum(dim=1) != 2)  # texts of two tokens, `<s> </s>`, say nothing
-        states = self._joint_states(image_states, caption_ids, None, see_all=False)
+        loss_itm = mean_of_valid(losses, mask.sum(dim=1) != 2)  # texts of two tokens, `<s> </s>`, are empty
+        states = self._joint_states(image_states, caption_ids, None, bidirectional=False)
         queries, text = states.split([self.config.num_query_token, caption_ids.shape[1]], dim=1)
         loss_itc = self._contrastive_loss(
             self.clip_projector2(queries), self._pool_text(summary_ids, summary_mask), summary_mask.sum(dim=1) != 5
@@ -179,7 +177,7 @@ class InternVLForPreTraining(InternVLTrainingModel):
     def _contrastive_loss(
         self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, valid: torch.Tensor
     ) -> torch.Tensor:
-        """ITC: each picture's text is the one of its own row among all ranks' texts, and the other way round."""
+        """ITC: an image and a text of all ranks are a pair if they are in the same row."""
         targets = torch.arange(len(valid), device=valid.device)
         if is_distributed():
             targets = targets + dist.get_rank() * len(valid)
@@ -192,7 +190,7 @@ class InternVLForPreTraining(InternVLTrainingModel):
 
 
 class InternVLForRetrieval(InternVLTrainingModel):
-    """Retrieval fine-tuning of the original: matching and contrast with soft targets (SPEC, "Training objectives")."""
+    """Matching and contrast with soft targets (docs/model.md, "Retrieval fine-tuning")."""
 
     def forward(  # type: ignore[override]
         self,
@@ -210,24 +208,24 @@ class InternVLForRetrieval(InternVLTrainingModel):
     ) -> InternVLTrainingOutput:
         """
         Args:
-            image_ids (`torch.Tensor`, *optional*): [B]; rows with the same number, on whatever rank, show the same
-                thing, so all their pairs are positives. Every row its own if not given.
-            input_ids, attention_mask, labels: taken so that both objectives eat the same batches; not used.
+            image_ids (`torch.Tensor`, *optional*): [B]; all pairs of rows with the same number, on any rank, are
+                positives. By default every row has a number of its own.
+            input_ids, attention_mask, labels: not used; they allow both objectives to take the same batches.
             others: see [`InternVLForPreTraining.forward`].
 
         Returns:
             [`InternVLTrainingOutput`]: `loss` = `loss_itm` + `loss_itc`.
         """
         refuse_known_bad("training")
-        batch, checked = len(pixel_values), self._checked
+        batch, checked = len(pixel_values), self._checked_texts
         positive_ids, positive_mask = checked("positive_input_ids", positive_input_ids, positive_attention_mask, batch)
         negative_ids, negative_mask = checked("negative_input_ids", negative_input_ids, negative_attention_mask, batch)
         summary_ids, summary_mask = checked("summarize_input_ids", summarize_input_ids, summarize_attention_mask, batch)
         image_states = self._image_states(pixel_values)
         loss_itm = self._matching_losses(
             torch.cat([image_states, image_states]),
-            pad_together((negative_ids, positive_ids)),
-            pad_together((negative_mask, positive_mask)),
+            concatenate_padded((negative_ids, positive_ids)),
+            concatenate_padded((negative_mask, positive_mask)),
             torch.arange(2 * batch, device=image_states.device).ge(batch).long(),
         ).mean()
         text_embeds = self._pool_text(summary_ids, summary_mask)
@@ -238,13 +236,13 @@ class InternVLForRetrieval(InternVLTrainingModel):
         return InternVLTrainingOutput(loss=loss_itm + loss_itc, loss_itm=loss_itm, loss_itc=loss_itc)
 
     def _soft_targets(self, image_ids: torch.Tensor | None, batch: int, device: torch.device) -> torch.Tensor:
-        """Each local row's share of every row of all ranks [B, W * B], the same for all rows that show its thing."""
+        """Target probabilities [B, W * B] of each local row: uniform over all ranks' rows with its `image_ids`."""
         if image_ids is None:
             rank = dist.get_rank() if is_distributed() else 0
             image_ids = torch.arange(batch, device=device) + rank * batch
         elif not isinstance(image_ids, torch.Tensor) or image_ids.shape != (batch,):
             shape = list(getattr(image_ids, "shape", [])) or type(image_ids).__name__
-            raise ValueError(f"`image_ids` must be [{batch}], one per picture, got {shape}.")
+            raise ValueError(f"`image_ids` must be [{batch}], one per image, got {shape}.")
         all_ids = gather(image_ids) if is_distributed() else image_ids
         same = (image_ids[:, None] == all_ids[None, :]).float()
         return same / same.sum(dim=1, keepdim=True)
@@ -252,7 +250,7 @@ class InternVLForRetrieval(InternVLTrainingModel):
     def _contrastive_loss(
         self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
-        # The targets are soft already: the config's `label_smoothing` belongs to stage 2 (SPEC).
+        # The config's `label_smoothing` belongs to stage 2 (docs/model.md, "Retrieval fine-tuning").
         losses = [
             F.cross_entropy(logits, targets.to(logits.device))
             for logits in self._similarities(image_embeds, text_embeds)

@@ -39,7 +39,7 @@ from goldens import GOLDEN, golden, golden_config, golden_model, repo_class  # n
 IS_V5 = int(transformers.__version__.split(".")[0]) >= 5
 INDEX = "model.safetensors.index.json"
 CODE = sorted(path.name for path in ROOT.glob("*.py"))
-TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}  # SPEC, "Reading the goldens"
+TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}  # docs/model.md, "Goldens"
 LAST_RESORT = 1200  # seconds: a wait ends with an event or a dead process; this only ends a run that hangs
 FRESH = Server()
 

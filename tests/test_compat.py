@@ -42,7 +42,7 @@ UNDOCUMENTED = re.compile(
 def compat():
     """The module, as the loader imports it."""
     model = repo_class("modeling_internvl.InternVLModel")
-    return inspect.getmodule(inspect.unwrap(sys.modules[model.__module__].under_hook))
+    return inspect.getmodule(inspect.unwrap(sys.modules[model.__module__].with_accelerate_hook))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_the_patterns_find_what_they_are_for():
 
 @pytest.mark.parametrize("installed", ["4.56.2", "4.37.0", "3.5.1", "4.48.0.dev0"])
 def test_an_old_transformers_is_refused_in_one_sentence(compat, installed):
-    with pytest.raises(ImportError, match=rf"needs transformers 4\.57 or newer, and {installed} is .*pip install"):
+    with pytest.raises(ImportError, match=rf"needs transformers 4\.57 or newer, but {installed} is .*pip install"):
         compat.check_release(installed)
 
 
@@ -173,16 +173,16 @@ def test_the_attention_function(compat):
 
 
 @pytest.mark.parametrize("past", [0, 3])
-@pytest.mark.parametrize("see_all", [False, True])
-def test_the_mask_says_who_sees_whom(compat, past, see_all):
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_the_mask_says_who_sees_whom(compat, past, bidirectional):
     config = golden_config("tiny", "eager").qllama_config
     cache = DynamicCache(config=config)
     for index in range(config.num_hidden_layers if past else 0):
         compat.update_cache(cache, index, torch.zeros(2, 4, past, 16), torch.zeros(2, 4, past, 16))
     padding = torch.ones(2, past + 4, dtype=torch.long)
     padding[1, 0] = 0
-    mask = compat.causal_mask(config, torch.zeros(2, 4, config.hidden_size), padding, cache, see_all)
-    visible = torch.ones(4, past + 4).tril(past).bool() | see_all
+    mask = compat.causal_mask(config, torch.zeros(2, 4, config.hidden_size), padding, cache, bidirectional)
+    visible = torch.ones(4, past + 4).tril(past).bool() | bidirectional
     expected = visible[None, None] & padding[:, None, None].bool()
     assert ((mask == 0) == expected).all()
 
@@ -207,10 +207,10 @@ def test_a_cache_has_the_name_that_generate_gives_it(compat):
 
 
 def test_either_name_of_a_cache(compat):
-    assert compat.either_cache(None, None) is None
-    assert compat.either_cache("a", None) == compat.either_cache(None, "a") == "a"
+    assert compat.resolve_cache(None, None) is None
+    assert compat.resolve_cache("a", None) == compat.resolve_cache(None, "a") == "a"
     with pytest.raises(ValueError, match="`cache` and `past_key_values`"):
-        compat.either_cache("a", "b")
+        compat.resolve_cache("a", "b")
 
 
 @torch.no_grad()
@@ -259,7 +259,7 @@ def test_caches_of_other_kinds_hold_the_same(compat, config, kind):
     prefix = filled(compat, config)
     expected = [(layer.keys, layer.values) for layer in prefix.layers]
     asked = GenerationConfig(cache_implementation=kind, prefill_chunk_size=2)
-    cache = compat.cache_of_kind(asked, prefix, config, length=20)
+    cache = compat.convert_cache(asked, prefix, config, length=20)
     assert asked.cache_implementation is None and asked.prefill_chunk_size is None
     assert int(cache.get_seq_length()) == 3
     for layer, (keys, values) in zip(cache.layers, expected, strict=True):
@@ -267,7 +267,7 @@ def test_caches_of_other_kinds_hold_the_same(compat, config, kind):
     if kind == "static":
         assert isinstance(cache, StaticCache) and cache.layers[0].keys.shape[2] == 64
         asked = SimpleNamespace(cache_implementation="static", max_cache_len=100)
-        assert compat.cache_of_kind(asked, prefix, config, length=20).layers[0].keys.shape[2] == 128
+        assert compat.convert_cache(asked, prefix, config, length=20).layers[0].keys.shape[2] == 128
     else:
         assert cache is prefix
 
@@ -283,9 +283,9 @@ def test_a_quantised_cache_takes_its_options(compat, config, monkeypatch):
     monkeypatch.setattr(compat, "QuantizedCache", Quantised)
     options = {"nbits": 2, "backend": "hqq"}
     asked = SimpleNamespace(cache_implementation="quantized", cache_config=options)
-    cache = compat.cache_of_kind(asked, filled(compat, config), config, 20)
+    cache = compat.convert_cache(asked, filled(compat, config), config, 20)
     assert made == options and cache.get_seq_length() == 3 and asked.cache_config is None
-    compat.cache_of_kind(SimpleNamespace(cache_implementation="quantized"), filled(compat, config), config, 20)
+    compat.convert_cache(SimpleNamespace(cache_implementation="quantized"), filled(compat, config), config, 20)
     assert made["backend"] == "quanto"
 
     def missing(**options):
@@ -293,12 +293,12 @@ def test_a_quantised_cache_takes_its_options(compat, config, monkeypatch):
 
     monkeypatch.setattr(compat, "QuantizedCache", missing)
     with pytest.raises(ImportError, match="'quantized'` needs optimum-quanto: pip install optimum-quanto"):
-        compat.cache_of_kind(SimpleNamespace(cache_implementation="quantized"), filled(compat, config), config, 20)
+        compat.convert_cache(SimpleNamespace(cache_implementation="quantized"), filled(compat, config), config, 20)
 
 
 def test_an_unknown_kind_of_cache_is_refused(compat, config):
     with pytest.raises(ValueError, match="`cache_implementation` must be one of dynamic, .*, got 'paged'"):
-        compat.cache_of_kind(SimpleNamespace(cache_implementation="paged"), filled(compat, config), config, 20)
+        compat.convert_cache(SimpleNamespace(cache_implementation="paged"), filled(compat, config), config, 20)
 
 
 def test_an_offloaded_cache_is_one(compat, config, monkeypatch):
@@ -309,7 +309,7 @@ def test_an_offloaded_cache_is_one(compat, config, monkeypatch):
     made = []
     for name in ("offloaded", "offloaded_static", "static"):
         asked = SimpleNamespace(cache_implementation=name)
-        assert compat.cache_of_kind(asked, prefix, config, 20).get_seq_length() == 3
+        assert compat.convert_cache(asked, prefix, config, 20).get_seq_length() == 3
     assert made == [True, True, False]
 
 
@@ -318,7 +318,7 @@ def test_an_offloaded_cache_is_one(compat, config, monkeypatch):
 def test_a_static_cache_with_flex_attention_is_refused(compat, kind):
     config = golden_config("tiny", "flex_attention").qllama_config
     with pytest.raises(ValueError, match=f"{kind}.*wrong tokens with a static cache and flex_attention"):
-        compat.cache_of_kind(SimpleNamespace(cache_implementation=kind), filled(compat, config), config, 20)
+        compat.convert_cache(SimpleNamespace(cache_implementation=kind), filled(compat, config), config, 20)
 
 
 @pytest.mark.slow
@@ -369,7 +369,7 @@ def test_only_an_old_processor_names_its_image_processor(compat):
 
 def test_a_method_runs_as_the_hook_runs_forward(compat):
     class Model:
-        @compat.under_hook
+        @compat.with_accelerate_hook
         def double(self, number, plus=0):
             """Twice."""
             return 2 * number + plus

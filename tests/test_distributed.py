@@ -1,4 +1,4 @@
-"""Training on two ranks (gloo, CPU): the gathered contrast equals the original's (shared reference: SPEC)."""
+"""Training on two ranks (gloo, CPU): the gathered contrast equals the original's (docs/model.md, "Gather")."""
 
 import functools
 import os

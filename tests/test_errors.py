@@ -220,9 +220,9 @@ def test_original_names_go_together(model, arguments):
 
 
 def test_pairs_to_match(model):
-    with pytest.raises(ValueError, match="`pixel_values` and `input_ids`.*4 pictures and 3 texts.*all_pairs=True"):
+    with pytest.raises(ValueError, match="`pixel_values` and `input_ids`.*4 images and 3 texts.*all_pairs=True"):
         model.match(PIXELS, IDS[:3])
-    with pytest.raises(ValueError, match="1 pictures and 4 texts"):
+    with pytest.raises(ValueError, match="1 images and 4 texts"):
         model.match(PIXELS[:1], IDS)
     assert model.match(PIXELS[:1], IDS, all_pairs=True).shape == (1, 4, 2)
 
@@ -253,16 +253,16 @@ def test_misspelt_options(model):
     [
         ({}, "`pixel_values` must be given"),
         ({"input_ids": PROMPTS}, "`pixel_values` must be given"),
-        ({"pixel_values": PIXELS, "input_ids": PROMPTS[:3]}, r"`input_ids` .*one per picture \(4\), got 3"),
-        ({"pixel_values": PIXELS, "assistant_model": object()}, "`generate` cannot use `assistant_model`"),
-        ({"pixel_values": PIXELS, "guidance_scale": 1.5}, "`generate` cannot use `guidance_scale`"),
-        ({"pixel_values": PIXELS, "assistant_early_exit": 1}, "`generate` cannot use `assistant_early_exit`"),
+        ({"pixel_values": PIXELS, "input_ids": PROMPTS[:3]}, r"`input_ids` .*one per image \(4\), got 3"),
+        ({"pixel_values": PIXELS, "assistant_model": object()}, "`generate` does not support `assistant_model`"),
+        ({"pixel_values": PIXELS, "guidance_scale": 1.5}, "`generate` does not support `guidance_scale`"),
+        ({"pixel_values": PIXELS, "assistant_early_exit": 1}, "`generate` does not support `assistant_early_exit`"),
         (
             {"pixel_values": PIXELS, "generation_config": GenerationConfig(guidance_scale=1.5)},
-            "`generate` cannot use `guidance_scale`",
+            "`generate` does not support `guidance_scale`",
         ),
-        ({"pixel_values": PIXELS[:2], "input_ids": PROMPTS}, r"`input_ids` .*one per picture \(2\), got 4"),
-        ({"pixel_values": PIXELS, "attention_mask": torch.ones(4, 5)}, "`attention_mask` .*without the `input_ids`"),
+        ({"pixel_values": PIXELS[:2], "input_ids": PROMPTS}, r"`input_ids` .*one per image \(2\), got 4"),
+        ({"pixel_values": PIXELS, "attention_mask": torch.ones(4, 5)}, "`attention_mask` needs the `input_ids`"),
         ({"pixel_values": PIXELS, "max_new_token": 3}, "max_new_token"),
         ({"pixel_values": PIXELS, "num_beam": 3}, "num_beam"),
         ({"pixel_values": PIXELS, "mode": "InternVL-G"}, "mode"),
@@ -271,9 +271,9 @@ def test_misspelt_options(model):
         ({"pixel_values": PIXELS, "return_dict": True}, "unexpected keyword argument 'return_dict'"),
         ({"pixel_values": PIXELS, "past_key_values": DynamicCache()}, "argument 'past_key_values'"),
         ({"pixel_values": PIXELS, "cache": DynamicCache()}, "argument 'cache'"),
-        ({"pixel_values": PIXELS, "prompt_lookup_num_tokens": 2}, "cannot use `prompt_lookup_num_tokens`"),
-        ({"pixel_values": PIXELS, "custom_generate": print}, "cannot use `custom_generate`"),
-        ({"pixel_values": PIXELS, "output_attentions": True}, "cannot give `output_attentions`"),
+        ({"pixel_values": PIXELS, "prompt_lookup_num_tokens": 2}, "does not support `prompt_lookup_num_tokens`"),
+        ({"pixel_values": PIXELS, "custom_generate": print}, "does not support `custom_generate`"),
+        ({"pixel_values": PIXELS, "output_attentions": True}, "does not support `output_attentions`"),
         ({"pixel_values": PIXELS, "max_new_tokens": 0}, "max_new_tokens"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Every tensor that the original implementation left in golden/ is reproduced (shared reference: SPEC)."""
+"""Every tensor that the original implementation left in golden/ is reproduced (docs/model.md, "Goldens")."""
 
 import json
 
@@ -72,7 +72,7 @@ RESIZED = "resized_position_embedding"
 
 
 def without_padding(states, inputs):
-    """What stands at padding is arbitrary (SPEC): make it 0."""
+    """Set the values at padding, which are arbitrary, to 0."""
     return states * (inputs["input_ids"] > 0).unsqueeze(-1)
 
 

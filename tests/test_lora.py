@@ -191,7 +191,7 @@ def test_half_an_adapter_is_refused(checkpoint, tmp_path):
     folder = make_repository(tmp_path / "half", flat=True)
     lost = next(name for name in state if name.endswith("mlp.fc1.lora_B.default.weight"))
     save(folder, {name: tensor for name, tensor in state.items() if name != lost}, **RANKS)
-    with pytest.raises(ValueError, match=r"vision_model.encoder.layers.0.mlp.fc1 is not whole: it has \['A'\]"):
+    with pytest.raises(ValueError, match=r"vision_model.encoder.layers.0.mlp.fc1 is incomplete: it has \['A'\]"):
         load(folder)
 
 

@@ -115,7 +115,7 @@ def test_a_part_is_offloaded_too(folder, in_one_piece):
 # ------------------------------------------------------------------------------------------------------ bad plans
 
 BAD_PLANS = {
-    "misses modules": ({"vision_model": "cpu", "qllama": "disk"}, None, 'nor one for "".*clip_projector'),
+    "misses modules": ({"vision_model": "cpu", "qllama": "disk"}, None, 'no device to .*clip_projector.* "" stands'),
     "misspelt": ({"": "cpu", "vision_mode": "disk"}, None, "does not have: vision_mode"),
     "splits a block": ({"": "cpu", "qllama.model.layers.3.mlp": "disk"}, None, "splits qllama.model.layers.3"),
     "splits the embeddings": (

@@ -56,7 +56,7 @@ def test_tower_by_name_is_the_same(model, pixels):
 def test_tower_is_for_pictures_alone(model, pixels, processor):
     texts = processor(text=["a", "b", "c"])
     for arguments in ({"input_ids": texts.input_ids}, {"pixel_values": pixels, **texts}, {}, {"image": pixels}):
-        with pytest.raises(ValueError, match="`output_hidden_states` is for pictures alone"):
+        with pytest.raises(ValueError, match="`output_hidden_states` is for images alone"):
             model(**arguments, output_hidden_states=True)
 
 

@@ -43,10 +43,10 @@ def test_the_checkpoints_own_processor_is_taken(model, processor):
 @pytest.mark.parametrize(
     "field, value, complaint",
     [
-        ("qllama_config.vocab_size", 32000, r"4,096 pieces, and the model 32,000 ids"),
-        ("qllama_config.eos_token_id", 3, r"`eos_token_id` is 2, the model's 3"),
-        ("embed_prefix_ids", [1, 19138, 675, 29901], r"`summarize:` is \[480, 2325\], not \[19138, 675, 29901\]"),
-        ("vision_config.image_size", 96, r"48 x 48 pixels, and the model sees 96 x 96"),
+        ("qllama_config.vocab_size", 32000, r"4,096 tokens, but the model has 32,000 ids"),
+        ("qllama_config.eos_token_id", 3, r"`eos_token_id` is 2, the model's is 3"),
+        ("embed_prefix_ids", [1, 19138, 675, 29901], r"`summarize:` are \[480, 2325\], not \[19138, 675, 29901\]"),
+        ("vision_config.image_size", 96, r"48 x 48 pixels, but the model expects 96 x 96"),
     ],
 )
 def test_the_processor_of_another_checkpoint_is_noticed(model, processor, monkeypatch, field, value, complaint):
@@ -56,7 +56,7 @@ def test_the_processor_of_another_checkpoint_is_noticed(model, processor, monkey
         part = getattr(part, step)
     monkeypatch.setattr(part, name, value)
     for call in (lambda: model.check_processor(processor), lambda: model.embed_classes(processor, ["panda"])):
-        with pytest.raises(ValueError, match=f"another checkpoint's: .*{complaint}"):
+        with pytest.raises(ValueError, match=f"belongs to another checkpoint: .*{complaint}"):
             call()
 
 
@@ -114,7 +114,7 @@ def test_another_size_is_noticed(model, processor, warnings_of):
     model.embed_image(pixels)
     assert warnings_of == []
     model.embed_image(torch.nn.functional.interpolate(pixels, 64))
-    assert len(warnings_of) == 1 and "64 x 64 pixels and the checkpoint's positions are for 48 x 48" in warnings_of[0]
+    assert len(warnings_of) == 1 and "64 x 64 pixels, but the checkpoint's positions are for 48 x 48" in warnings_of[0]
 
 
 # ----------------------------------------------------------------------------------------------- missing packages

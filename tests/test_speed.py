@@ -188,7 +188,7 @@ def test_any_number_of_texts(model):
 
 @pytest.mark.parametrize("lengths", [[1], [80] * 5, list(range(1, 81)), [3] * 100 + [80], [80, 1, 80, 1]])
 def test_batches_of_like_length(lengths):
-    batches = repo_class("texts_internvl.batches_of_like_length")
+    batches = repo_class("texts_internvl.batches_of_similar_length")
     for most in (1, 64, 100, 4096):
         found = list(batches(lengths, most))
         assert sorted(index for batch in found for index in batch) == list(range(len(lengths)))

@@ -57,9 +57,9 @@ def copy_repository(config: Path, folder: Path) -> None:
 
 def mean_and_deviation(name: str, shape: torch.Size) -> tuple[float, float]:
     """
-    Scales with which every layer has a say and 80 layers stay finite in bfloat16. They are those of the goldens at full
-    width (SPEC, "golden/wide") but for LayerScale: with 0.5, 48 layers would drown the picture that they started from.
-    The first rule that fits, in this order.
+    Scales with which every layer has a say and 80 layers stay finite in bfloat16: those of the goldens at full width
+    (docs/model.md, "Regenerated weights") but for LayerScale, as 48 layers with 0.5 would drown the image that they
+    started from. The first rule that fits, in this order.
     """
     rules = (
         (name == "logit_scale", 2.0, 0.0),

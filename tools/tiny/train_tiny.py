@@ -355,7 +355,7 @@ class Trainer:
             losses["anchor"] = self.anchor_loss(images, targets, smoothing=0.05)
 
         captions, labels = sampler.captions(numbers[:joint], languages[:joint])
-        states = model._joint_states(image_states[:joint], captions, None, see_all=False)
+        states = model._joint_states(image_states[:joint], captions, None, bidirectional=False)
         queries, text = states.split([model.config.num_query_token, captions.shape[1]], dim=1)
         queried = model.clip_projector2(queries)
         if finishing:
