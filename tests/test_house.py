@@ -21,8 +21,9 @@ ROOMS = {
     "captions_internvl.py": 200,
     "modeling_internvl.py": 650,
     "training_internvl.py": 270,
-    "processing_internvl.py": 370,
+    "images_internvl.py": 200,
     "tokenization_internvl.py": 210,
+    "processing_internvl.py": 250,
     "sentence_transformers_internvl.py": 470,
     "handler.py": 400,
 }

@@ -375,7 +375,7 @@ def test_a_part_of_a_mixed_batch_is_refused(embedder):
         ([7], ValueError, "Unsupported input type: int"),
         ([("panda", "lion")], TypeError, "must be a str, got tuple"),
         ([np.zeros(8, dtype=np.float32)], ValueError, "audio"),
-        ([np.full((8, 8, 3), 7.0)], ValueError, r"must lie in \[0, 1\]"),
+        ([np.full((8, 8, 3), 7.0)], ValueError, r"must be in \[0, 1\]"),
     ],
 )
 def test_what_is_neither_text_nor_picture_is_named(embedder, inputs, error, message):
