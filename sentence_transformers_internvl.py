@@ -1,4 +1,4 @@
-"""InternVL-14B in sentence-transformers: embeddings of texts and pictures, and re-ranking of pairs.
+"""InternVL-14B in sentence-transformers: embeddings of texts and images, and re-ranking of pairs.
 
 `SentenceTransformer(repo, trust_remote_code=True)` finds [`InternVLEmbedder`] through modules.json. Re-ranking needs a
 class of its own, because one repository has one modules.json:
@@ -6,13 +6,13 @@ class of its own, because one repository has one modules.json:
     cross_encoder = get_class_from_dynamic_module("sentence_transformers_internvl.InternVLCrossEncoder", repo)
     model = cross_encoder(repo, trust_remote_code=True)
 
-docs/versions.md has the releases it is tested with. The model itself does not need this file, and does not import it.
+docs/versions.md lists the releases it is tested with. The model itself neither needs nor imports this file.
 
 Where this file differs from sentence-transformers' own `Transformer` module, and why:
 
-* The recipes of the texts come from the repository's processor; a tokenizer leaves out `summarize:` and `</s>`.
-* A batch may mix texts and pictures.
-* A picture of many pairs is seen once, however many texts it is compared with.
+* The repository's processor makes the ids; the tokenizer alone leaves out `summarize:` and `</s>`.
+* A batch may mix texts and images.
+* The vision tower sees an image of many pairs once, however many texts it is compared with.
 """
 
 import os
@@ -29,44 +29,32 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from .compat_internvl import refuse_known_bad
 
-
-class CrossEncoderOfOneModule(CrossEncoder):
-    """A `CrossEncoder` that makes a module of its own for a repository that holds no CrossEncoder."""
-
-    def _load_default_modules(self, model_name_or_path: str, **kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
-        # undocumented; the last of such names: no other stands below
-        return [self.one_module(model_name_or_path, **kwargs)], {}
-
-    def one_module(self, model_name_or_path: str, **kwargs: Any) -> Any:
-        raise NotImplementedError
-
-
 MODES = ("InternVL-C", "InternVL-G")
 ADDRESSES = ("http://", "https://", "data:")
-PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tiff", ".webp")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tiff", ".webp")
 
 
 # Inputs
 
 
 def _kind_and_value(item: Any, name: str) -> tuple[str, Any]:
-    """What an input is, "text" or "image", and the text or picture itself."""
+    """What an input is, "text" or "image", and the text or image itself."""
     value = _unwrapped(item)
     if isinstance(value, dict) and len(value) == 1:
         kind, value = next(iter(value.items()))
     else:
         kind = "image" if isinstance(value, os.PathLike) else infer_modality(value)
     if kind not in ("text", "image"):
-        raise ValueError(f"`{name}` must be one text or one picture, got {kind} in a {type(item).__name__}.")
+        raise ValueError(f"`{name}` must be one text or one image, got {kind} in a {type(item).__name__}.")
     if kind == "image" and isinstance(value, str) and value.startswith(ADDRESSES):
-        raise ValueError(f"`{name}` must be a picture or its path, got an address; nothing is fetched: {value[:60]!r}.")
+        raise ValueError(f"`{name}` must be an image or its path; nothing is fetched: {value[:60]!r}.")
     if kind == "text" and value is item and _looks_like_path(value):
-        warnings.warn(f"`{name}` is read as a text: there is no picture {value!r}.", stacklevel=2)
+        warnings.warn(f"`{name}` is read as a text: there is no image {value!r}.", stacklevel=2)
     return kind, value
 
 
 def _looks_like_path(text: Any) -> bool:
-    return isinstance(text, str) and text.lower().endswith(PICTURE_ENDINGS) and not any(map(str.isspace, text))
+    return isinstance(text, str) and text.lower().endswith(IMAGE_ENDINGS) and not any(map(str.isspace, text))
 
 
 def _unwrapped(item: Any) -> Any:
@@ -81,58 +69,46 @@ def _unwrapped(item: Any) -> Any:
     return {"text": parts} if isinstance(parts, str) else item
 
 
-def _picture_and_text(pair: Any, name: str) -> tuple[Any, Any]:
-    """A pair in this order, whatever its own."""
+def _image_and_text(pair: Any, name: str) -> tuple[Any, Any]:
+    """The image and the text of a pair, which may be in any order."""
     if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-        raise TypeError(f"`{name}` must be a pair of a picture and a text, got {type(pair).__name__}.")
+        raise TypeError(f"`{name}` must be a pair of an image and a text, got {type(pair).__name__}.")
     if _is_seen(pair[0]):
         return pair[0], pair[1]
     first, second = (_kind_and_value(item, f"{name}[{index}]") for index, item in enumerate(pair))
     if first[0] == second[0]:
-        raise ValueError(f"`{name}` must be a picture and a text, got twice {first[0]}.")
+        raise ValueError(f"`{name}` must be an image and a text, got two {first[0]}s.")
     return (first[1], second[1]) if first[0] == "image" else (second[1], first[1])
 
 
 def _is_seen(item: Any) -> bool:
-    """Whether it is what the model's `look_at` returned for a picture."""
+    """Whether an item is what the model's `look_at` returned for an image."""
     return hasattr(item, "image_states")
 
 
-def _distinct(pictures: Sequence[Any]) -> tuple[list[Any], list[int]]:
-    """The different pictures, and for every given one its place among them. Pictures are told apart as objects."""
-    places: dict[Any, int] = {}
-    kept: list[Any] = []
-    place_of_each = []
-    for picture in pictures:
-        key = os.fspath(picture) if isinstance(picture, (str, os.PathLike)) else id(picture)
-        if key not in places:
-            places[key] = len(kept)
-            kept.append(picture)
-        place_of_each.append(places[key])
-    return kept, place_of_each
-
-
-def _checked_mode(mode: Any) -> str:
-    if mode not in MODES:
-        raise ValueError(f"`mode` must be one of {MODES}, got {mode!r}.")
-    return mode
+def _distinct(images: Sequence[Any]) -> tuple[list[Any], list[int]]:
+    """The I different images, and the index of each given one among them. Paths are compared by name, objects by id."""
+    keys = [os.fspath(image) if isinstance(image, (str, os.PathLike)) else id(image) for image in images]
+    kept = dict(zip(keys, images))
+    places = {key: place for place, key in enumerate(kept)}
+    return list(kept.values()), [places[key] for key in keys]
 
 
 # Modules
 
 
 class InternVLModule(InputModule):
-    """The repository's model and processor as a module; what embedder and re-ranker have in common.
+    """The repository's model and processor as a module: the base of the embedder and the re-ranker.
 
     Args:
         model (`InternVLModel`): the model.
         processor (`InternVLProcessor`): of the same checkpoint.
 
     Raises:
-        ValueError: the processor is another checkpoint's.
+        ValueError: the processor belongs to another checkpoint.
     """
 
-    # mteb reads in this file, at `modality_config`, what a model of the Hub takes.
+    # In this file, mteb reads from `modality_config` which inputs a model of the Hub takes.
     config_file_name = "sentence_bert_config.json"
     config_keys = ["modality_config"]
     modality_config = {"text": {"method": "embed_text"}, "image": {"method": "embed_image"}}
@@ -161,15 +137,16 @@ class InternVLModule(InputModule):
         backend: str = "torch",
         **kwargs: Any,
     ) -> "InternVLModule":
-        """Loads model and processor; sentence-transformers calls it.
+        """Load model and processor; sentence-transformers calls it.
 
         Args:
             model_name_or_path (`str`): folder or id of the repository.
+            subfolder, token, cache_folder, revision, local_files_only, trust_remote_code: as in `from_pretrained`.
             model_kwargs, processor_kwargs, config_kwargs (`dict`, *optional*): for `from_pretrained` of the model
                 (`dtype`, `device_map`, ...), the processor (`max_length`) and the config (`contrastive_only`). A
-                `subfolder` among the model's is that of all three: sentence-transformers has no other place for it.
+                `subfolder` in `model_kwargs` applies to all three: sentence-transformers has no other place for it.
             backend (`str`): "torch".
-            kwargs: what sentence-transformers gives to modules of other kinds; not used.
+            kwargs: sentence-transformers' own, for other kinds of modules; not used.
 
         Raises:
             ValueError: another backend.
@@ -182,10 +159,11 @@ class InternVLModule(InputModule):
             "token": token,
             "cache_dir": cache_folder,
             "revision": revision,
+            "local_files_only": local_files_only,
+            "trust_remote_code": trust_remote_code,
         }
-        hub |= {"local_files_only": local_files_only, "trust_remote_code": trust_remote_code}
         processor_options = hub | (processor_kwargs or {})
-        # The name under which a CrossEncoder hands over its `max_length`.
+        # A CrossEncoder passes its `max_length` under this name.
         max_length = processor_options.pop("model_max_length", None)
         config = AutoConfig.from_pretrained(model_name_or_path, **(hub | (config_kwargs or {})))
         model = AutoModel.from_pretrained(model_name_or_path, config=config, **(hub | model_options))
@@ -194,25 +172,30 @@ class InternVLModule(InputModule):
             module.max_seq_length = max_length
         return module
 
-    def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
-        """Writes model, processor, their code, and the settings of this module; always as safetensors."""
+    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
+        """Write model, processor, their code, and the settings of this module, always as safetensors.
+
+        Args:
+            output_path (`str`): the folder.
+            args, kwargs: sentence-transformers' own (`safe_serialization`); not used.
+        """
         self.model.save_pretrained(output_path)
         self.processor.save_pretrained(output_path)
         self.save_config(output_path)
 
     @property
     def modalities(self) -> list[str]:
-        """What an input may be. A "message" holds one text or one picture; a batch of both kinds counts as such."""
+        """What an input may be. A "message" holds one text or one image; a batch of both kinds counts as one."""
         return ["text", "image", "message"]
 
     @property
     def tokenizer(self) -> Any:
-        """The processor's tokenizer. Calling it yields ids without the recipe."""
+        """The processor's tokenizer. A call of it returns ids without the recipe."""
         return self.processor.tokenizer
 
     @property
     def max_seq_length(self) -> int:
-        """Longest text in ids, `<s>`, prefix and `</s>` included. Longer ones are cut, with a warning."""
+        """Longest text in ids, `<s>`, prefix and `</s>` included. Longer texts are cut, with a warning."""
         return self.processor.max_length
 
     @max_seq_length.setter
@@ -225,16 +208,13 @@ class InternVLModule(InputModule):
 
 
 class InternVLEmbedder(InternVLModule):
-    """Embeds texts and pictures into one space.
+    """Embeds texts and images into one space.
 
     Args:
         model, processor: see [`InternVLModule`].
-        mode (`str`): how pictures are embedded if a call does not say: "InternVL-C" or "InternVL-G". In
-            `SentenceTransformer(..., model_kwargs={"mode": ...})`, saved with the model, and `encode(..., mode=...)`
-            for one call.
-
-    Raises:
-        ValueError: another mode.
+        mode (`str`): the default way to embed images, "InternVL-C" or "InternVL-G". Set it by
+            `SentenceTransformer(..., model_kwargs={"mode": ...})`, which is saved with the model, or for one call by
+            `encode(..., mode=...)`.
     """
 
     config_keys = ["mode", "modality_config"]
@@ -243,17 +223,23 @@ class InternVLEmbedder(InternVLModule):
 
     def __init__(self, model: Any, processor: Any, mode: str = "InternVL-C"):
         super().__init__(model, processor)
-        self.mode = _checked_mode(mode)
+        self.mode = mode
 
     @classmethod
     def load(  # type: ignore[override]
         cls, model_name_or_path: str, *, model_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> "InternVLEmbedder":
-        """As [`InternVLModule.load`]; `model_kwargs` may also hold the `mode`."""
+        """Load as [`InternVLModule.load`] does; `model_kwargs` may also hold the `mode`.
+
+        Raises:
+            ValueError: another backend or mode.
+        """
         places = ("subfolder", "token", "cache_folder", "revision", "local_files_only")
         config = cls.load_config(model_name_or_path, **{name: kwargs[name] for name in places if name in kwargs})
         model_kwargs = {"mode": config.get("mode", "InternVL-C")} | (model_kwargs or {})
-        mode = _checked_mode(model_kwargs.pop("mode"))
+        mode = model_kwargs.pop("mode")
+        if mode not in MODES:  # the model would say so too, but only after it is loaded
+            raise ValueError(f"`mode` must be one of {MODES}, got {mode!r}.")
         module = super().load(model_name_or_path, model_kwargs=model_kwargs, **kwargs)
         module.mode = mode
         return module
@@ -270,65 +256,69 @@ class InternVLEmbedder(InternVLModule):
         max_length: int | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Prepares B inputs, T of them texts and I pictures.
+        """Prepare B inputs, T of them texts and I images.
 
         Args:
-            inputs (sequence): texts, PIL images, paths of pictures, [H, W, C] arrays or tensors; or dicts
+            inputs (sequence): texts, PIL images, paths of images, [H, W, C] arrays or tensors; or dicts
                 {"text": ...} and {"image": ...}. In any order.
             prompt (`str`, *optional*): put in front of the texts, behind `summarize:`.
             processing_kwargs (`dict`, *optional*): {"text": ..., "image": ...}, options of the processor's calls, such
                 as {"image": {"crop": "squash"}}.
             max_length (`int`, *optional*): longest text in ids.
-            kwargs: `task` and `mode`, which sentence-transformers hands to every module; not needed here.
+            kwargs: sentence-transformers' own (`task`, `mode`); not used.
 
         Returns:
             `dict`: `input_ids` and `attention_mask` [T, L]; `pixel_values` [I, 3, H, W]; and in a mixed batch `order`
-            [B], which brings texts and pictures one after the other into the order of the inputs.
+            [B], which sorts the texts followed by the images into the order of the inputs.
 
         Raises:
-            ValueError, TypeError: what is neither a text nor a picture, an empty or unreadable one.
+            TypeError, ValueError: an input that is neither a text nor an image, or an empty one.
+            OSError: an image file that is missing or that PIL cannot read.
         """
         options = processing_kwargs or {}
         found = [_kind_and_value(item, f"inputs[{index}]") for index, item in enumerate(inputs)]
-        texts, pictures = ([value for kind, value in found if kind == wanted] for wanted in ("text", "image"))
+        texts, images = ([value for kind, value in found if kind == wanted] for wanted in ("text", "image"))
         features: dict[str, Any] = {}
         if texts:
             features |= self._text_features(texts, prompt, {"max_length": max_length} | options.get("text", {}))
-        if pictures:
-            features |= self.processor(images=pictures, task=self.task, **options.get("image", {}))
-        if texts and pictures:
-            is_picture = torch.tensor([kind == "image" for kind, _ in found])
-            features["order"] = is_picture.byte().argsort(stable=True).argsort()
+        if images:
+            features |= self.processor(images=images, task=self.task, **options.get("image", {}))
+        if texts and images:
+            is_image = torch.tensor([kind == "image" for kind, _ in found])  # [B]
+            features["order"] = is_image.byte().argsort(stable=True).argsort()  # [B]
         return features
 
     def forward(self, features: dict[str, Any], mode: str | None = None, **kwargs: Any) -> dict[str, Any]:
-        """Adds `sentence_embedding` [B, width], of length 1, to the features of `preprocess`.
+        """Add `sentence_embedding` [B, width], of length 1, to the features of `preprocess`.
 
         Args:
             features (`dict`): as `preprocess` returned them.
-            mode (`str`, *optional*): for pictures; the module's own if not given.
-            kwargs: for modules of other kinds; not used.
+            mode (`str`, *optional*): for images; the module's own if not given.
+            kwargs: sentence-transformers' own, for other kinds of modules; not used.
+
+        Returns:
+            `dict`: `features`, changed in place.
 
         Raises:
-            ValueError: a part of a mixed batch: losses that split batches need texts and pictures apart.
+            ValueError: part of a mixed batch. Losses that split batches need texts and images in separate columns.
         """
-        embeds = []
+        parts = []
         if "input_ids" in features:
-            embeds.append(self.model.embed_text(features["input_ids"], features["attention_mask"]))
+            parts.append(self.model.embed_text(features["input_ids"], features["attention_mask"]))
         if "pixel_values" in features:
-            embeds.append(self.model.embed_image(features["pixel_values"], mode=self.mode if mode is None else mode))
-        together = torch.cat(embeds)
+            parts.append(self.model.embed_image(features["pixel_values"], mode=self.mode if mode is None else mode))
+        embeddings = torch.cat(parts)
         order = features.get("order")
         if order is not None:
-            if len(order) != len(together):
-                raise ValueError(f"`features` must be a whole mixed batch, got {len(together)} of {len(order)} rows.")
-            together = together[order]
-        features["sentence_embedding"] = together
+            if len(order) != len(embeddings):
+                raise ValueError(f"`features` must be a whole mixed batch, got {len(embeddings)} of {len(order)} rows.")
+            embeddings = embeddings[order]
+        features["sentence_embedding"] = embeddings
         return features
 
 
 class InternVLReranker(InternVLModule):
-    """Scores how well a text fits a picture, by the checkpoint's matching head.
+    """Scores how well a text fits an image, by the checkpoint's matching head.
 
     Args:
         model, processor: see [`InternVLModule`].
@@ -344,39 +334,43 @@ class InternVLReranker(InternVLModule):
         max_length: int | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Prepares B pairs with I different pictures.
+        """Prepare B pairs with I different images.
 
         Args:
-            inputs (sequence of pairs): a text and a picture, in any order, each as in [`InternVLEmbedder.preprocess`].
-                Pictures are different when they are different objects or paths.
+            inputs (sequence of pairs): a text and an image, in any order, each as in [`InternVLEmbedder.preprocess`].
+                Images are different if they are different objects or paths.
             prompt (`str`, *optional*): put in front of the texts.
             processing_kwargs, max_length, kwargs: see [`InternVLEmbedder.preprocess`].
 
         Returns:
-            `dict`: `input_ids` and `attention_mask` [B, L]; `picture_of_pair` [B], below I; and `pixel_values`
-            [I, 3, H, W], or `seen` if `look_once` has replaced the pictures by what the model saw.
+            `dict`: `input_ids` and `attention_mask` [B, L]; `image_of_pair` [B], below I; and `pixel_values`
+            [I, 3, H, W], or `seen` if `look_once` has replaced the images by what the model saw.
 
         Raises:
-            ValueError, TypeError: what is no such pair, an empty text, an unreadable picture.
+            TypeError, ValueError: not a pair of a text and an image, or an empty one.
+            OSError: an image file that is missing or that PIL cannot read.
         """
         options = processing_kwargs or {}
-        pairs = [_picture_and_text(pair, f"inputs[{index}]") for index, pair in enumerate(inputs)]
+        pairs = [_image_and_text(pair, f"inputs[{index}]") for index, pair in enumerate(inputs)]
         texts = [text for _, text in pairs]
-        pictures, picture_of_pair = _distinct([picture for picture, _ in pairs])
+        images, image_of_pair = _distinct([image for image, _ in pairs])
         features = self._text_features(texts, prompt, {"max_length": max_length} | options.get("text", {}))
-        features["picture_of_pair"] = torch.tensor(picture_of_pair)
-        if _is_seen(pictures[0]):
-            features["seen"] = pictures[0]._replace(image_states=torch.cat([seen.image_states for seen in pictures]))
+        features["image_of_pair"] = torch.tensor(image_of_pair)
+        if _is_seen(images[0]):
+            features["seen"] = images[0]._replace(image_states=torch.cat([seen.image_states for seen in images]))
         else:
-            features |= self.processor(images=pictures, task=self.task, **options.get("image", {}))
+            features |= self.processor(images=images, task=self.task, **options.get("image", {}))
         return features
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Adds `scores` [B, 1], float32, to the features: the log-odds of a match, whose sigmoid is its probability.
+        """Add `scores` [B, 1], float32, to the features: the log-odds of a match, whose sigmoid is its probability.
 
         Args:
             features (`dict`): as `preprocess` returned them.
-            kwargs: for modules of other kinds; not used.
+            kwargs: sentence-transformers' own, for other kinds of modules; not used.
+
+        Returns:
+            `dict`: `features`, changed in place.
         """
         seen = features.get("seen")
         if seen is None:
@@ -385,7 +379,7 @@ class InternVLReranker(InternVLModule):
         if len(seen.image_states) == 1:
             logits = self.model.match(seen, *text, all_pairs=True)[0]  # [B, 2]
         else:
-            states = seen.image_states[features["picture_of_pair"]]
+            states = seen.image_states[features["image_of_pair"]]
             logits = self.model.match(seen._replace(image_states=states), *text)
         features["scores"] = (logits[:, 1:] - logits[:, :1]).float()
         return features
@@ -394,36 +388,37 @@ class InternVLReranker(InternVLModule):
     def look_once(
         self, pairs: Sequence[Any], batch_size: int, device: torch.device
     ) -> Iterator[tuple[list[int], list[Any]]]:
-        """Runs the vision tower over the different pictures of pairs, `batch_size` at a time.
+        """Run the vision tower over the different images of pairs, `batch_size` at a time.
 
         Args:
             pairs (sequence of pairs): as in `preprocess`.
-            batch_size (`int`): pictures whose tokens are in memory at the same time.
+            batch_size (`int`): number of images whose tokens are in memory at the same time.
             device (`torch.device`): where the pixels go.
 
         Yields:
-            `(list[int], list)`: indices of the pairs of some pictures, and these pairs with what the model saw, which
-            `preprocess` takes, in place of the picture.
+            `(list[int], list)`: the indices of the pairs of some images, and these pairs with what the model saw in
+            place of the image, which `preprocess` takes.
         """
-        known = [_picture_and_text(pair, f"inputs[{index}]") for index, pair in enumerate(pairs)]
-        pictures, picture_of_pair = _distinct([picture for picture, _ in known])
-        for start in range(0, len(pictures), batch_size):
-            pixels = self.processor(images=pictures[start : start + batch_size], task=self.task).pixel_values
+        known = [_image_and_text(pair, f"inputs[{index}]") for index, pair in enumerate(pairs)]
+        images, image_of_pair = _distinct([image for image, _ in known])
+        for start in range(0, len(images), batch_size):
+            pixels = self.processor(images=images[start : start + batch_size], task=self.task).pixel_values
             seen = self.model.look_at(pixels.to(device), queries=False)
             one_each = [seen._replace(image_states=states) for states in seen.image_states.split(1)]
-            rows = [row for row, place in enumerate(picture_of_pair) if start <= place < start + batch_size]
-            yield rows, [(one_each[picture_of_pair[row] - start], known[row][1]) for row in rows]
+            rows = [row for row, place in enumerate(image_of_pair) if start <= place < start + batch_size]
+            yield rows, [(one_each[image_of_pair[row] - start], known[row][1]) for row in rows]
 
 
-class InternVLCrossEncoder(CrossEncoderOfOneModule):
-    """A `CrossEncoder` of pictures and texts that is loaded from the repository of the joint model.
+class InternVLCrossEncoder(CrossEncoder):
+    """A `CrossEncoder` of images and texts, loaded from the repository of the joint model.
 
-    `predict` and `rank` give the probability of a match; with `activation_fn=torch.nn.Identity()` its log-odds. What
-    `save_pretrained` writes is loaded by the plain `CrossEncoder(folder, trust_remote_code=True)` too.
+    `predict` and `rank` return the probability of a match, or with `activation_fn=torch.nn.Identity()` its log-odds.
+    The plain `CrossEncoder(folder, trust_remote_code=True)` also loads what `save_pretrained` writes.
     """
 
-    def one_module(self, model_name_or_path: str, **kwargs: Any) -> Any:
-        return InternVLReranker.load(model_name_or_path, **kwargs)
+    def _load_default_modules(self, model_name_or_path: str, **kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
+        # undocumented: called for a repository that holds no CrossEncoder
+        return [InternVLReranker.load(model_name_or_path, **kwargs)], {}
 
     def predict(
         self,
@@ -434,20 +429,21 @@ class InternVLCrossEncoder(CrossEncoderOfOneModule):
         convert_to_tensor: bool = False,
         **options: Any,
     ) -> Any:
-        """As `CrossEncoder.predict`. The vision tower runs once for every picture, not for every pair.
+        """Score pairs as `CrossEncoder.predict` does, but run the vision tower once per image, not once per pair.
 
         Args:
-            inputs: a pair of a text and a picture, in any order, or a list of them.
-            batch_size (`int`): pictures, and pairs, that are computed at the same time.
+            inputs: a pair of a text and an image, in any order, or a list of B pairs.
+            batch_size (`int`): number of images, and of pairs, that are computed at the same time.
             convert_to_numpy, convert_to_tensor (`bool`): as in `CrossEncoder.predict`.
-            options: the other arguments of `CrossEncoder.predict`. With several processes (`pool`, a list as `device`)
-                a picture is seen once in every batch.
+            options: the other arguments of `CrossEncoder.predict`. With several processes (`pool`, or a list as
+                `device`), the vision tower sees an image once per batch.
 
         Returns:
-            One score for a pair; for a list an array, tensor or list of B of them.
+            One score for a pair; for a list, an array, tensor or list of B scores.
 
         Raises:
-            ValueError, TypeError: what is no such pair, an empty text, an unreadable picture.
+            TypeError, ValueError: not a pair of a text and an image, or an empty one.
+            OSError: an image file that is missing or that PIL cannot read.
         """
         is_single = self.is_singular_input(inputs)
         pairs = [inputs] if is_single else list(inputs)

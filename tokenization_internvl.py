@@ -3,23 +3,27 @@
 Reference: the checkpoint's ``tokenizer.model`` as the original's slow ``LlamaTokenizer`` read it
 (docs/model.md, "Sizes" and "Texts").
 
-Why the library's tokenizer is not used: newer releases rebuild ``LlamaTokenizer`` on the `tokenizers` library, which
-ranks merges by vocabulary id where SentencePiece ranks them by score, so "A  double  space" and much Chinese text get
-other ids. Here SentencePiece itself splits the text. The base class, `PreTrainedTokenizer`, has the same name and the
-same hooks in every supported release.
+Where this file differs from transformers' ``LlamaTokenizer``, and why:
+
+* SentencePiece itself splits the text. Newer releases rebuild ``LlamaTokenizer`` on the `tokenizers` library, which
+  ranks merges by vocabulary id where SentencePiece ranks them by score, so "A  double  space" and much Chinese text
+  get other ids. The base class, `PreTrainedTokenizer`, has the same name and hooks in every supported release.
 """
 
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizer
 
 from .compat_internvl import pipeline_task
 
+# The feature is read at </s>, and only texts that start with this were trained to put it there.
 PREFIX = "summarize:"
-# Pipelines that call a tokenizer to have texts embedded, and know nothing of what that takes here.
+# These pipelines call a tokenizer to embed texts, and know nothing of the prefix and </s>.
 EMBEDDING_PIPELINES = ("zero-shot-image-classification", "feature-extraction")
+Ids = list[int]
 
 
 class InternVLTokenizer(PreTrainedTokenizer):
@@ -32,21 +36,20 @@ class InternVLTokenizer(PreTrainedTokenizer):
         vocab_file (`str`): path of a SentencePiece model. It is the only file the constructor reads.
         unk_token, bos_token, eos_token (`str`): ids 0, 1 and 2 of the published model.
         pad_token (`str`, *optional*): defaults to `unk_token`, id 0, the id the model was trained with. A token the
-            vocabulary lacks (CLIP_benchmark's ``' '``) also pads with `unk_token`: it would otherwise be added behind
-            the last row of the embedding table, and split every text that contains it.
+            vocabulary lacks (CLIP_benchmark's ``' '``) also becomes `unk_token`: transformers would add it behind the
+            last row of the embedding table, and it would split every text that contains it.
         add_bos_token (`bool`, *optional*): whether sequences start with ``<s>``; default True.
         add_eos_token (`bool`, *optional*): whether sequences end with ``</s>``; default False. Text features are read
             at ``</s>``, so embeddings need True and prompts for generation False. Both may be assigned at any time.
-        added_ends (`dict[str, bool]`, *optional*): the two settings as `save_pretrained` stores them; not for callers.
-        default_task (`str`, *optional*): "embed" makes every call give what embeddings need: ``summarize:`` before the
-            text unless it is there, ``</s>`` after it. Pipelines that embed texts load their tokenizer so; one that is
-            handed a tokenizer needs one that was loaded so.
+        added_ends (`dict[str, bool]`, *optional*): both settings as `save_pretrained` stores them; not for callers.
+        default_task (`str`, *optional*): "embed" makes every call return what embeddings need: ``summarize:`` before
+            the text unless it is there, and ``</s>`` after it. Pipelines that embed texts load their tokenizer with it;
+            a pipeline that is given a tokenizer needs one that was loaded with it.
 
     Raises:
-        ValueError: `vocab_file` is None, which is what loading a folder without ``tokenizer.model`` comes to; or
-            `default_task` is neither None nor "embed".
-        FileNotFoundError: there is no such file.
-        RuntimeError: the file is no SentencePiece model.
+        ValueError: `vocab_file` is None (the folder has no ``tokenizer.model``), or `default_task` is something else.
+        FileNotFoundError: `vocab_file` does not exist.
+        RuntimeError: `vocab_file` is not a SentencePiece model.
     """
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}
@@ -55,39 +58,35 @@ class InternVLTokenizer(PreTrainedTokenizer):
 
     def __init__(
         self,
-        vocab_file,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token=None,
-        add_bos_token=None,
-        add_eos_token=None,
-        added_ends=None,
-        default_task=None,
-        **kwargs,
+        vocab_file: str | os.PathLike | None,
+        unk_token: str = "<unk>",
+        bos_token: str = "<s>",
+        eos_token: str = "</s>",
+        pad_token: str | None = None,
+        add_bos_token: bool | None = None,
+        add_eos_token: bool | None = None,
+        added_ends: dict[str, bool] | None = None,
+        default_task: str | None = None,
+        **kwargs: Any,
     ):
         if default_task not in (None, "embed"):
             raise ValueError(f'`default_task` must be None or "embed", got {default_task!r}.')
         self.default_task = default_task
         if vocab_file is None:
-            raise ValueError(
-                "`vocab_file` must be the path of a SentencePiece model, got None: there is no tokenizer.model. Was it "
-                'left out of the download, or is the checkpoint in a subfolder (`subfolder="tiny"` in a clone)?'
-            )
-        if not os.path.isfile(vocab_file):
-            raise FileNotFoundError(f"`vocab_file` must be the path of a SentencePiece model, got {str(vocab_file)!r}.")
+            advice = 'Download it, or name the folder that has it (`subfolder="tiny"` in a clone).'
+            raise ValueError(f"`vocab_file` must be given, got None: there is no tokenizer.model. {advice}")
         self.vocab_file = str(vocab_file)
         import sentencepiece  # the model loads without it
 
         self.sp_model = sentencepiece.SentencePieceProcessor()
-        self.sp_model.Load(self.vocab_file)
+        self.sp_model.LoadFromSerializedProto(Path(vocab_file).read_bytes())
 
         saved = {"bos": True, "eos": False} | (added_ends or {})
         self.add_bos_token = saved["bos"] if add_bos_token is None else add_bos_token
         self.add_eos_token = saved["eos"] if add_eos_token is None else add_eos_token
 
         added = {str(token) for token in kwargs.get("added_tokens_decoder", {}).values()}
-        known_pad = self._is_piece(pad_token) or str(pad_token) in added
+        known_pad = pad_token is not None and (self._is_piece(str(pad_token)) or str(pad_token) in added)
         super().__init__(
             unk_token=unk_token,
             bos_token=bos_token,
@@ -98,25 +97,25 @@ class InternVLTokenizer(PreTrainedTokenizer):
         )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in transformers; in a pipeline that embeds texts `default_task` is "embed"."""
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> "InternVLTokenizer":
+        """Load as transformers does; in a pipeline that embeds texts, `default_task` becomes "embed"."""
         tokenizer = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         if pipeline_task(kwargs) in EMBEDDING_PIPELINES:
             tokenizer.default_task = "embed"
         return tokenizer
 
-    def __call__(self, text=None, *args, **kwargs):
-        """As in transformers; what `default_task` adds is added to each text."""
+    def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Encode as transformers does, after adding to each text what `default_task` needs."""
         if self.default_task == "embed":
-            text = _with_prefix(text)
+            text = _with_prefixes(text)
         return super().__call__(text, *args, **kwargs)
 
     @property
     def added_ends(self) -> dict[str, bool]:
-        """`add_bos_token` and `add_eos_token` under a name that is saved.
+        """`add_bos_token` and `add_eos_token` under a name that `save_pretrained` keeps.
 
-        newer releases drop the two flags themselves from ``tokenizer_config.json``; a tokenizer saved with
-        ``add_eos_token=True`` would come back without ``</s>``, and its embeddings would be wrong without an error.
+        Newer releases drop both flags from ``tokenizer_config.json``. A tokenizer saved with ``add_eos_token=True``
+        would come back without ``</s>``, and its embeddings would be wrong without an error.
         """
         return {"bos": bool(self.add_bos_token), "eos": bool(self.add_eos_token)}
 
@@ -130,22 +129,20 @@ class InternVLTokenizer(PreTrainedTokenizer):
         pieces = self.sp_model.id_to_piece(list(range(self.vocab_size)))
         return {piece: index for index, piece in enumerate(pieces)} | self.added_tokens_encoder
 
-    def _is_piece(self, token) -> bool:
-        if token is None:
-            return False
-        return self.sp_model.id_to_piece(self.sp_model.piece_to_id(str(token))) == str(token)
+    def _is_piece(self, token: str) -> bool:
+        return self.sp_model.id_to_piece(self.sp_model.piece_to_id(token)) == token
 
-    def _tokenize(self, text, **kwargs):
+    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
         return self.sp_model.encode(text, out_type=str)
 
-    def _convert_token_to_id(self, token):
+    def _convert_token_to_id(self, token: str) -> int:
         return self.sp_model.piece_to_id(token)
 
-    def _convert_id_to_token(self, index):
+    def _convert_id_to_token(self, index: int) -> str:
         return self.sp_model.id_to_piece(index)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Joins pieces into text. Special tokens stay as they are: SentencePiece would print ``<unk>`` as " ⁇ "."""
+        """Join pieces into a text. Special tokens stay as they are: SentencePiece would print ``<unk>`` as " ⁇ "."""
         special = set(self.all_special_tokens)
         texts: list[str] = []
         run: list[str] = []
@@ -161,14 +158,16 @@ class InternVLTokenizer(PreTrainedTokenizer):
     def _ends_in_eos(self) -> bool:
         return bool(self.add_eos_token) or self.default_task == "embed"
 
-    def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None) -> list[int]:
-        """Puts ``<s>`` before and ``</s>`` after each sequence, as far as the settings say."""
+    def build_inputs_with_special_tokens(self, token_ids_0: Ids, token_ids_1: Ids | None = None) -> Ids:
+        """Put ``<s>`` before and ``</s>`` after each sequence, where the settings say so."""
         start = [self.bos_token_id] if self.add_bos_token else []
         end = [self.eos_token_id] if self._ends_in_eos else []
         first = start + list(token_ids_0) + end
         return first if token_ids_1 is None else first + start + list(token_ids_1) + end
 
-    def get_special_tokens_mask(self, token_ids_0, token_ids_1=None, already_has_special_tokens=False) -> list[int]:
+    def get_special_tokens_mask(
+        self, token_ids_0: Ids, token_ids_1: Ids | None = None, already_has_special_tokens: bool = False
+    ) -> Ids:
         """1 where `build_inputs_with_special_tokens` puts ``<s>`` or ``</s>``, 0 elsewhere."""
         if already_has_special_tokens:
             return super().get_special_tokens_mask(token_ids_0, token_ids_1, already_has_special_tokens=True)
@@ -176,15 +175,15 @@ class InternVLTokenizer(PreTrainedTokenizer):
         first = start + [0] * len(token_ids_0) + end
         return first if token_ids_1 is None else first + start + [0] * len(token_ids_1) + end
 
-    def create_token_type_ids_from_sequences(self, token_ids_0, token_ids_1=None) -> list[int]:
+    def create_token_type_ids_from_sequences(self, token_ids_0: Ids, token_ids_1: Ids | None = None) -> Ids:
         """0 for the first sequence, 1 for the second, special tokens included. The model does not use them."""
         first = [0] * len(self.build_inputs_with_special_tokens(token_ids_0))
         return first if token_ids_1 is None else first + [1] * len(self.build_inputs_with_special_tokens(token_ids_1))
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
-        """Writes the SentencePiece model to `save_directory` and returns its path in a tuple.
+        """Write the SentencePiece model to `save_directory` and return its path in a tuple.
 
-        The model in memory is written when the file it came from is gone.
+        If the file that it was read from is gone, the model in memory is written.
         """
         name = self.vocab_files_names["vocab_file"]
         target = Path(save_directory) / (f"{filename_prefix}-{name}" if filename_prefix else name)
@@ -195,11 +194,16 @@ class InternVLTokenizer(PreTrainedTokenizer):
         return (str(target),)
 
 
-def _with_prefix(text):
+def with_prefix(text: str) -> str:
+    """Put `PREFIX` before a text that does not start with it."""
+    return text if text.lstrip().startswith(PREFIX) else PREFIX + text
+
+
+def _with_prefixes(text: Any) -> str | list[str]:
     if isinstance(text, str):
-        return text if text.lstrip().startswith(PREFIX) else PREFIX + text
+        return with_prefix(text)
     if isinstance(text, (list, tuple)) and all(isinstance(item, str) for item in text):
-        return [_with_prefix(item) for item in text]
+        return [with_prefix(item) for item in text]
     raise TypeError(f'`text` must be a str or a list of str with `default_task="embed"`, got {type(text).__name__}.')
 
 

@@ -30,9 +30,9 @@ def text(name: str) -> str:
     return base64.b64encode(BYTES[name]).decode()
 
 
-def encoded(picture: Image.Image, kind: str = "PNG", **options) -> str:
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -52,7 +52,7 @@ def endpoint(handler, trained):
 
 @pytest.fixture(scope="module")
 def reference(trained):
-    """Model and processor as a user loads them, and the pixels of all pictures."""
+    """Model and processor as a user loads them, and the pixels of all images."""
     processor = load(trained, AutoProcessor)
     return (
         load(trained, dtype=torch.bfloat16).eval(),
@@ -95,7 +95,7 @@ def test_zero_shot(endpoint, reference, mode):
         torch.testing.assert_close(torch.tensor([by_label[label] for label in NAMES]), wanted, **CLOSE)
 
 
-def test_one_picture_is_answered_as_the_clients_of_the_hub_expect(endpoint):
+def test_one_image_is_answered_as_the_clients_of_the_hub_expect(endpoint):
     """InferenceClient.zero_shot_image_classification sends just this, and reads a list of labels and scores."""
     found = ask(endpoint, text("lion"), candidate_labels=NAMES, hypothesis_template="a photo of a {}")
     assert [set(entry) for entry in found] == [{"label", "score"}] * 3 and found[0]["label"] == "lion"
@@ -147,7 +147,7 @@ def test_match(endpoint, reference):
 
 
 @torch.inference_mode()
-def test_rerank_texts_and_pictures(endpoint, reference):
+def test_rerank_texts_and_images(endpoint, reference):
     model, processor, pictures = reference
     images = F.normalize(model.encode_image(pictures.pixel_values, mode="InternVL-G").float(), dim=-1)
     words = F.normalize(model.encode_text(processor(text=NAMES).input_ids).float(), dim=-1)
@@ -168,7 +168,7 @@ def test_rerank_texts_and_pictures(endpoint, reference):
     assert [entry["cosine"] for entry in plain] == sorted((entry["cosine"] for entry in plain), reverse=True)
 
 
-def test_a_picture_may_come_in_four_forms(endpoint):
+def test_an_image_may_come_in_four_forms(endpoint):
     forms = [
         text("panda"),
         f"data:image/png;base64,{text('panda')}",
@@ -230,8 +230,8 @@ def png_header(width: int, height: int) -> str:
 
 
 def truncated_jpeg() -> str:
-    picture = Image.effect_noise((200, 200), 80)
-    whole = base64.b64decode(encoded(picture, "JPEG"))
+    noise = Image.effect_noise((200, 200), 80)
+    whole = base64.b64decode(encoded(noise, "JPEG"))
     return base64.b64encode(whole[: len(whole) // 2]).decode()
 
 
@@ -247,13 +247,13 @@ BAD_REQUESTS = {
     "unknown parameter": ({"inputs": P, "parameters": LABELS | {"topk": 1}}, 422, "'topk'"),
     "parameter of another task": ({"inputs": P, "parameters": LABELS | {"num_beams": 2}}, 422, "'num_beams'"),
     "unknown input": ({"inputs": {"image": P}, "parameters": LABELS}, 422, "`inputs`"),
-    "no picture": ({"inputs": [], "parameters": LABELS}, 422, "`images`"),
+    "no image": ({"inputs": [], "parameters": LABELS}, 422, "`images`"),
     "null": ({"inputs": None, "parameters": LABELS}, 422, "`images`"),
     "nothing to embed": ({"inputs": {}, "parameters": {"task": "embed"}}, 422, "`inputs`"),
     "texts that would not be read": ({"inputs": {"images": P, "texts": "a"}, "parameters": LABELS}, 422, "`texts`"),
     "nothing to match": ({"inputs": P, "parameters": {"task": "match"}}, 422, "`texts`"),
     "many with many": (
-        {"inputs": {"images": [P, P], "texts": ["a", "b"]}, "parameters": {"task": "rerank"}}, 422, "2 pictures",
+        {"inputs": {"images": [P, P], "texts": ["a", "b"]}, "parameters": {"task": "rerank"}}, 422, "2 images",
     ),
     "no labels": ({"inputs": P}, 422, "`candidate_labels`"),
     "no label between commas": (
@@ -289,7 +289,7 @@ BAD_REQUESTS = {
     "a label that would be cut": ({"inputs": P, "parameters": {"candidate_labels": ["panda " * 100]}}, 422, "80 ids"),
     "a long prompt": ({"inputs": P, "parameters": {"task": "caption", "prompt": "a b " * 90}}, 422, "80 ids"),
     "a text without end": ({"inputs": {"texts": "a" * 10**6}, "parameters": {"task": "embed"}}, 413, "texts[0]"),
-    "too many pictures": ({"inputs": [P] * 33, "parameters": LABELS}, 413, "33"),
+    "too many images": ({"inputs": [P] * 33, "parameters": LABELS}, 413, "33"),
     "too many pairs": (
         {"inputs": {"images": [P] * 2, "texts": ["a"] * 200}, "parameters": {"task": "match"}}, 413, "400",
     ),
@@ -303,11 +303,11 @@ def test_bad_requests(handler, endpoint, name):
     assert found == status and phrase in message and len(message) < 400, message
 
 
-BAD_PICTURES = {
+BAD_IMAGES = {
     "a number": (7, 422, "must be a base64 string"),
     "a list of lists": ([[P]], 422, "must be a base64 string"),
-    "garbage": ("%%%not base64%%%", 400, "no base64"),
-    "not ASCII": ("熊猫", 400, "no base64"),
+    "garbage": ("%%%not base64%%%", 400, "not base64"),
+    "not ASCII": ("熊猫", 400, "not base64"),
     "empty": ("", 422, "is none of"),
     "base64 of something else": (base64.b64encode(b"hello, world").decode(), 422, "is none of"),
     "a vector drawing": (base64.b64encode(b"<svg xmlns='http://www.w3.org/2000/svg'/>").decode(), 422, "is none of"),
@@ -325,10 +325,10 @@ BAD_PICTURES = {
 }
 
 
-@pytest.mark.parametrize("name", BAD_PICTURES)
-def test_bad_pictures(handler, endpoint, monkeypatch, name):
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_bad_images(handler, endpoint, monkeypatch, name):
     monkeypatch.setattr(socket, "socket", lambda *a, **k: pytest.fail("a request must not open a connection"))
-    item, status, phrase = BAD_PICTURES[name]
+    item, status, phrase = BAD_IMAGES[name]
     found, message = refused(handler, endpoint, {"inputs": [P, item], "parameters": LABELS})
     assert found == status and phrase in message and len(message) < 400, message
     assert "images[1]" in message
@@ -340,7 +340,7 @@ def test_a_path_that_happens_to_be_base64_is_not_read(handler, endpoint, tmp_pat
     assert refused(handler, endpoint, {"inputs": "pandapng", "parameters": LABELS})[0] == 422
 
 
-def test_large_pictures_are_refused_before_they_are_decoded(handler, endpoint, monkeypatch):
+def test_large_images_are_refused_before_they_are_decoded(handler, endpoint, monkeypatch):
     size = len(BYTES["panda"])
     monkeypatch.setattr(handler, "MAX_IMAGE_BYTES", size - 100)
     for form in (BYTES["panda"], "A" * (size * 2)):
@@ -375,7 +375,7 @@ def test_at_its_limits_a_request_is_answered(handler, endpoint, monkeypatch):
 
 
 def test_examples_of_the_docstring_are_answered(handler, endpoint):
-    """Every {"inputs": ...} of the module's docstring is a request that works, with P a picture."""
+    """Every {"inputs": ...} of the module's docstring is a request that works, with P an image."""
     examples = [line.strip() for line in handler.__doc__.splitlines() if line.strip().startswith('{"inputs": ')]
     assert len(examples) == len(handler.PARAMETERS)
     tasks = set()

@@ -1,4 +1,4 @@
-"""InternVLProcessor: pictures of every kind, the text recipe of each task, misuse, saving."""
+"""InternVLProcessor: images of every kind, the text recipe of each task, misuse, saving."""
 
 import json
 import shutil
@@ -46,8 +46,8 @@ def normalised(grey):
     return (torch.tensor([grey] * 3) / 255 - MEAN) / STD
 
 
-def grey_picture(mode):
-    """A picture of `mode`, 50 x 60, all of it grey 128; white for the mode that has no grey."""
+def grey_image(mode):
+    """An image of `mode`, 50 x 60, all of it grey 128; white for the mode that has no grey."""
     grey = Image.new("L", (50, 60), 128)
     if mode.startswith("I;16"):
         values = np.full(3000, 128 * 257, ">u2" if mode.endswith("B") else "<u2")
@@ -55,9 +55,9 @@ def grey_picture(mode):
     if mode == "1":
         return Image.new("1", grey.size, 1)
     if mode in ("P", "PA"):
-        picture = Image.new("P", grey.size, 0)
-        picture.putpalette([128, 128, 128, 0, 0, 0])
-        return picture.convert(mode)
+        image = Image.new("P", grey.size, 0)
+        image.putpalette([128, 128, 128, 0, 0, 0])
+        return image.convert(mode)
     by_way_of = {"La": "LA", "RGBa": "RGBA"}.get(mode, "L" if mode in ("L", "LA", "I", "F") else "RGB")
     return grey.convert(by_way_of).convert(mode)
 
@@ -68,7 +68,7 @@ def assert_grey(pixel_values, grey, within=0.0):
     assert (levels - grey).abs().max() <= within + 1e-3
 
 
-# Pictures
+# Images
 
 
 def test_shape_type_and_values(processor):
@@ -86,21 +86,21 @@ def test_equals_pil_bicubic_and_centre_crop(processor, noise):
 
 
 def test_squash_keeps_the_edges_that_centre_cropping_drops(processor):
-    picture = Image.new("RGB", (300, 60), "black")
-    ImageDraw.Draw(picture).rectangle((0, 0, 60, 60), fill="white")
-    assert_grey(processor(picture)["pixel_values"], 0)
-    squashed = processor(picture, crop="squash")["pixel_values"]
+    image = Image.new("RGB", (300, 60), "black")
+    ImageDraw.Draw(image).rectangle((0, 0, 60, 60), fill="white")
+    assert_grey(processor(image)["pixel_values"], 0)
+    squashed = processor(image, crop="squash")["pixel_values"]
     assert squashed.shape == (1, 3, 48, 48)
-    expected = np.array(picture.resize((48, 48), Image.Resampling.BICUBIC))
+    expected = np.array(image.resize((48, 48), Image.Resampling.BICUBIC))
     levels = (squashed[0].permute(1, 2, 0) * STD + MEAN) * 255
     assert np.abs(levels.numpy() - expected).max() < 1e-2 and expected.max() == 255
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_pil_mode_keeps_mid_grey(processor, mode):
-    picture = grey_picture(mode)
-    assert picture.mode == mode
-    assert_grey(processor(picture)["pixel_values"], 255 if mode == "1" else 128, within=1)
+    image = grey_image(mode)
+    assert image.mode == mode
+    assert_grey(processor(image)["pixel_values"], 255 if mode == "1" else 128, within=1)
 
 
 def test_lab_is_converted(processor):
@@ -123,15 +123,15 @@ def test_transparency_lies_on_white(processor, tmp_path):
 
 
 def test_exif_orientation_is_applied(processor, tmp_path):
-    picture = Image.new("RGB", (60, 60), "black")
-    ImageDraw.Draw(picture).rectangle((0, 0, 60, 29), fill="white")
+    image = Image.new("RGB", (60, 60), "black")
+    ImageDraw.Draw(image).rectangle((0, 0, 60, 29), fill="white")
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
-    picture.save(tmp_path / "turned.png", exif=exif)
-    upright = processor(picture.rotate(180))["pixel_values"]
+    image.save(tmp_path / "turned.png", exif=exif)
+    upright = processor(image.rotate(180))["pixel_values"]
     for turned in (tmp_path / "turned.png", Image.open(tmp_path / "turned.png")):
         assert torch.equal(processor(turned)["pixel_values"], upright)
-    assert not torch.equal(processor(picture)["pixel_values"], upright)
+    assert not torch.equal(processor(image)["pixel_values"], upright)
 
 
 def test_arrays_tensors_and_paths_give_the_same_pixels(processor, noise, tmp_path):
@@ -140,8 +140,8 @@ def test_arrays_tensors_and_paths_give_the_same_pixels(processor, noise, tmp_pat
     chw = noise.transpose(2, 0, 1)
     same = [noise, chw, noise / 255, noise.astype(np.int64), torch.tensor(chw) / 255, torch.tensor(noise)]
     same += [torch.tensor(chw, dtype=torch.float64) / 255, tmp_path / "noise.png", str(tmp_path / "noise.png")]
-    for picture in same:
-        assert torch.equal(processor(picture)["pixel_values"], expected)
+    for image in same:
+        assert torch.equal(processor(image)["pixel_values"], expected)
     batch = processor(np.stack([noise, noise]))["pixel_values"]
     assert torch.equal(batch, expected.repeat(2, 1, 1, 1))
     assert torch.equal(processor([[Image.fromarray(noise)], [noise]])["pixel_values"], batch)
@@ -154,7 +154,7 @@ def test_grey_and_alpha_arrays(processor):
     assert_grey(processor(torch.full((3, 50, 60), 0.5, dtype=torch.bfloat16))["pixel_values"], 128)
 
 
-def test_ambiguous_layout_follows_the_library_of_the_picture(processor):
+def test_ambiguous_layout_follows_the_library_of_the_image(processor):
     values = np.zeros((3, 50, 3), np.uint8)
     values[0] = 255  # CHW: the red plane; HWC: the top row
     assert processor(torch.tensor(values))["pixel_values"][0, 0].min() > 2
@@ -164,15 +164,15 @@ def test_ambiguous_layout_follows_the_library_of_the_picture(processor):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1, 1.5])
 def test_bad_float_pixels_are_refused(processor, value):
-    picture = np.zeros((50, 60, 3), np.float32)
-    picture[3, 4, 1] = value
-    for bad in (picture, torch.tensor(picture)):
+    image = np.zeros((50, 60, 3), np.float32)
+    image[3, 4, 1] = value
+    for bad in (image, torch.tensor(image)):
         with pytest.raises(ValueError, match=r"images\[1\]"):
             processor([Image.new("RGB", (5, 5)), bad])
 
 
 @pytest.mark.parametrize(
-    "picture",
+    "image",
     [
         Image.new("RGB", (0, 5)),
         np.zeros((0, 5, 3), np.uint8),
@@ -184,15 +184,15 @@ def test_bad_float_pixels_are_refused(processor, value):
         [],
     ],
 )
-def test_impossible_pictures_are_refused(processor, picture):
+def test_impossible_images_are_refused(processor, image):
     with pytest.raises(ValueError, match="images"):
-        processor(picture)
+        processor(image)
 
 
-def test_wrong_picture_types_are_refused(processor, tmp_path):
-    for picture in (3, None, {"image": 1}, np.zeros((5, 5, 3), bool)):
+def test_wrong_image_types_are_refused(processor, tmp_path):
+    for image in (3, None, {"image": 1}, np.zeros((5, 5, 3), bool)):
         with pytest.raises(TypeError, match=r"images\[0\]"):
-            processor([picture])
+            processor([image])
     with pytest.raises(FileNotFoundError, match="nowhere.png"):
         processor(tmp_path / "nowhere.png")
 
@@ -221,16 +221,16 @@ def test_caption_has_no_eos_and_pads_on_the_left(processor):
     assert batch["attention_mask"].tolist()[0] == [0] * (len(long) - len(short)) + [1] * len(short)
 
 
-def test_caption_prompts_follow_the_pictures(processor):
-    pictures = [Image.new("RGB", (50, 50))] * 2
+def test_caption_prompts_follow_the_images(processor):
+    images = [Image.new("RGB", (50, 50))] * 2
     for text, prompt in ((None, "English caption:"), ("Hi", "Hi")):
-        batch = processor(pictures, text, task="caption")
+        batch = processor(images, text, task="caption")
         assert batch["input_ids"].tolist() == [ids_of(processor, prompt, eos=False)] * 2
-    with pytest.raises(ValueError, match="2 pictures, got 3"):
-        processor(pictures, ["a", "b", "c"], task="caption")
+    with pytest.raises(ValueError, match="2 images, got 3"):
+        processor(images, ["a", "b", "c"], task="caption")
 
 
-def test_pictures_alone_bring_no_text(processor):
+def test_images_alone_bring_no_text(processor):
     assert set(processor(Image.new("RGB", (5, 5)))) == {"pixel_values"}
     assert set(processor(Image.new("RGB", (5, 5)), "a")) == {"pixel_values", "input_ids", "attention_mask"}
 
@@ -353,7 +353,7 @@ def test_default_task_decides_for_calls_that_name_none(processor):
 def test_fresh_process_loads_saves_and_serves_pipelines(processor, tmp_path):
     repository = tmp_path / "repository"
     (repository / "tiny").mkdir(parents=True)
-    code_files = ("compat_internvl.py", "tokenization_internvl.py", "processing_internvl.py")
+    code_files = [f"{name}_internvl.py" for name in ("compat", "images", "tokenization", "processing")]
     configs = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
     for name in (*code_files, *configs, *(f"tiny/{name}" for name in configs)):
         shutil.copy(ROOT / name, repository / name)

@@ -358,7 +358,7 @@ REFUSED = {
     "bomb.png": (big_header, "has more pixels than the 89,478,485 that Pillow takes for safe"),
     "95-million.gif": (lambda: saved(Image.new("1", (9800, 9800)), "GIF"), "has more pixels than the 89,478,485"),
     "needle.png": (lambda: saved(Image.new("L", (1, 4000)), "PNG"), "1 x 4000 pixels, and may be 50 times"),
-    "hdr.tiff": (lambda: saved(Image.fromarray(np.full((9, 9), 7e4, np.float32)), "TIFF"), "must lie in [0, 255]"),
+    "hdr.tiff": (lambda: saved(Image.fromarray(np.full((9, 9), 7e4, np.float32)), "TIFF"), "must be in [0, 255]"),
     "header.webp": (lambda: b"RIFF\x24\x00\x00\x00WEBPVP8 ", "damaged: "),
 }
 

@@ -84,14 +84,14 @@ def text_embeds(model, processor, texts):
 
 
 def image_embeds(model, processor, pictures, mode="InternVL-C"):
-    """One picture at a time, by the original call."""
+    """One image at a time, by the original call."""
     pixels = [processor.image_processor(Image.open(path).convert("RGB"), return_tensors="pt") for path in pictures]
     with torch.no_grad():
         return F.normalize(torch.cat([model.encode_image(each["pixel_values"], mode) for each in pixels]), dim=-1)
 
 
 def opaque(folder):
-    """The example pictures without transparency, so that `convert("RGB")` of the expectation has nothing to decide."""
+    """The example images without transparency, so that `convert("RGB")` of the expectation has nothing to decide."""
     paths = []
     for path in PICTURES:
         white = Image.new("RGBA", Image.open(path).size, "white")
@@ -120,7 +120,7 @@ def test_texts_have_the_models_embeddings(embedder, model, processor):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_pictures_have_the_models_embeddings(embedder, model, processor, mode, tmp_path):
+def test_images_have_the_models_embeddings(embedder, model, processor, mode, tmp_path):
     paths = opaque(tmp_path)
     expected = image_embeds(model, processor, paths, mode).numpy()
     arrays = [np.asarray(Image.open(path)) for path in paths]
@@ -136,18 +136,18 @@ def test_pictures_have_the_models_embeddings(embedder, model, processor, mode, t
         np.testing.assert_allclose(embedder.encode(form, mode=mode), expected, **CLOSE)
 
 
-def test_published_pictures_are_laid_on_white(embedder, tmp_path):
+def test_published_images_are_laid_on_white(embedder, tmp_path):
     """A path must take the processor's way, not the loader of sentence-transformers, which gives black."""
     np.testing.assert_allclose(embedder.encode(PICTURES), embedder.encode(opaque(tmp_path)), **CLOSE)
 
 
-def test_pictures_and_their_names_are_neighbours(embedder):
+def test_images_and_their_names_are_neighbours(embedder):
     names, pictures = embedder.encode_query(NAMES), embedder.encode_document(PICTURES)
     assert embedder.similarity(names, pictures).argmax(1).tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
-def test_one_batch_may_mix_texts_and_pictures(embedder, batch_size):
+def test_one_batch_may_mix_texts_and_images(embedder, batch_size):
     texts, pictures = embedder.encode(TEXTS), embedder.encode(PICTURES)
     mixed = [PICTURES[0], TEXTS[2], {"text": TEXTS[0]}, Image.open(PICTURES[3]), TEXTS[1], PICTURES[1]]
     expected = np.stack([pictures[0], texts[2], texts[0], pictures[3], texts[1], pictures[1]])
@@ -311,10 +311,10 @@ def test_ranking_loss_reaches_every_parameter_of_its_path(embedder, model, proce
     expected = F.cross_entropy(logits, torch.arange(4))
     torch.testing.assert_close(value.detach(), expected, rtol=1e-4, atol=1e-5)
     for name, parameter in embedder[0].model.named_parameters():
-        sees_a_picture = name.startswith("qllama.") and ".cross_attn" in name
+        sees_an_image = name.startswith("qllama.") and ".cross_attn" in name
         if (
             name.startswith(("vision_model.", "clip_projector.", "text_projection", "qllama.model."))
-            and not sees_a_picture
+            and not sees_an_image
         ):
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
@@ -371,27 +371,27 @@ def test_a_part_of_a_mixed_batch_is_refused(embedder):
     [
         (["panda", "  "], ValueError, "must hold some text"),
         ([{"image": "absent.png"}], FileNotFoundError, "absent.png"),
-        ([{"text": "panda", "image": PICTURES[0]}], ValueError, "one text or one picture, got .*image.*text"),
+        ([{"text": "panda", "image": PICTURES[0]}], ValueError, "one text or one image, got .*image.*text"),
         (["https://example.org/panda.png"], ValueError, "nothing is fetched: 'https://example.org/panda.png'"),
         ([7], ValueError, "Unsupported input type: int"),
         ([("panda", "lion")], TypeError, "must be a str, got tuple"),
         ([np.zeros(8, dtype=np.float32)], ValueError, "audio"),
-        ([np.full((8, 8, 3), 7.0)], ValueError, r"must lie in \[0, 1\]"),
+        ([np.full((8, 8, 3), 7.0)], ValueError, r"must be in \[0, 1\]"),
     ],
 )
-def test_what_is_neither_text_nor_picture_is_named(embedder, inputs, error, message):
+def test_what_is_neither_text_nor_image_is_named(embedder, inputs, error, message):
     with pytest.raises(error, match=message):
         embedder.encode(inputs)
 
 
-def test_a_broken_picture_is_named(embedder, tmp_path):
+def test_a_broken_image_is_named(embedder, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with pytest.raises(OSError, match="broken.png"):
         embedder.encode([str(tmp_path / "broken.png")])
 
 
-def test_an_absent_picture_is_read_as_a_text_with_a_warning(embedder):
-    with pytest.warns(UserWarning, match="no picture 'pictures/absent.png'"):
+def test_an_absent_image_is_read_as_a_text_with_a_warning(embedder):
+    with pytest.warns(UserWarning, match="no image 'pictures/absent.png'"):
         embedder.encode("pictures/absent.png")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -437,7 +437,7 @@ def test_a_missing_package_is_named_and_the_model_needs_none(trained, tmp_path):
 
 @pytest.fixture(scope="module")
 def match(model, processor):
-    """The probability of every picture with every text [4, 4], one pair at a time, by the model's own call."""
+    """The probability of every image with every text [4, 4], one pair at a time, by the model's own call."""
     pixels = [processor(images=picture).pixel_values for picture in PICTURES]
     ids = [processor(text=text, task="match") for text in TEXTS]
     with torch.no_grad():
@@ -461,7 +461,7 @@ def test_scores_are_the_probabilities_of_a_match(cross_encoder, match):
     assert len(cross_encoder.predict([])) == 0
 
 
-def test_rank_orders_texts_for_a_picture_and_pictures_for_a_text(cross_encoder, match):
+def test_rank_orders_texts_for_an_image_and_images_for_a_text(cross_encoder, match):
     texts = cross_encoder.rank(Image.open(PICTURES[1]), TEXTS)
     assert [hit["corpus_id"] for hit in texts] == np.argsort(-match[1]).tolist()
     np.testing.assert_allclose([hit["score"] for hit in texts], np.sort(match[1])[::-1], **CLOSE)
@@ -470,8 +470,8 @@ def test_rank_orders_texts_for_a_picture_and_pictures_for_a_text(cross_encoder, 
     assert [hit["text"] for hit in pictures] == [PICTURES[index] for index in best]
 
 
-def count_pictures(model, call):
-    """How many pictures the vision tower saw in `call()`, and what it returned."""
+def count_images(model, call):
+    """How many images the vision tower saw in `call()`, and what it returned."""
     counts = []
     handle = model.vision_model.register_forward_pre_hook(lambda module, inputs: counts.append(len(inputs[0])))
     try:
@@ -481,10 +481,10 @@ def count_pictures(model, call):
 
 
 @pytest.mark.parametrize("batch_size", [2, 32])
-def test_a_picture_is_seen_once(cross_encoder, match, batch_size):
+def test_an_image_is_seen_once(cross_encoder, match, batch_size):
     opened = [Image.open(picture) for picture in PICTURES[:3]]
     pairs = [(picture, text) for text in TEXTS for picture in opened]
-    found, seen = count_pictures(cross_encoder[0].model, lambda: cross_encoder.predict(pairs, batch_size=batch_size))
+    found, seen = count_images(cross_encoder[0].model, lambda: cross_encoder.predict(pairs, batch_size=batch_size))
     assert seen == 3
     np.testing.assert_allclose(found, match[:3].T.ravel(), **CLOSE)
 
@@ -494,7 +494,7 @@ def test_saved_cross_encoder_is_loaded_by_the_plain_class(cross_encoder, match, 
     plain = CrossEncoder(str(tmp_path / "saved"), trust_remote_code=True, device="cpu", model_kwargs=FLOAT32)
     assert type(plain) is CrossEncoder
     pairs = [(picture, text) for picture in PICTURES[:2] for text in TEXTS]
-    found, seen = count_pictures(plain[0].model, lambda: plain.predict(pairs))
+    found, seen = count_images(plain[0].model, lambda: plain.predict(pairs))
     np.testing.assert_allclose(found, match[:2].ravel(), **CLOSE)
     assert seen == 2
     ours = new_cross_encoder(tmp_path / "saved", max_length=20)
@@ -519,8 +519,8 @@ def test_cross_encoder_trains(cross_encoder, match):
 @pytest.mark.parametrize(
     ("pair", "error", "message"),
     [
-        (("panda", "lion"), ValueError, "must be a picture and a text, got twice text"),
-        ((PICTURES[0], PICTURES[1]), ValueError, "must be a picture and a text, got twice image"),
+        (("panda", "lion"), ValueError, "must be an image and a text, got two texts"),
+        ((PICTURES[0], PICTURES[1]), ValueError, "must be an image and a text, got two images"),
         ((PICTURES[0], " "), ValueError, "must hold some text"),
         (("panda", "lion", PICTURES[0]), TypeError, "must be a pair"),
         (({"image": "absent.png"}, "panda"), FileNotFoundError, "absent.png"),
@@ -543,7 +543,7 @@ META = {"name": "OpenGVLab/InternVL-14B-224px", "revision": "main", "modalities"
 
 
 def retrieval_task(mteb, direction, top_ranked=None, right=range(4)):
-    """Four names and their pictures, as an in-memory task of mteb; `right` says which answers which."""
+    """Four names and their images, as an in-memory task of mteb; `right` says which answers which."""
     from datasets import Dataset
     from mteb.mocks.mock_tasks.retrieval import MockAny2AnyRetrievalI2TTask, MockAny2AnyRetrievalT2ITask
 
@@ -574,7 +574,7 @@ def test_mteb_evaluates_retrieval(mteb, embedder, direction, tmp_path):
 
 
 def test_mteb_evaluates_re_ranking(mteb, cross_encoder, model, processor):
-    """The score is that of the model's own probabilities; the right picture is said to be another than the name's."""
+    """The score is that of the model's own probabilities; the image marked right is not the one of the name."""
     from mteb.models import CrossEncoderWrapper
 
     encoder = CrossEncoderWrapper(cross_encoder)
@@ -584,7 +584,7 @@ def test_mteb_evaluates_re_ranking(mteb, cross_encoder, model, processor):
     result = mteb.evaluate(encoder, task, cache=None, show_progress_bar=False)
     with torch.no_grad():
         pixels, names = processor(images=PICTURES).pixel_values, processor(text=NAMES, task="match")
-        odds = model.match(pixels, **names, all_pairs=True).diff(dim=-1)[..., 0].T  # [names, pictures]
+        odds = model.match(pixels, **names, all_pairs=True).diff(dim=-1)[..., 0].T  # [names, images]
     ranks = (odds >= odds[torch.arange(4), right][:, None]).sum(1)
     assert 1 < ranks.max()
     expected = (1 / torch.log2(ranks + 1.0)).mean()
@@ -592,7 +592,7 @@ def test_mteb_evaluates_re_ranking(mteb, cross_encoder, model, processor):
 
 
 def test_mteb_reads_the_kinds_of_inputs_from_the_settings(mteb):
-    """Of a model of the Hub it takes them from this file; without it, it would refuse tasks with pictures."""
+    """For a model of the Hub, mteb takes them from this file; without it, mteb would refuse tasks with images."""
     from mteb.models import ModelMeta
 
     settings = json.loads((ROOT / "sentence_bert_config.json").read_text())
