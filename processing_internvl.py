@@ -146,6 +146,8 @@ class InternVLProcessor(ProcessorMixin):
             limit = self.max_length if max_length is None and recipe.is_limited else max_length
             sequences = self._encode_texts(texts, recipe, limit, truncation)
             data |= self._padded(sequences, recipe.padding_side, padding, limit)
+            if return_tensors is not None and len(set(map(len, data["input_ids"]))) > 1:  # numpy would take them
+                raise ValueError("`padding=False` needs texts of equal length in ids, or `return_tensors=None`.")
         if loaded is not None:
             data["pixel_values"] = self._encode_images(loaded, crop, return_tensors)
         return BatchFeature(data, tensor_type=return_tensors)
