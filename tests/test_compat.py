@@ -97,7 +97,7 @@ for auto_class in classes:
 """
     done = run_python(code, tmp_path, flat)
     sentence = (
-        "InternVL-14B needs transformers 4.57 or newer, and 4.51.3 is installed: pip install --upgrade transformers"
+        "InternVL-14B needs transformers 4.57 or newer, but 4.51.3 is installed: pip install --upgrade transformers"
     )
     assert done.stdout.splitlines() == [sentence] * len(ENTRY_POINTS)
 

@@ -187,7 +187,7 @@ def test_any_number_of_texts(model):
 
 
 @pytest.mark.parametrize("lengths", [[1], [80] * 5, list(range(1, 81)), [3] * 100 + [80], [80, 1, 80, 1]])
-def test_batches_of_like_length(lengths):
+def test_batches_of_similar_length(lengths):
     batches = repo_class("texts_internvl.batches_of_similar_length")
     for most in (1, 64, 100, 4096):
         found = list(batches(lengths, most))
@@ -201,7 +201,7 @@ def test_batches_of_like_length(lengths):
 @pytest.mark.parametrize(
     ("ids", "options", "error", "words"),
     [
-        ([], {}, TypeError, "input_ids.*an empty one"),
+        ([], {}, TypeError, "input_ids.*an empty list"),
         (None, {}, TypeError, "input_ids.*NoneType"),
         ([1, 5, 2], {}, ValueError, "input_ids.*got 1"),
         (torch.ones(2, 3, dtype=torch.long), {}, TypeError, "input_ids.*Tensor"),
