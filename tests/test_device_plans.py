@@ -145,7 +145,8 @@ class WithoutSeams(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         caller = sys._getframe(1).f_code.co_filename
-        if func is torch.Tensor.to and "modeling_" in caller and isinstance(args[1], torch.device):
+        is_model = any(room in caller for room in ("modeling_", "texts_internvl", "captions_internvl"))
+        if func is torch.Tensor.to and is_model and isinstance(args[1], torch.device):
             return args[0]
         return func(*args, **(kwargs or {}))
 
