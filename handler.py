@@ -67,7 +67,7 @@ DAMAGED = (
     struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 MODES = ("InternVL-C", "InternVL-G")
-MATCH_WEIGHT = 0.3  # what tools/evaluate_tiny.py re-ranks with
+MATCH_WEIGHT = 0.3  # what tools/tiny/evaluate_tiny.py re-ranks with
 PARAMETERS = {
     "zero-shot": {"candidate_labels", "templates", "hypothesis_template", "mode", "top_k"},
     "embed": {"mode"},

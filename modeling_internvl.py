@@ -153,7 +153,7 @@ class InternVLPreTrainedModel(InternPreTrainedModel):
     _no_split_modules = ["InternVisionEmbeddings", "InternVisionEncoderLayer", "QLlamaDecoderLayer", "AttentionPool"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
     # Every embedding, match and caption passes through one of these. In 8 bits they cause a quarter of the error of
-    # tiny/'s image embeddings (1 - cosine), and would save 2 % of the bytes at 14B (tools/quantised_sizes.py).
+    # tiny/'s image embeddings (1 - cosine), and would save 2 % of the bytes at 14B (tools/machines/quantised_sizes.py).
     _keep_unquantized = ("clip_projector", "clip_projector2", "itm_head", "qllama.lm_head")
     saved_as: str | None = None
 

@@ -29,13 +29,6 @@ PER_LANGUAGE = {
 }
 
 
-def replace_between(path: Path, start: str, end: str, text: str) -> None:
-    """For benchmarks/gpu_report.py alone, until it calls `pages.put`."""
-    from pages import put
-
-    put(path, start.removeprefix("<!-- results:").removesuffix(" -->"), text)
-
-
 def eval_results(results: dict) -> list[EvalResult]:
     """Every figure of results.json that the model itself is responsible for, in four digits."""
     found = []
