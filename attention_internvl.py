@@ -81,7 +81,7 @@ class RegistryAttention(nn.Module):
         """[B, N, heads * head_dim] -> [B, heads, N, head_dim]"""
         return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def attention_function(self, dtype: torch.dtype, has_mask: bool) -> Callable:
+    def attention_function(self, dtype: torch.dtype, has_mask: bool) -> Callable[..., Any]:
         """Look up the configured function in the registry."""
         name = attention_name(self.config)
         if name is not None and name.startswith("flash") and dtype == torch.float32:

@@ -67,7 +67,7 @@ from transformers.masking_utils import create_causal_mask  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
 try:
-    from transformers import CLIPImageProcessorPil
+    from transformers import CLIPImageProcessorPil as CLIPImageProcessorPil
 except ImportError:  # up to 5.1 the plain name is the PIL class; goes when 5.8 is the oldest
     from transformers import CLIPImageProcessor as CLIPImageProcessorPil  # noqa: F401
 
@@ -97,7 +97,7 @@ def set_attention_name(config: Any, name: str) -> None:
     config._attn_implementation = name
 
 
-def attention_function(name: str | None, eager: Callable) -> Callable:
+def attention_function(name: str | None, eager: Callable[..., Any]) -> Callable[..., Any]:
     """A function of transformers' registry. `get_interface` is new in 5.0; goes with 4.57."""
     if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
         return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
@@ -225,7 +225,7 @@ def pipeline_task(arguments: dict[str, Any]) -> str | None:
 # ----------------------------------------------------------------------------------------------------- models, training
 
 
-def with_accelerate_hook(method: Callable) -> Callable:
+def with_accelerate_hook(method: Callable[..., Any]) -> Callable[..., Any]:
     """
     Run a public method under the hook that accelerate puts on `forward` only: the hook loads offloaded parameters of
     the model itself, and returns results on the device of the inputs. Decorated methods must not call each other. Goes
@@ -259,7 +259,7 @@ def recompute_by_default(stack: Any) -> None:
     stack._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
-def recomputed(stack: Any, layer: nn.Module) -> Callable:
+def recomputed(stack: Any, layer: nn.Module) -> Callable[..., Any]:
     """A layer's call with gradient checkpointing, using the options of `gradient_checkpointing_enable`."""
     return partial(stack._gradient_checkpointing_func, layer.__call__)
 

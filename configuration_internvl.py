@@ -58,7 +58,7 @@ class QLlamaConfig(PretrainedConfig):
         rms_norm_eps: float = 1e-6,
         use_cache: bool = True,
         rope_theta: float = 10000.0,
-        rope_scaling: dict | None = None,
+        rope_scaling: dict[str, Any] | None = None,
         attention_bias: bool = False,
         attention_dropout: float = 0.0,
         pad_token_id: int = 0,
@@ -160,8 +160,8 @@ class InternVLConfig(PretrainedConfig):
 
     def __init__(
         self,
-        vision_config: dict | PretrainedConfig | None = None,
-        qllama_config: dict | PretrainedConfig | None = None,
+        vision_config: dict[str, Any] | PretrainedConfig | None = None,
+        qllama_config: dict[str, Any] | PretrainedConfig | None = None,
         clip_embed_dim: int = 768,
         attn_pool_num_heads: int = 16,
         num_query_token: int = 96,

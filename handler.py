@@ -238,7 +238,7 @@ def check_size(image: Image.Image, name: str) -> None:
 # ------------------------------------------------------------------------------------------------------ answers
 
 
-def plain(tensor: torch.Tensor) -> list:
+def plain(tensor: torch.Tensor) -> list[Any]:
     """Lists of finite floats: JSON has no NaN and no infinity."""
     if not bool(tensor.isfinite().all()):
         raise RuntimeError("The model returned a value that is not finite.")
@@ -268,7 +268,7 @@ class EndpointHandler:
         self.model = AutoModel.from_pretrained(folder, dtype="auto", **options, **placed).eval()
         self.processor = AutoProcessor.from_pretrained(folder, **options)
         self.model.check_processor(self.processor)
-        self.tasks: dict[str, Callable] = {
+        self.tasks: dict[str, Callable[..., Any]] = {
             "zero-shot": self.zero_shot,
             "embed": self.embed,
             "caption": self.caption,
@@ -293,7 +293,9 @@ class EndpointHandler:
             answer: Any = self.tasks[task](images, texts, parameters)
         return answer[0] if task == "zero-shot" and is_one else answer
 
-    def zero_shot(self, images: list[Image.Image], texts: list[str], parameters: dict[str, Any]) -> list[list[dict]]:
+    def zero_shot(
+        self, images: list[Image.Image], texts: list[str], parameters: dict[str, Any]
+    ) -> list[list[dict[str, Any]]]:
         require(images, texts, "zero-shot", image=True, text=False)
         labels = read_labels(parameters)
         templates = read_templates(parameters)
@@ -316,7 +318,7 @@ class EndpointHandler:
         seen = plain(self.image_embeds(self.pixels(images), mode)) if images else None
         return {"image_embeds": seen, "text_embeds": plain(self.text_embeds(texts)) if texts else None}
 
-    def caption(self, images: list[Image.Image], texts: list[str], parameters: dict[str, Any]) -> list[dict]:
+    def caption(self, images: list[Image.Image], texts: list[str], parameters: dict[str, Any]) -> list[dict[str, Any]]:
         require(images, texts, "caption", image=True, text=False)
         prompts = read_texts("prompt", parameters.get("prompt")) or ["English caption:"]
         if len(prompts) != 1:
@@ -334,7 +336,7 @@ class EndpointHandler:
         logits = self.model.match(self.pixels(images), **self.tokens(texts, task="match"), all_pairs=True)
         return {"scores": plain(logits.float().softmax(-1)[..., 1])}
 
-    def rerank(self, images: list[Image.Image], texts: list[str], parameters: dict[str, Any]) -> list[dict]:
+    def rerank(self, images: list[Image.Image], texts: list[str], parameters: dict[str, Any]) -> list[dict[str, Any]]:
         self.check_pairs(images, texts, "rerank")
         if min(len(images), len(texts)) != 1:
             counts = f"{len(images)} images and {len(texts)} texts"

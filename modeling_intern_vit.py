@@ -248,7 +248,7 @@ class InternVisionModel(InternPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         pixel_embeds: torch.Tensor | None = None,
-    ) -> tuple | BaseModelOutputWithPooling:
+    ) -> tuple[Any, ...] | BaseModelOutputWithPooling:
         """
         Args:
             pixel_values (`torch.Tensor`): [B, 3, H, W], normalised by the processor; H and W are multiples of the

@@ -273,7 +273,7 @@ class InternVLTextModelWithProjection(InternVLPreTrainedModel, TextSide):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         return_dict: bool | None = None,
-    ) -> tuple | InternVLTextOutput:
+    ) -> tuple[Any, ...] | InternVLTextOutput:
         """
         Args:
             input_ids (`torch.Tensor`): [B, L] ids of `<s> summarize:TEXT </s>`, padded on either side.
@@ -314,7 +314,7 @@ class InternVLVisionModelWithProjection(InternVLPreTrainedModel, ImageSide):
 
     def forward(
         self, pixel_values: torch.Tensor, output_hidden_states: bool | None = None, return_dict: bool | None = None
-    ) -> tuple | InternVLImageOutput:
+    ) -> tuple[Any, ...] | InternVLImageOutput:
         """
         Args:
             pixel_values (`torch.Tensor`): [B, 3, H, W], normalised by the processor.
@@ -513,7 +513,7 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, CaptionSide, G
         image: torch.Tensor | None = None,
         text: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
-    ) -> tuple | InternVLOutput:
+    ) -> tuple[Any, ...] | InternVLOutput:
         """
         Compare images and texts, or embed one of them.
 

@@ -267,7 +267,7 @@ class QLlamaModel(QLlamaPreTrainedModel):
         encoder_hidden_states: torch.Tensor | None = None,
         num_bidirectional: int = 0,
         cache: Cache | None = None,
-    ) -> tuple | BaseModelOutputWithPast:
+    ) -> tuple[Any, ...] | BaseModelOutputWithPast:
         """
         Args:
             input_ids (`torch.Tensor`): [B, L] token ids, or `inputs_embeds` [B, L, C] instead.
@@ -342,7 +342,7 @@ class QLlamaTextEncoder(QLlamaPreTrainedModel):
     def get_output_embeddings(self) -> None:
         return None
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple | BaseModelOutputWithPast:
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...] | BaseModelOutputWithPast:
         """As [`QLlamaModel.forward`]."""
         return self.model(*args, **kwargs)
 
@@ -383,7 +383,7 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         cache: Cache | None = None,
         **unexpected: Any,
-    ) -> tuple | CausalLMOutputWithPast:
+    ) -> tuple[Any, ...] | CausalLMOutputWithPast:
         """
         Args:
             logits_to_keep (`int`): number of last positions to compute logits for; 0 for all.

@@ -197,7 +197,7 @@ def _with_pil_backend(image_processor: Any) -> Any:
     return CLIPImageProcessorPil.from_dict(image_processor.to_dict())
 
 
-def _check_choice(name: str, value: Any, choices: tuple) -> None:
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 

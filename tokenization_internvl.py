@@ -58,7 +58,7 @@ class InternVLTokenizer(PreTrainedTokenizer):
 
     def __init__(
         self,
-        vocab_file: str | os.PathLike | None,
+        vocab_file: str | os.PathLike[str] | None,
         unk_token: str = "<unk>",
         bos_token: str = "<s>",
         eos_token: str = "</s>",
