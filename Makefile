@@ -38,7 +38,7 @@ test-contract: $(if $(filter .venv/%,$(CONTRACT_PYTHON)),.venv/ready) ## what mu
 matrix: .venv/ready ## the contract on every supported transformers, in an environment each; writes docs/versions.md
 	.venv/bin/python tools/matrix.py
 
-lint: .venv/ready ## style and types alone
+lint: .venv/ready ## style, types and the weight index alone
 	.venv/bin/ruff check --config tests/ruff.toml .
 	.venv/bin/ruff format --check --config tests/ruff.toml .
 	mkdir -p .cache/types && ln -sfn ../.. .cache/types/internvl

@@ -1,5 +1,5 @@
 """
-Building blocks of both towers: RMSNorm, attention, and the loop over layers.
+Building blocks of both towers and of the heads: RMSNorm, attention, and the loop over layers.
 
 Attention functions come from transformers' registry (`attn_implementation="eager" | "sdpa" | "flash_attention_2"`, and
 others), so the model runs on every device.

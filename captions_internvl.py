@@ -1,5 +1,7 @@
 """
 Captions: check the arguments of `generate`, read images and prompts once into a cache, and let transformers decode.
+
+[`InternVLSeen`] is what was seen in images, for several calls.
 """
 
 from copy import deepcopy

@@ -3,7 +3,7 @@ Differences between the supported releases of transformers, and all undocumented
 
 No other module at the root contains a version or an undocumented name. Exceptions: attributes that transformers reads
 from a class (`_tp_plan`, `_no_split_modules`, ...), and the names that sentence-transformers needs in its module.
-Each entry says when it can go. tests/test_compat.py tests each entry; docs/versions.md lists the tested releases.
+Each workaround says when it can go. tests/test_compat.py tests each entry; docs/versions.md lists the tested releases.
 """
 
 import inspect
@@ -81,7 +81,8 @@ CAN_OFFLOAD_A_STATE = VERSION >= (5, 0)
 # Signatures are read once, because layers need them at every step.
 MASK_ARGUMENTS = set(inspect.signature(create_causal_mask).parameters)
 CACHE_TAKES_POSITION = "cache_kwargs" in inspect.signature(Cache.update).parameters
-# 5.24 calls `past_key_values` `cache`; goes when 5.24 is the oldest.
+# 5.24 calls `past_key_values` `cache`; goes when 5.24 is the oldest. What names both: QLlamaConfig's
+# `keys_to_ignore_at_inference`, the models' `_skip_keys_device_placement`, signatures in modeling_qllama.py.
 CACHE_NAME = "cache" if "cache" in MASK_ARGUMENTS else "past_key_values"
 
 # ---------------------------------------------------------------------------------------------------------- attention

@@ -9,9 +9,9 @@ Two ways to embed an image:
 * InternVL-G also runs the 96 queries through QLLaMA with the image, and adds both embeddings.
 
 Where this file differs from the original implementation, and why:
-* No dense attention mask is built: masks are for padding only, in matching and in prompts (see modeling_qllama.py).
-* `embed_image`, `embed_text`, `embed_texts`, `match` and `look_at` are new; the original methods keep their values and
-  types.
+* No dense attention mask is built here: masks are for padding, in matching and in prompts (see modeling_qllama.py).
+* `embed_image`, `match` and `look_at` are new, and so are the methods of texts_internvl.py whose names begin with
+  `embed`; the original methods keep their values and types.
 
 texts_internvl.py embeds texts, captions_internvl.py writes captions, and training_internvl.py has the losses.
 """

@@ -1,9 +1,11 @@
 """A constant that stands in several files, because some are imported alone, is the same in all of them."""
 
 import ast
+import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoProcessor
 
 from conftest import ROOT
 
@@ -12,6 +14,14 @@ COPIES = {
     "MATCH_WEIGHT": ("handler.py", "examples/search_index.py", "tools/tiny/evaluate_tiny.py"),
     "MODES": ("handler.py", "modeling_internvl.py", "sentence_transformers_internvl.py"),
 }
+# Where the default prompt of captions stands as words.
+PROMPTS = (
+    "handler.py",
+    "examples/embed_dataset.py",
+    "examples/finetune.py",
+    "examples/search_index.py",
+    "benchmarks/evaluate.py",
+)
 
 
 def constants(path: Path) -> dict[str, object]:
@@ -35,3 +45,13 @@ def test_copies_are_equal(name):
 def test_a_copy_that_differs_is_found(tmp_path):
     (tmp_path / "x.py").write_text("A = 0.2\nB = (1, 'a')\nC = len(B)\n")
     assert constants(tmp_path / "x.py") == {"A": 0.2, "B": (1, "a")}
+
+
+def test_the_default_prompt_is_the_same_in_words_and_in_ids():
+    """The processor's words, the config's ids, and the copies in programs that name a prompt of their own."""
+    prompt = constants(ROOT / "processing_internvl.py")["DEFAULT_PROMPT"]
+    processor = AutoProcessor.from_pretrained(ROOT, subfolder="tiny", trust_remote_code=True)
+    config = json.loads((ROOT / "tiny" / "config.json").read_text())
+    assert processor(text=prompt, task="caption").input_ids.tolist() == [config["caption_prompt_ids"]]
+    for name in PROMPTS:
+        assert f'"{prompt}"' in (ROOT / name).read_text(), name
