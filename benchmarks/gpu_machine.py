@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from measuring import ROOT
 from synthesise_checkpoint import mean_and_deviation
 from torch import nn
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from goldens import repo_class
 
 PEAK = "peak GB"
 COSINE = "least cosine to bfloat16"
@@ -155,13 +156,13 @@ class Machine:
 
     def config(self) -> Any:
         folder = ROOT / "tiny" if self.tiny else ROOT
-        return repository_class("configuration_internvl.InternVLConfig").from_pretrained(folder)
+        return repo_class("configuration_internvl.InternVLConfig").from_pretrained(folder)
 
     def empty_model(self) -> Any:
         if self._spare:
             return self._spare.pop()
         with torch.device("meta"):
-            return repository_class("modeling_internvl.InternVLModel")(self.config()).to(torch.bfloat16).eval()
+            return repo_class("modeling_internvl.InternVLModel")(self.config()).to(torch.bfloat16).eval()
 
     def model(self) -> Any:
         """The joint model in bfloat16, made once, with drawn weights at the scales of the synthetic checkpoint."""
@@ -235,10 +236,6 @@ class Machine:
             return model.generate(pixels, **lengths, **options)
         with simulate_devices.counted_steps(model.qllama, count):
             return model.generate(pixels, max_new_tokens=count, **options)
-
-
-def repository_class(reference: str) -> Any:
-    return get_class_from_dynamic_module(reference, str(ROOT))
 
 
 # ---------------------------------------------------------------------------------------------------------- float8

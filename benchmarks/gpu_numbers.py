@@ -1,6 +1,5 @@
 """Are the numbers right on this machine? The steps of benchmarks/gpu.py that compare; a difference is a failure."""
 
-import json
 import os
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_machine import Machine, Missing, repository_class, require
+from gpu_machine import Machine, Missing, require
 from measuring import ROOT
 from safetensors.torch import load_file
 from torch import nn
@@ -23,8 +22,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModel, CompileConfig
 
 from golden_wide import regenerated, regenerated_pixels
+from goldens import GOLDEN, golden, golden_config, repo_class
 
-GOLDEN = ROOT / "tests" / "golden"
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2")
 LOW_PRECISION = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,10 +42,9 @@ def folders(machine: Machine) -> tuple[str, ...]:
 def golden_model(
     machine: Machine, attention: str, dtype: torch.dtype, name: str = "InternVLModel", folder: str = "tiny"
 ) -> Any:
-    fields = json.loads((GOLDEN / folder / "config.json").read_text("utf-8"))
-    config = repository_class("configuration_internvl.InternVLConfig")(**fields, attn_implementation=attention)
+    config = golden_config(folder, attention)
     with torch.device("meta"):
-        model = repository_class(f"modeling_internvl.{name}")(config)
+        model = repo_class(f"modeling_internvl.{name}")(config)
     shapes = {key: parameter.shape for key, parameter in model.named_parameters()}
     model.load_state_dict(golden_weights(folder, tuple(shapes.items())), assign=True)
     return deepcopy(model).to(machine.device, dtype).eval()
@@ -61,7 +59,8 @@ def golden_weights(folder: str, shapes: tuple[tuple[str, torch.Size], ...]) -> d
 
 
 def golden_tensors(machine: Machine, name: str, folder: str = "tiny") -> dict[str, torch.Tensor]:
-    found = load_file(GOLDEN / folder / f"{name}.safetensors")
+    with torch.inference_mode(False):  # kept for the gradients too
+        found = dict(golden(f"{folder}/{name}"))
     if (folder, name) == ("wide", "inputs"):
         found["pixel_values"] = regenerated_pixels()
     return {key: each.to(machine.device) for key, each in found.items()}
@@ -313,7 +312,7 @@ def values_of_drawn(machine: Machine, part: str, dtype: torch.dtype) -> dict[str
     machine.check_room(30 if part in WHOLE else 15)
     with torch.inference_mode(False), torch.no_grad():
         with torch.device("meta"):
-            model = repository_class(f"modeling_internvl.{part}")(machine.config()).to(dtype).eval()
+            model = repo_class(f"modeling_internvl.{part}")(machine.config()).to(dtype).eval()
         return largest_values(machine, machine.drawn(model), dtype)
 
 
