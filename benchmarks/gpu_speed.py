@@ -375,7 +375,7 @@ def captions(machine: Machine) -> dict[str, Any]:
     rows.append(row(machine, "captions", 1, "transformers, compiled", captions_of_peer, machine))
     changes = {"float8": partial(to_float8, prefixes=("qllama.model.layers.",)), "int8 weights": int8_weights}
     for name, change in changes.items():
-        model = Lazy(change, machine.take_model())
+        model = Lazy(lambda change=change: change(machine.take_model()))  # one of them at a time
         rows.append(row(machine, "captions", 1, f"greedy, compiled, {name}", figures, model, static, 1))
     return {"rows": rows}
 
