@@ -11,6 +11,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
+TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}  # docs/model.md, "Goldens"
 
 
 def repo_class(reference: str) -> Any:
@@ -35,3 +36,17 @@ def golden_model(class_name: str = "InternVLModel", attn_implementation: str | N
 def golden(name: str) -> dict[str, torch.Tensor]:
     """Tensors of the original implementation, such as golden("tiny/expected")."""
     return load_file(GOLDEN / f"{name}.safetensors")
+
+
+def training_batch(
+    objective: str = "stage2", rows: slice = slice(None), inputs: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """The training inputs of golden/tiny, or those given, under the names of the models' forward."""
+    inputs = golden("tiny/inputs") if inputs is None else inputs
+    batch = {"pixel_values": inputs["pixel_values"], "labels": inputs["train.labels"]}
+    for name in ("positive", "negative", "summarize", "caption"):
+        prefix, ids = "" if name == "caption" else f"{name}_", inputs[f"train.{name}_input_ids"]
+        batch |= {f"{prefix}input_ids": ids, f"{prefix}attention_mask": (ids > 0).long()}
+    if objective == "retrieval":
+        batch["image_ids"] = inputs["train.image_ids"]
+    return {name: tensor[rows] for name, tensor in batch.items()}

@@ -43,18 +43,9 @@ STEPS = {name: ALL_STEPS[name] for name in (*FIRST, *(name for name in ALL_STEPS
 SIMULATED_STEPS = ("images", "float8", "texts", "captions")
 
 
-def problems(found: Any, key: str, where: str = "") -> Iterator[str]:
+def problems(found: Any, key: str) -> Iterator[str]:
     """Every reason under `key`, "failed" or "skipped", with its place in the results."""
-    if isinstance(found, list) and all(isinstance(each, dict) for each in found):
-        places = [[str(each[key]) for key in ("work", "mode", "batch", "way") if key in each] for each in found]
-        found = {f"{number}. {' '.join(place)}": each for number, (place, each) in enumerate(zip(places, found), 1)}
-    if not isinstance(found, dict):
-        return
-    if isinstance(found.get(key), str):
-        yield f"{where}: {found[key]}"
-        return
-    for name, value in found.items():
-        yield from problems(value, key, f"{where}, {name}" if where else name)
+    return (f"{where}: {reason}" for where, reason in gpu_report.reasons(found, key))
 
 
 def run_step(machine: Machine, name: str) -> dict[str, Any]:

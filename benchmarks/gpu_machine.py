@@ -26,8 +26,6 @@ COSINE = "least cosine to bfloat16"
 OUT_OF_TIME = "the time was used up"
 LARGEST_FLOAT8 = torch.finfo(torch.float8_e4m3fn).max
 LAYERS = ("vision_model.encoder.layers.", "qllama.model.layers.")
-
-
 MODEL_GB = 30  # the weights in bfloat16, and room to run them
 PACKAGES = ("torch", "transformers", "accelerate", "torchao", "flash_attn", "diffusers", "torchvision")
 
@@ -58,7 +56,7 @@ class Machine:
         device (`str`): "cuda", "cpu", ...
         tiny (`bool`): the sizes of `tiny/` and few repetitions, to see that every step runs.
         simulated (`bool`): a card that is not there: tensors have shapes and no values, nothing takes time, and memory
-            is counted. Everything is to run inside `measuring.on_a_card`.
+            is counted. Everything is to run inside `measuring.simulated_card`.
         minutes (`float`): no measurement begins later than this.
     """
 
@@ -171,6 +169,10 @@ class Machine:
             with torch.inference_mode(False), torch.no_grad():  # weights of inference mode could not change hands
                 self._model = self.drawn(self.empty_model())
         return self._model
+
+    def drop_model(self) -> None:
+        self._model = None
+        self.forget()
 
     def take_model(self) -> Any:
         """The joint model to be changed, or to be dropped: the next one is drawn anew."""

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,13 +21,14 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModel, CompileConfig
+from transformers.utils import is_torchvision_available
 
 from golden_wide import regenerated, regenerated_pixels
-from goldens import GOLDEN, golden, golden_config, repo_class
+from goldens import GOLDEN, TOLERANCE, golden, golden_config, repo_class, training_batch
 
-TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2")
 LOW_PRECISION = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, **LOW_PRECISION}
 LEAST_COSINE = 0.98  # of low precision; 0.998 to 1 on a CPU
 OBJECTIVES = {"stage2": "InternVLForPreTraining", "retrieval": "InternVLForRetrieval"}
 
@@ -112,7 +114,7 @@ def goldens(machine: Machine) -> dict[str, Any]:
     for folder in folders(machine):
         inputs, expected = (golden_tensors(machine, name, folder) for name in ("inputs", "expected"))
         for attention in ATTENTIONS:
-            for name, dtype in {"float32": torch.float32, **LOW_PRECISION}.items():
+            for name, dtype in DTYPES.items():
                 if dtype == torch.float32 and attention.startswith("flash"):
                     continue  # FlashAttention has none
                 measure = (one_golden, machine, folder, attention, dtype, inputs, expected)
@@ -166,7 +168,7 @@ def kernels(machine: Machine) -> dict[str, Any]:
     return {
         f"golden/{folder}, {name}, {dtype_name}": machine.attempt(compare, getattr(SDPBackend, name), dtype)
         for name in backends
-        for dtype_name, dtype in {"float32": torch.float32, **LOW_PRECISION}.items()
+        for dtype_name, dtype in DTYPES.items()
     }
 
 
@@ -210,7 +212,8 @@ def gradients(machine: Machine) -> dict[str, Any]:
     def compare(objective: str, attention: str) -> dict[str, Any]:
         with torch.inference_mode(False), torch.enable_grad():
             model = golden_model(machine, attention, torch.float32, OBJECTIVES[objective]).train()
-            output = model(**training_batch(objective, {name: each.clone() for name, each in inputs.items()}))
+            batch = training_batch(objective, inputs={name: each.clone() for name, each in inputs.items()})
+            output = model(**batch)
             output.loss.backward()
         prefix = f"{objective}.grad."
         found = {f"{objective}.{name}": value.detach() for name, value in output.items()}
@@ -223,14 +226,6 @@ def gradients(machine: Machine) -> dict[str, Any]:
         for objective in OBJECTIVES
         for attention in ("eager", "sdpa")
     }
-
-
-def training_batch(objective: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    batch = {"pixel_values": inputs["pixel_values"], "labels": inputs["train.labels"]}
-    for name in ("positive", "negative", "summarize", "caption"):
-        prefix, ids = "" if name == "caption" else f"{name}_", inputs[f"train.{name}_input_ids"]
-        batch |= {f"{prefix}input_ids": ids, f"{prefix}attention_mask": (ids > 0).long()}
-    return batch | ({"image_ids": inputs["train.image_ids"]} if objective == "retrieval" else {})
 
 
 # ------------------------------------------------------------------------------------------------------- processor
@@ -269,10 +264,6 @@ def processor(machine: Machine) -> dict[str, Any]:
         return torch.load(out)
 
     def compare() -> dict[str, Any]:
-        from tempfile import TemporaryDirectory
-
-        from transformers.utils import is_torchvision_available
-
         if not is_torchvision_available():
             raise Missing("torchvision is not installed here")
         with TemporaryDirectory() as folder:
@@ -307,8 +298,7 @@ def values_of_tiny(machine: Machine, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def values_of_drawn(machine: Machine, part: str, dtype: torch.dtype) -> dict[str, Any]:
-    machine._model = None  # a card of 40 GB has room for one of them
-    machine.forget()
+    machine.drop_model()  # a card of 40 GB has room for one of them
     machine.check_room(30 if part in WHOLE else 15)
     with torch.inference_mode(False), torch.no_grad():
         with torch.device("meta"):

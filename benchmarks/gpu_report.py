@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpu_machine import COSINE, PEAK
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))  # the writer of tables
 
@@ -17,7 +19,6 @@ MEASURED, SIMULATED, ON_CPU = "gpu.json", "gpu_simulated.json", "gpu_on_cpu.json
 PAGE, CHART = "GPU.md", "gpu.png"
 LINE, TABLE = "gpu-line", "gpu"
 OURS = ("eager", "eager, one CUDA graph", "compile_layers", "compile_layers, one CUDA graph")
-PEAK = "peak GB"
 COMMAND = "`python benchmarks/gpu.py`"
 
 # --------------------------------------------------------------------------------------------------------- reading
@@ -107,14 +108,22 @@ class Goal:
 BAD = ("missed", "failed")
 
 
+def reasons(found: Any, key: str, where: str = "") -> Iterator[tuple[str, str]]:
+    """Every place in the results that has a reason under `key`, "failed" or "skipped", and the reason."""
+    if isinstance(found, list) and all(isinstance(each, dict) for each in found):
+        places = [[str(each[name]) for name in ("work", "mode", "batch", "way") if name in each] for each in found]
+        found = {f"{number}. {' '.join(place)}": each for number, (place, each) in enumerate(zip(places, found), 1)}
+    if not isinstance(found, dict):
+        return
+    if isinstance(found.get(key), str):
+        yield where, found[key]
+        return
+    for name, value in found.items():
+        yield from reasons(value, key, f"{where}, {name}" if where else name)
+
+
 def failures(found: Any) -> Iterator[str]:
-    """Every reason under "failed", wherever it stands."""
-    if isinstance(found, dict):
-        if isinstance(found.get("failed"), str):
-            yield found["failed"]
-        found = list(found.values())
-    for each in found if isinstance(found, list) else ():
-        yield from failures(each)
+    return (reason for _, reason in reasons(found, "failed"))
 
 
 def share_of_products(results: dict[str, Any], work: str) -> float | None:
@@ -136,7 +145,6 @@ def peak_to_simulated(results: dict[str, Any], card: str) -> float | None:
 
 
 FLOAT8 = ("float8", "float8, compile_layers")
-COSINE = "least cosine to bfloat16"
 GREEDY = ("greedy", "greedy, static cache", "greedy, compiled")
 LIGHT = ("greedy, compiled, float8", "greedy, compiled, int8 weights")
 GOALS = (

@@ -122,8 +122,7 @@ def measured_card(file: Path, modes: set[str]) -> tuple[str, float]:
 
 def h100_lines(decode_rate: float, options: argparse.Namespace) -> list[str]:
     """A billion pictures on cards: as measured, or by arithmetic with all that it assumes."""
-    found = on_h100s(options.mode, options.mfu or 1, options.embeddings)
-    tera, modes = found["flops"] / 1e12, " and ".join(options.mode)
+    modes = " and ".join(options.mode)
     if options.card:
         name, rate = options.card
         text = [
@@ -131,7 +130,8 @@ def h100_lines(decode_rate: float, options: argparse.Namespace) -> list[str]:
             f"  {rate:.0f} pictures/s on a GPU ({options.measured}; the best batch of {max(options.mode)})",
         ]
     else:
-        rate = found["rate"]
+        found = on_h100s(options.mode, options.mfu, options.embeddings)
+        tera, rate = found["flops"] / 1e12, found["rate"]
         text = [
             f"a billion pictures with the published 14B on H100s, modes {modes}, by arithmetic:",
             f"  {tera:.2f} TFLOP a picture of 224 x 224, counted in one pass of the published config",
@@ -143,7 +143,7 @@ def h100_lines(decode_rate: float, options: argparse.Namespace) -> list[str]:
         f"  1e9 / {rate:.0f} pictures/s = {hours:,.0f} GPU-hours: {hours / 8 / 24:.1f} days on 8, "
         f"{hours / 64 / 24:.1f} on 64",
         f"  {rate / decode_rate:.1f} CPUs like these decode for one GPU",
-        f"  output: {found['bytes'] / 1e12:.2f} TB of embeddings",
+        f"  output: {embedding_bytes(options.mode, options.embeddings) * BILLION / 1e12:.2f} TB of embeddings",
     ]
     if options.price_per_gpu_hour:
         price = options.price_per_gpu_hour

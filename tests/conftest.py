@@ -34,12 +34,11 @@ SCRIPTS = ("examples", "benchmarks", "tools", "tools/tiny", "tools/hub", "tools/
 sys.path[:0] = [str(ROOT / folder) for folder in SCRIPTS]
 
 # The test files import all of these from here.
-from goldens import GOLDEN, golden, golden_config, golden_model, repo_class  # noqa: E402, F401
+from goldens import GOLDEN, TOLERANCE, golden, golden_config, golden_model, repo_class, training_batch  # noqa: E402, F401
 
 IS_V5 = int(transformers.__version__.split(".")[0]) >= 5
 INDEX = "model.safetensors.index.json"
 CODE = sorted(path.name for path in ROOT.glob("*.py"))
-TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}  # docs/model.md, "Goldens"
 LAST_RESORT = 1200  # seconds: a wait ends with an event or a dead process; this only ends a run that hangs
 FRESH = Server()
 
@@ -58,18 +57,6 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
-
-
-def training_batch(objective: str = "stage2", rows: slice = slice(None)) -> dict[str, torch.Tensor]:
-    """The training inputs of golden/tiny, under the names of the models' forward."""
-    inputs = golden("tiny/inputs")
-    batch = {"pixel_values": inputs["pixel_values"], "labels": inputs["train.labels"]}
-    for name in ("positive", "negative", "summarize", "caption"):
-        prefix, ids = "" if name == "caption" else f"{name}_", inputs[f"train.{name}_input_ids"]
-        batch |= {f"{prefix}input_ids": ids, f"{prefix}attention_mask": (ids > 0).long()}
-    if objective == "retrieval":
-        batch["image_ids"] = inputs["train.image_ids"]
-    return {name: tensor[rows] for name, tensor in batch.items()}
 
 
 @pytest.fixture
