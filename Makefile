@@ -36,24 +36,24 @@ test-contract: $(if $(filter .venv/%,$(CONTRACT_PYTHON)),.venv/ready) ## what mu
 	OMP_NUM_THREADS=1 $(CONTRACT_PYTHON) $(PYTEST) tests/contract
 
 matrix: .venv/ready ## the contract on every supported transformers, in an environment each; writes docs/versions.md
-	.venv/bin/python tools/matrix.py
+	.venv/bin/python -m tools.matrix
 
 lint: .venv/ready ## style, types and the weight index alone
 	.venv/bin/ruff check --config tests/ruff.toml .
 	.venv/bin/ruff format --check --config tests/ruff.toml .
 	mkdir -p .cache/types && ln -sfn ../.. .cache/types/internvl
 	cd .cache/types && ../../.venv/bin/mypy --config-file ../../tests/mypy.ini $(ROOT_MODULES:%.py=-m internvl.%)
-	.venv/bin/python tools/hub/write_index.py --check
+	.venv/bin/python -m tools.hub.write_index --check
 
 bench: .venv/ready ## compare the speed with the original's way: a quarter of an hour; needs a C++ compiler
-	.venv/bin/python benchmarks/speed.py
+	.venv/bin/python -m benchmarks.speed
 
 tiny: .venv/ready ## train tiny/ again from scratch and evaluate it: hours; needs npm and a C++ compiler
-	.venv/bin/python tools/tiny/emoji_data.py
-	.venv/bin/python tools/tiny/train_tokenizer.py
-	.venv/bin/python tools/tiny/train_tiny.py --compile
-	.venv/bin/python tools/tiny/evaluate_tiny.py
-	.venv/bin/python tools/tiny/tiny_figure.py
+	.venv/bin/python -m tools.tiny.emoji_data
+	.venv/bin/python -m tools.tiny.train_tokenizer
+	.venv/bin/python -m tools.tiny.train_tiny --compile
+	.venv/bin/python -m tools.tiny.evaluate_tiny
+	.venv/bin/python -m tools.tiny.tiny_figure
 
 clean: ## remove the environments and everything cached
 	rm -rf .venv .venv-* .cache

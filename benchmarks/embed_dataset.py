@@ -2,8 +2,8 @@
 
 Run by whoever changes the stages of examples/embed_dataset.py.
 
-    python benchmarks/embed_dataset.py      # 2,000 and 20,000 pictures; writes embed_dataset.json, and into README.md
-    python benchmarks/embed_dataset.py --rows 500 2000 --out /tmp/report.json
+    python -m benchmarks.embed_dataset      # 2,000 and 20,000 pictures; writes embed_dataset.json, and into README.md
+    python -m benchmarks.embed_dataset --rows 500 2000 --out /tmp/report.json
 
 Runs the program on synthetic pictures with the tiny checkpoint, one size after the other, on Ray of this machine with
 two CPUs: one for the model, one to read and decode. The object store is smaller than what 20,000 pictures are decoded,
@@ -35,12 +35,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from examples import embed_costs
+from tools.pages import put, table
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tools")]  # its arithmetic of costs; the writer of tables
 
-import embed_costs  # noqa: E402
-
-from pages import put, table  # noqa: E402
 
 README = ROOT / "README.md"
 MEASURED = Path(__file__).with_suffix(".json")
@@ -173,7 +172,7 @@ def main() -> None:
             shutil.rmtree(folder)
         print(json.dumps(results[-1]), flush=True)
     report = {
-        "command": " ".join(["python benchmarks/embed_dataset.py", *sys.argv[1:]]),
+        "command": " ".join(["python -m benchmarks.embed_dataset", *sys.argv[1:]]),
         "arguments": EMBED,
         "object_store_mb": STORE_GB * 1000,
         "machine": machine(),

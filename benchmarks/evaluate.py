@@ -2,9 +2,9 @@
 
 Run by whoever asks how good a checkpoint is on their own data, or on a published data set.
 
-    python benchmarks/evaluate.py --task retrieval --data examples/pictures --listing examples/pictures/examples.json \\
+    python -m benchmarks.evaluate --task retrieval --data examples/pictures --listing examples/pictures/examples.json \\
         --image-column file --caption-column name --language en zh ja --dtype float32
-    python benchmarks/evaluate.py --model . --device-map auto --task classification --data wds_imagenetv2 \\
+    python -m benchmarks.evaluate --model . --device-map auto --task classification --data wds_imagenetv2 \\
         --output "{dataset}_{model}_{language}.json"
 
 Without `--model` it is the tiny checkpoint of this repository. `--data` is a folder (a sub-folder for each class, or
@@ -28,11 +28,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import evaluation_metrics as metrics
 import torch
 import torch.nn.functional as F
 import transformers
-from evaluation_data import (
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModel, AutoProcessor
+
+from benchmarks import evaluation_metrics as metrics
+from benchmarks.evaluation_data import (
     Columns,
     Pictures,
     choose_classnames,
@@ -42,8 +45,6 @@ from evaluation_data import (
     read_pictures,
     stamp,
 )
-from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, AutoProcessor
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = Path(__file__).with_name("published.json")

@@ -2,9 +2,9 @@
 
 Run by whoever changes how checkpoints are loaded.
 
-    python benchmarks/full_size.py                # the 14B: 29 GB of disk for the time of the run; writes full_size.md
-    python benchmarks/full_size.py --keep DIR     # keeps the checkpoint in DIR, or uses the one that is there
-    python benchmarks/full_size.py --config tiny --plans mapped disk --out /tmp/report.md    # seconds
+    python -m benchmarks.full_size                # the 14B: 29 GB of disk for the time of the run; writes full_size.md
+    python -m benchmarks.full_size --keep DIR     # keeps the checkpoint in DIR, or uses the one that is there
+    python -m benchmarks.full_size --config tiny --plans mapped disk --out /tmp/report.md    # seconds
 
 Every plan runs in a process of its own (one_plan.py), one after the other, with nothing of the shards in the page cache
 at its start. Beside the plans stand two bounds that are measured in the same run:
@@ -37,15 +37,14 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from one_plan import NEW_TOKENS, PLANS, STAGES, undisturbed
 from safetensors.torch import load_file
 
+from benchmarks.one_plan import NEW_TOKENS, PLANS, STAGES, undisturbed
+from tools.machines.synthesise_checkpoint import INDEX, synthesise
+from tools.pages import table
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tools" / "machines")]  # the writer of tables; the checkpoint
 
-from synthesise_checkpoint import INDEX, synthesise  # noqa: E402
-
-from pages import table  # noqa: E402
 
 PIECE = 16 << 20  # bytes of one read
 GIB = 1 << 30
@@ -172,16 +171,8 @@ def limited_memory(limit: int | None) -> Iterator[tuple[Callable[[], None] | Non
 
 def run_plan(plan: str, folder: Path, out: Path, *options: object) -> dict:
     """What one_plan.py measured in a process of its own, or what it died of."""
-    command = [
-        sys.executable,
-        Path(__file__).with_name("one_plan.py"),
-        "--plan",
-        plan,
-        "--folder",
-        folder,
-        "--out",
-        out,
-    ]
+    script = Path(__file__).with_name("one_plan.py")
+    command = [sys.executable, script, "--plan", plan, "--folder", folder, "--out", out]
     environment = os.environ | {"HF_MODULES_CACHE": str(out.parent / "modules"), "HF_HUB_OFFLINE": "1"}
     errors = out.with_suffix(".log")
     with open(errors, "w") as log, limited_memory(None if options else LIMITS.get(plan)) as (enter, memory):
@@ -382,7 +373,7 @@ def report(results: dict) -> str:
         " extrapolated; `rest s` is what nothing of these explains, negative where they overlap; `kernel s` is time in"
         " the kernel, of all threads, such as page faults and copies."
     )
-    lines = ["# A full-size run", "", f"Measured by `python benchmarks/full_size.py` on {results['machine']}.", ""]
+    lines = ["# A full-size run", "", f"Measured by `python -m benchmarks.full_size` on {results['machine']}.", ""]
     lines += [
         *disk_section(results),
         "## Plans",

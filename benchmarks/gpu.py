@@ -1,11 +1,11 @@
 """Prove the model on a GPU in one command: right numbers first, then speed beside what the machine could do.
 
-    python benchmarks/gpu.py                             # every step, on the GPU
-    python benchmarks/gpu.py --resume                    # what the run before had no time for, or failed
-    python benchmarks/gpu.py --only goldens images       # some of them
-    python benchmarks/gpu.py --device cpu --tiny         # the same steps, small, on a CPU: minutes
-    python benchmarks/gpu.py --simulate                  # shapes and memory at full size, on a card that is not there
-    python benchmarks/gpu.py --report out/gpu-cuda.json  # writes GPU.md, its chart and the README; needs no GPU
+    python -m benchmarks.gpu                             # every step, on the GPU
+    python -m benchmarks.gpu --resume                    # what the run before had no time for, or failed
+    python -m benchmarks.gpu --only goldens images       # some of them
+    python -m benchmarks.gpu --device cpu --tiny         # the same steps, small, on a CPU: minutes
+    python -m benchmarks.gpu --simulate                  # shapes and memory at full size, on a card that is not there
+    python -m benchmarks.gpu --report out/gpu-cuda.json  # writes GPU.md, its chart and the README; needs no GPU
 
 Run by whoever has a GPU at hand. Nothing is downloaded: full-size weights are drawn on the card, which needs 30 GB
 (`goldens`, `kernels`, `gradients`, `compiled`, `processor` and `ceilings` run on any), `placed`, `streamed` and `load`
@@ -28,13 +28,11 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported, which fetches kernels that it misses
 
-import gpu_numbers  # noqa: E402
-import gpu_report  # noqa: E402
-import gpu_speed  # noqa: E402
-import measuring  # noqa: E402
-import torch  # noqa: E402
-from gpu_machine import OUT_OF_TIME, Machine  # noqa: E402
-from measuring import ROOT  # noqa: E402
+import torch
+
+from benchmarks import gpu_numbers, gpu_report, gpu_speed, measuring
+from benchmarks.gpu_machine import OUT_OF_TIME, Machine
+from benchmarks.measuring import ROOT
 
 # What matters most comes first, since a run may be short of time.
 FIRST = ("goldens", "kernels", "gradients", "ceilings", "images", "captions", "compiled", "float8", "texts")

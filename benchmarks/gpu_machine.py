@@ -11,15 +11,15 @@ from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import measuring
-import simulate_devices  # of tools/, where `measuring` looks too
 import torch
 import torch.nn.functional as F
-from measuring import ROOT
-from synthesise_checkpoint import mean_and_deviation
 from torch import nn
 
-from goldens import repo_class
+from benchmarks import measuring
+from benchmarks.goldens import repo_class
+from benchmarks.measuring import ROOT
+from tools.machines import simulate_devices
+from tools.machines.synthesise_checkpoint import mean_and_deviation
 
 PEAK = "peak GB"
 COSINE = "least cosine to bfloat16"

@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_machine import Machine, Missing, require
-from measuring import ROOT
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,8 +21,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModel, CompileConfig
 from transformers.utils import is_torchvision_available
 
-from golden_wide import regenerated, regenerated_pixels
-from goldens import GOLDEN, TOLERANCE, golden, golden_config, repo_class, training_batch
+from benchmarks.golden_wide import regenerated, regenerated_pixels
+from benchmarks.goldens import GOLDEN, TOLERANCE, golden, golden_config, repo_class, training_batch
+from benchmarks.gpu_machine import Machine, Missing, require
+from benchmarks.measuring import ROOT
 
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2")
 LOW_PRECISION = {"bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -2,24 +2,22 @@
 
 import importlib.util
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_machine import COSINE, PEAK
+from benchmarks.gpu_machine import COSINE, PEAK
+from tools import pages
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))  # the writer of tables
 
-import pages  # noqa: E402
 
 MEASURED, SIMULATED, ON_CPU = "gpu.json", "gpu_simulated.json", "gpu_on_cpu.json"
 PAGE, CHART = "GPU.md", "gpu.png"
 LINE, TABLE = "gpu-line", "gpu"
 OURS = ("eager", "eager, one CUDA graph", "compile_layers", "compile_layers, one CUDA graph")
-COMMAND = "`python benchmarks/gpu.py`"
+COMMAND = "`python -m benchmarks.gpu`"
 
 # --------------------------------------------------------------------------------------------------------- reading
 

@@ -9,12 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import measuring
-import simulate_devices  # of tools/, where `measuring` looks too
 import torch
 import torch.nn.functional as F
 from accelerate import dispatch_model
-from gpu_machine import (
+from torch import nn
+from transformers import AutoModel, StaticCache
+
+from benchmarks import measuring
+from benchmarks.gpu_machine import (
     COSINE,
     PEAK,
     Float8Linear,
@@ -26,8 +28,7 @@ from gpu_machine import (
     require,
     to_float8,
 )
-from torch import nn
-from transformers import AutoModel, StaticCache
+from tools.machines import simulate_devices
 
 GIB = 1 << 30
 MODES = ("InternVL-C", "InternVL-G")

@@ -2,7 +2,6 @@
 
 import inspect
 import itertools
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -27,10 +26,10 @@ from transformers import (
     LogitsProcessor,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tools" / "machines")]  # tables; cards that are not here
+from tools.machines import simulate_devices
 
-import simulate_devices  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
+
 
 WIDTH, VISION_WIDTH, VOCABULARY = 4096, 3200, 49_954
 QUERIES, PROMPT, BEAMS, LAYERS = 96, 5, 5, 2

@@ -1,6 +1,6 @@
 """Load a checkpoint in one way, embed, match and write, and say what that cost. `full_size.py` runs it once per plan.
 
-    python benchmarks/one_plan.py --plan disk --folder CHECKPOINT --out RESULT
+    python -m benchmarks.one_plan --plan disk --folder CHECKPOINT --out RESULT
 
 writes RESULT.json, what was measured, and RESULT.safetensors, what the model gave. Linux only: it reads /proc.
 """

@@ -2,8 +2,8 @@
 
 Run by whoever changes which layers are quantised; speed.py imports it.
 
-    python benchmarks/quantised_accuracy.py           # tiny/, on examples/pictures and their names in three languages
-    python benchmarks/quantised_accuracy.py --wide    # golden/wide too: one layer of each tower at the 14B's widths
+    python -m benchmarks.quantised_accuracy           # tiny/, on examples/pictures and their names in three languages
+    python -m benchmarks.quantised_accuracy --wide    # golden/wide too: one layer of each tower at the 14B's widths
 
 Given are the least and the mean cosine of an embedding to that of the float32 model, and the largest difference of a
 probability of image-text matching. Needs tests/requirements.txt; `--wide` also 6 GB of memory and 2 GB of disk.
@@ -12,7 +12,6 @@ probability of image-text matching. Needs tests/requirements.txt; `--wide` also 
 import argparse
 import json
 import platform
-import sys
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
@@ -25,13 +24,12 @@ from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
 from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig, TorchAoConfig
 
-from golden_wide import regenerated, regenerated_pixels
-from goldens import golden, golden_config, repo_class
+from benchmarks.golden_wide import regenerated, regenerated_pixels
+from benchmarks.goldens import golden, golden_config, repo_class
+from tools import pages
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))  # the writer of tables
 
-import pages  # noqa: E402
 
 TINY = {"subfolder": "tiny", "trust_remote_code": True}
 PICTURES = ROOT / "examples" / "pictures"

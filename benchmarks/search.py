@@ -2,8 +2,8 @@
 
 Run by whoever changes examples/search_index.py.
 
-    python benchmarks/search.py                          # writes search.json and the README's table
-    python benchmarks/search.py --pictures 500 --out /tmp/report.json          # and no table
+    python -m benchmarks.search                          # writes search.json and the README's table
+    python -m benchmarks.search --pictures 500 --out /tmp/report.json          # and no table
 
 The pictures are those of examples/pictures, turned, resized and put on coloured grounds, no two alike: PNG, JPEG and
 WebP files of 260 to 400 pixels. Every step is a process of its own, as a user runs it, with the tiny checkpoint: its
@@ -27,10 +27,10 @@ from pathlib import Path
 
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))  # the writer of tables
+from tools import pages
 
-import pages  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
+
 
 README = ROOT / "README.md"
 OUT = Path(__file__).with_suffix(".json")
@@ -39,10 +39,9 @@ KINDS = (("png", {}), ("jpg", {"quality": 90}), ("webp", {"quality": 90}))
 QUERIES = 100
 SEARCH = """
 import json, resource, sys, time
-sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from search_index import Embedder, Index, Searcher
-searcher = Searcher(Index(sys.argv[2]), Embedder(sys.argv[1] + "/..", "tiny"))
+searcher = Searcher(Index(sys.argv[1]), Embedder("..", "tiny"))
 rows = []
 for query in json.loads(sys.stdin.read()):
     begun = time.perf_counter()
@@ -111,7 +110,7 @@ def measure(folder: Path, count: int) -> dict:
     after, _ = timed(run)
     one, _ = timed([*script, "query", "panda", "--index", index])
     asked = queries(pictures)
-    _, printed = timed([sys.executable, "-c", SEARCH, ROOT / "examples", index], input=json.dumps(asked))
+    _, printed = timed([sys.executable, "-c", SEARCH, index], input=json.dumps(asked), cwd=ROOT / "examples")
     rows, memory = json.loads(printed)
     seconds = [each for each, _ in rows[5:]]  # the first ones warm up
     shares = [(right(query, names), "words" in query) for query, (_, names) in zip(asked, rows, strict=True)]
@@ -167,7 +166,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="search-") as folder:
         result = measure(Path(folder), options.pictures)
     report = {
-        "command": "python benchmarks/search.py",
+        "command": "python -m benchmarks.search",
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPUs",
         "versions": {name: version(name) for name in ("lancedb", "torch", "transformers", "pillow")},
         "result": result,

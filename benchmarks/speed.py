@@ -2,8 +2,8 @@
 
 Run by whoever changes what the model computes or how (`make bench`).
 
-    python benchmarks/speed.py               # everything, in less than 15 minutes on 2 quiet cores
-    python benchmarks/speed.py vision match  # some sections; of the others the last results are kept
+    python -m benchmarks.speed               # everything, in less than 15 minutes on 2 quiet cores
+    python -m benchmarks.speed vision match  # some sections; of the others the last results are kept
 
 Needs tests/requirements.txt.
 """
@@ -23,17 +23,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import measuring as m
-import quantised_accuracy as accuracy
 import torch
 import torch.nn.functional as F
-from measuring import BEAMS, PROMPT, QUERIES, WIDTH, Row, in_turn, pixels, prompts, written
 from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 from transformers import AutoModel, AutoProcessor, DynamicCache, TorchAoConfig
 from transformers.utils import logging
 
-from pages import put, table  # of tools/, where `measuring` looks too
+from benchmarks import measuring as m
+from benchmarks import quantised_accuracy as accuracy
+from benchmarks.measuring import BEAMS, PROMPT, QUERIES, WIDTH, Row, in_turn, pixels, prompts, written
+from tools.pages import put, table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
@@ -44,7 +44,7 @@ HEAD = ("work", "figure", "value", "spread", "target", "met")
 INTRODUCTION = """\
 # How fast
 
-Written by `python benchmarks/speed.py` (`make bench`). `A / B` is a ratio of times within one run: what is
+Written by `python -m benchmarks.speed` (`make bench`). `A / B` is a ratio of times within one run: what is
 compared runs in turn, A B A B ..., and the fastest run of A is divided by the fastest of B, since what else happens on
 a machine only adds time. The spread is that of runs next to each other; on a machine that others share, a difference
 of less than that between two runs of this command, some percent, means nothing. All models have the published widths,
@@ -469,7 +469,7 @@ def int8(bench: Bench) -> None:
         right = (nearest == torch.arange(len(images))).sum()
         work = f"tiny/, {nearest.numel()} searches for the names of the example pictures"
         bench.add(Row(work, f"found by {name}", int(right)))
-    bench.notes.append("`python tools/tiny/evaluate_tiny.py --int8` measures the whole table of tiny/ with int8.")
+    bench.notes.append("`python -m tools.tiny.evaluate_tiny --int8` measures the whole table of tiny/ with int8.")
 
 
 def compiled(bench: Bench) -> None:

@@ -116,7 +116,7 @@ def measured_card(file: Path, modes: set[str]) -> tuple[str, float]:
             raise ValueError(f"it has no images of {mode} at full size")
         return machine["device"], max(rates)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = f"must be a file of `python benchmarks/gpu.py`, got {str(file)!r}: {error}"
+        problem = f"must be a file of `python -m benchmarks.gpu`, got {str(file)!r}: {error}"
         raise ValueError(f"`--measured` {problem}.") from error
 
 

@@ -28,13 +28,11 @@ from transformers import AutoModel
 from fresh import Server
 
 ROOT = Path(__file__).resolve().parents[1]
-# Scripts are imported by their names, as scripts of one folder import each other. A test of benchmarks/search.py or
-# benchmarks/embed_dataset.py, which have namesakes in examples/, loads them by their paths.
-SCRIPTS = ("examples", "benchmarks", "tools", "tools/tiny", "tools/hub", "tools/machines")
-sys.path[:0] = [str(ROOT / folder) for folder in SCRIPTS]
+# As for whoever runs `python -m tools.matrix` at the root, and `python examples/search.py`.
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 # The test files import all of these from here.
-from goldens import GOLDEN, TOLERANCE, golden, golden_config, golden_model, repo_class, training_batch  # noqa: E402, F401
+from benchmarks.goldens import GOLDEN, TOLERANCE, golden, golden_config, golden_model, repo_class, training_batch  # noqa: E402, F401
 
 IS_V5 = int(transformers.__version__.split(".")[0]) >= 5
 INDEX = "model.safetensors.index.json"
@@ -112,23 +110,20 @@ def run_python(code: str, folder: Path, *arguments: object) -> subprocess.Comple
     return succeeded(run_fork(["-c", code, *arguments], folder, HF_MODULES_CACHE=str(folder / "modules")))
 
 
-def run_interpreter(code: str, folder: Path, *arguments: object) -> subprocess.CompletedProcess:
+def run_interpreter(code: str, folder: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
     """The same in a new interpreter, seconds slower: for what hides a package or asks what was imported."""
-    environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"} | environment
     command = [sys.executable, "-c", code, *map(str, arguments)]
     options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": LAST_RESORT, "cwd": folder}
     return succeeded(subprocess.run(command, env=environment, **options))
 
 
 def run_fork(command: list, folder: Path | str, **environment: str) -> subprocess.CompletedProcess:
-    """What `python COMMAND` would do, `-c CODE` or a script and its arguments, in a fork of a preloaded interpreter."""
+    """What `python COMMAND` would do, in a fork of a preloaded interpreter."""
     command = [*map(str, command)]
-    is_code = command[0] == "-c"
     with tempfile.TemporaryDirectory() as streams:
         request = {
-            "code": command[1] if is_code else None,
-            "script": None if is_code else command[0],
-            "arguments": command[1 + is_code :],
+            "command": command,
             "folder": str(folder),
             "stdout": f"{streams}/stdout",
             "stderr": f"{streams}/stderr",
@@ -137,6 +132,11 @@ def run_fork(command: list, folder: Path | str, **environment: str) -> subproces
         code = FRESH.run(request, LAST_RESORT)
         texts = [Path(request[name]).read_text("utf-8") for name in ("stdout", "stderr")]
     return subprocess.CompletedProcess(command, code, *texts)
+
+
+def run_module(folder: Path | str, name: str, *arguments: object) -> subprocess.CompletedProcess:
+    """What `python -m NAME ARGUMENTS` would do in `folder`, for a module of tools/ or benchmarks/."""
+    return run_fork(["-m", name, *arguments], folder, PYTHONPATH=str(ROOT))
 
 
 def succeeded(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:

@@ -12,6 +12,7 @@ import gc
 import importlib
 import json
 import os
+import runpy
 import select
 import signal
 import subprocess
@@ -52,20 +53,11 @@ def serve() -> None:
 
 
 def run(request: dict) -> None:
-    """Become `python -c CODE ARGUMENTS...` or `python SCRIPT ARGUMENTS...`, and end."""
+    """Become `python COMMAND`, and end."""
     code = 1
     try:
         become(request)
-        is_script = request["script"] is not None
-        source = Path(request["script"]).read_text("utf-8") if is_script else request["code"]
-        name = request["script"] if is_script else "<string>"
-        main = type(sys)("__main__")
-        if is_script:
-            main.__file__ = name
-        sys.modules["__main__"] = main
-        sys.argv = [name if is_script else "-c", *request["arguments"]]
-        sys.path.insert(0, os.path.dirname(name) if is_script else "")
-        exec(compile(source, name, "exec"), main.__dict__)
+        execute(*request["command"])
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -80,6 +72,26 @@ def run(request: dict) -> None:
             sys.stderr.flush()
         finally:
             os._exit(code & 0xFF)
+
+
+def execute(first: str, *rest: str) -> None:
+    """Do what `python -c CODE ARGUMENTS...`, `-m MODULE ARGUMENTS...` or `SCRIPT ARGUMENTS...` does."""
+    path = os.environ.get("PYTHONPATH")
+    sys.path[:0] = path.split(os.pathsep) if path else []
+    if first == "-m":
+        sys.path.insert(0, os.getcwd())
+        sys.argv = [*rest]
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        return
+    main = sys.modules["__main__"] = type(sys)("__main__")
+    if first == "-c":
+        source, name, sys.argv = rest[0], "<string>", [first, *rest[1:]]
+        sys.path.insert(0, "")
+    else:
+        source, name, sys.argv = Path(first).read_text("utf-8"), first, [first, *rest]
+        main.__file__ = first
+        sys.path.insert(0, os.path.dirname(first))
+    exec(compile(source, name, "exec"), main.__dict__)
 
 
 def become(request: dict) -> None:
@@ -125,7 +137,7 @@ class Server:
         answer = self.process.stdout.readline() if ready else ""
         if not answer:
             self.stop()
-            raise TimeoutError(f"no end after {seconds} seconds, or the server died: {request['code'] or request}")
+            raise TimeoutError(f"no end after {seconds} seconds, or the server died: {request['command']}")
         return int(answer)
 
     def stop(self) -> None:

@@ -2,9 +2,9 @@
 
 Run by whoever deploys the model outside Python, and with `--report` by whoever changes what is exported.
 
-    python tools/export.py --out DIR --int8 --check                   # tiny/
-    python tools/export.py --out DIR --model PATH_OR_ID               # another checkpoint, at its root
-    python tools/export.py --out DIR --mode InternVL-G --what vision
+    python -m tools.export --out DIR --int8 --check                   # tiny/
+    python -m tools.export --out DIR --model PATH_OR_ID               # another checkpoint, at its root
+    python -m tools.export --out DIR --mode InternVL-G --what vision
 
 Written into DIR, which must be new or empty:
 
@@ -42,7 +42,7 @@ from torch.export import Dim, ExportedProgram
 from transformers import AutoModel, AutoModelForTextEncoding, AutoProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-import pages
+from tools import pages
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "examples" / "pictures"

@@ -2,9 +2,9 @@
 
 Run by whoever adds a version of transformers (`make matrix`); CI runs it on the oldest and the newest.
 
-    python tools/matrix.py                                     # all versions; writes the table
-    python tools/matrix.py --only 4.57.6 newest                # some of them; writes nothing
-    python tools/matrix.py --python .venv/bin/python           # an existing interpreter; writes nothing
+    python -m tools.matrix                                     # all versions; writes the table
+    python -m tools.matrix --only 4.57.6 newest                # some of them; writes nothing
+    python -m tools.matrix --python .venv/bin/python           # an existing interpreter; writes nothing
 
 Each version gets an environment under .cache/matrix (1.4 GB, one to three minutes to make), which later runs reuse.
 Only torch and transformers are pinned in it. "newest" pins torch alone and is upgraded before every run, so it is what
@@ -28,7 +28,7 @@ from datetime import date
 from pathlib import Path
 from xml.etree import ElementTree
 
-import pages
+from tools import pages
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "versions.md"

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from matrix import known_bad
 from transformers import AutoProcessor
 
 from conftest import CODE, GOLDEN, LAST_RESORT, ROOT, golden_model, load
+from tools.matrix import known_bad
 
 FRESH = Path(__file__).resolve().parent / "fresh"
 # Scripts that read what another one wrote.
@@ -104,10 +104,11 @@ class Interpreters:
         folder = self.work / name
         folder.mkdir()
         command = [sys.executable, FRESH / f"{name}.py", self.work, self.trained]
+        environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "OMP_NUM_THREADS": "1"}
         if name == "publish":
             to = self.work / "published_repository"
-            command = [sys.executable, ROOT / "tools" / "hub" / "publish.py", "--checkpoint", "tiny", "--to", to]
-        environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, "-m", "tools.hub.publish", "--checkpoint", "tiny", "--to", to]
+            environment["PYTHONPATH"] = str(ROOT)
         options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "cwd": folder}
         options["timeout"] = LAST_RESORT
         return subprocess.run(list(map(str, command)), env=environment, **options)

@@ -2,8 +2,8 @@
 
 Run by publish.py, and by whoever asks whether a folder or a cached repository is complete.
 
-    python tools/hub/offline_load.py FOLDER_OR_ID [--subfolder tiny] [--revision R] [--code-revision R]
-    python tools/hub/offline_load.py FOLDER --empty
+    python -m tools.hub.offline_load FOLDER_OR_ID [--subfolder tiny] [--revision R] [--code-revision R]
+    python -m tools.hub.offline_load FOLDER --empty
 
 FOLDER_OR_ID is a folder, or an id that lies in the Hub's cache (HF_HUB_CACHE). Every Auto class of transformers that a
 user calls is called; pictures and texts are made here, so that two places can be compared. `--empty` is for weights
@@ -25,7 +25,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
-from write_index import INDEX, empty_model
+
+from tools.hub.write_index import INDEX, empty_model
 
 TEXTS = ["panda", "a  double  space", "熊猫", "パンダの顔"]
 

@@ -2,10 +2,10 @@
 
 Run by whoever maintains a repository on the Hub, after a change that users should get.
 
-    python tools/hub/publish.py --to FOLDER                      # the 14B's repository, with tiny/ as a subfolder
-    python tools/hub/publish.py --to FOLDER --checkpoint tiny    # a repository of the tiny checkpoint, at its root
-    python tools/hub/publish.py --to FOLDER --checkpoint out     # of what finetune.py or save_pretrained wrote
-    python tools/hub/publish.py --to FOLDER ... --upload ORG/NAME
+    python -m tools.hub.publish --to FOLDER                      # the 14B's repository, with tiny/ as a subfolder
+    python -m tools.hub.publish --to FOLDER --checkpoint tiny    # a repository of the tiny checkpoint, at its root
+    python -m tools.hub.publish --to FOLDER --checkpoint out     # of what finetune.py or save_pretrained wrote
+    python -m tools.hub.publish --to FOLDER ... --upload ORG/NAME
 
 Nothing leaves this machine without `--upload`. What lies in the folder:
 
@@ -205,8 +205,8 @@ def load_offline(place: str | Path, *options: str) -> dict[str, Any]:
     """What tools/hub/offline_load.py prints about a place, in a new process with an empty cache of code."""
     with tempfile.TemporaryDirectory() as modules:
         settings = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": modules, "PYTHONDONTWRITEBYTECODE": "1"}
-        script = Path(__file__).resolve().parent / "offline_load.py"
-        command = [sys.executable, str(script), str(place), *options]
+        settings["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
+        command = [sys.executable, "-m", "tools.hub.offline_load", str(place), *options]
         done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, cwd=modules)
     if done.returncode != 0:
         raise RuntimeError(f"{place} does not load without network:\n{done.stderr[-3000:]}")

@@ -1,8 +1,8 @@
 """Take the README's picture of the page of examples/search.py, and drive that page in Chromium for the tests.
 
-Run by whoever changes the page; tests/test_search_page.py imports it.
+Run by whoever changes the page; tests/programs/test_search_page.py imports it.
 
-    python tools/hub/search_screenshot.py             # writes examples/search.png: a desk and a phone side by side
+    python -m tools.hub.search_screenshot             # writes examples/search.png: a desk and a phone side by side
 
 It needs selenium and Debian's packages chromium, chromium-driver and fonts-noto-cjk.
 """

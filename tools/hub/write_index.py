@@ -2,8 +2,8 @@
 
 Run by whoever changes the names, sizes or order of the model's tensors; `make lint` runs `--check`.
 
-    python tools/hub/write_index.py            # writes the file beside config.json
-    python tools/hub/write_index.py --check    # exits with 1 if the file is not what would be written
+    python -m tools.hub.write_index            # writes the file beside config.json
+    python -m tools.hub.write_index --check    # exits with 1 if the file is not what would be written
 
 The repository holds no 14B weights, so the model is built on the meta device and split as `save_pretrained` would split
 it: tensors in the model's own order, in the dtype of config.json, in shards of 5 GB.
@@ -82,7 +82,7 @@ def main() -> None:
     if not arguments.check:
         path.write_text(json.dumps(index, indent=2) + "\n")
     elif complaint := check(path, index):
-        sys.exit(f"{complaint}. Run tools/hub/write_index.py to write it anew.")
+        sys.exit(f"{complaint}. Run `python -m tools.hub.write_index` to write it anew.")
 
 
 if __name__ == "__main__":

@@ -2,28 +2,26 @@
 
 Run by whoever asks which format fits a machine; what_fits.py imports it.
 
-    python tools/machines/quantised_sizes.py                     # the published 14B, from config.json
-    python tools/machines/quantised_sizes.py --subfolder tiny    # the checkpoint in tiny/
+    python -m tools.machines.quantised_sizes                     # the published 14B, from config.json
+    python -m tools.machines.quantised_sizes --subfolder tiny    # the checkpoint in tiny/
 
 The model is built on the meta device; a linear layer is counted as quantised unless it is in the list of modules that
-loading leaves alone. What a library adds to each quantised weight is stated below, and tests/test_quantization.py holds
-the sums to what a loaded model takes.
+loading leaves alone. What a library adds to each quantised weight is stated below;
+tests/loading/test_quantization.py compares the sums with loaded models.
 """
 
 import argparse
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
 
+from tools import pages
+from tools.hub.write_index import empty_model
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tools" / "hub")]  # the writer of tables; the empty model
 
-from write_index import empty_model  # noqa: E402
-
-import pages  # noqa: E402
 
 BNB_BLOCK = 64  # weights that share a scale in bitsandbytes' 4-bit formats
 NESTED_BLOCK = 256  # scales of those that share a scale of their own

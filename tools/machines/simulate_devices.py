@@ -2,9 +2,9 @@
 
 Run by whoever plans for GPUs that are not at hand; what_fits.py and benchmarks/ import it.
 
-    python tools/machines/simulate_devices.py                              # every setup of the README
-    python tools/machines/simulate_devices.py 2x16 24+8+8:sequential 10    # other cards, in GB; one alone offloads
-    python tools/machines/simulate_devices.py --config tiny 0.004+0.004
+    python -m tools.machines.simulate_devices                              # every setup of the README
+    python -m tools.machines.simulate_devices 2x16 24+8+8:sequential 10    # other cards, in GB; one alone offloads
+    python -m tools.machines.simulate_devices --config tiny 0.004+0.004
 
 Weights and activations are torch's fake tensors: they have a shape, a dtype and a device such as `cuda:3`, and no
 memory, so this needs neither a GPU nor 28 GB. The plan is transformers' own (`device_map="auto"`), the hooks are
@@ -38,10 +38,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoConfig, AutoModel
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))  # the writer of tables
+from tools import pages
 
-import pages  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
+
 
 GB = 10**9
 HOST_MEMORY = 64 * GB
@@ -503,7 +503,7 @@ def main() -> None:
         print(report.table(), end="\n\n", flush=True)
         failed = failed or bool(report.failures)
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate"))
-    print(f"By `python tools/machines/simulate_devices.py`: bfloat16, {BATCH}; {packages}.")
+    print(f"By `python -m tools.machines.simulate_devices`: bfloat16, {BATCH}; {packages}.")
     sys.exit(failed)
 
 

@@ -2,8 +2,8 @@
 
 Run by benchmarks/full_size.py, and by whoever tests loading without the published weights.
 
-    python tools/machines/synthesise_checkpoint.py --folder DIR                 # the 14B: 27.7 GB
-    python tools/machines/synthesise_checkpoint.py --folder DIR --config tiny   # of another config
+    python -m tools.machines.synthesise_checkpoint --folder DIR                 # the 14B: 27.7 GB
+    python -m tools.machines.synthesise_checkpoint --folder DIR --config tiny   # of another config
 
 What it is for: loading, offloading and quantising at full size can be measured without the published weights. Code and
 configs are copied beside the shards, so that AutoModel and AutoProcessor load the folder. The 14B's tokenizer.model is
@@ -31,10 +31,10 @@ from time import perf_counter
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools" / "hub"))  # the index and the empty model
+from tools.hub.write_index import INDEX, empty_model, index_of
 
-from write_index import INDEX, empty_model, index_of  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
+
 
 CHUNK = 1 << 19  # values; small enough for a core's cache
 LARGEST_SHARD = 5 * 10**9  # bytes

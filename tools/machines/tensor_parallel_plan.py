@@ -2,25 +2,23 @@
 
 Run by whoever splits the model over processes; what_fits.py imports it.
 
-    python tools/machines/tensor_parallel_plan.py                  # the 14B, for 1, 2, 4 and 8 processes
-    python tools/machines/tensor_parallel_plan.py --whole .attn.   # as if layers with this in their name were not split
+    python -m tools.machines.tensor_parallel_plan                  # the 14B, for 1, 2, 4 and 8 processes
+    python -m tools.machines.tensor_parallel_plan --whole .attn.   # as if layers with this in their name were not split
 
 Nothing is loaded: the sizes are those of the model on the meta device, the splits those of its `_tp_plan`.
 """
 
 import argparse
 import re
-import sys
 from pathlib import Path
 
 import torch
 
+from tools import pages
+from tools.hub.write_index import empty_model
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tools" / "hub")]  # the writer of tables; the empty model
 
-from write_index import empty_model  # noqa: E402
-
-import pages  # noqa: E402
 
 # The dimension that a style splits of a weight, and whether it splits the bias.
 SPLITS = {

@@ -3,8 +3,8 @@
 Run by whoever changes sizes, plans or memory of the model, or renews benchmarks/full_size.json. `make test-slow` runs
 `--check`.
 
-    python tools/machines/what_fits.py             # computes all rows, in some minutes; writes both tables
-    python tools/machines/what_fits.py --check     # exits with 1 if README.md has other tables
+    python -m tools.machines.what_fits             # computes all rows, in some minutes; writes both tables
+    python -m tools.machines.what_fits --check     # exits with 1 if README.md has other tables
 
 Sizes come from the model on the meta device, cards and their peaks from simulate_devices.py, processes from
 tensor_parallel_plan.py, formats from quantised_sizes.py, and what a CPU needs from benchmarks/full_size.json.
@@ -18,15 +18,14 @@ import warnings
 from importlib.metadata import version
 from pathlib import Path
 
-import quantised_sizes
-import simulate_devices as sim
-import tensor_parallel_plan
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from write_index import empty_model  # of tools/hub/, where the three above look too
 
-from pages import replaced, table  # of tools/, likewise
+from tools.hub.write_index import empty_model
+from tools.machines import quantised_sizes, tensor_parallel_plan
+from tools.machines import simulate_devices as sim
+from tools.pages import replaced, table
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -148,8 +147,8 @@ def machines_table(reports: dict[str, sim.Report], results: dict) -> str:
         *rows_of_cpus(results),
     ]
     source = (
-        f"Written by `python tools/machines/what_fits.py`. Cards are simulated: bfloat16, {sim.BATCH}; {packages}. The"
-        " last rows were measured on a synthetic checkpoint by `python benchmarks/full_size.py` on"
+        f"Written by `python -m tools.machines.what_fits`. Cards are simulated: bfloat16, {sim.BATCH}; {packages}. The"
+        " last rows were measured on a synthetic checkpoint by `python -m benchmarks.full_size` on"
         f" {results['machine']}."
     )
     return f"{table(['what you have', 'what to type', 'what it takes'], rows)}\n\n{source}"
@@ -181,7 +180,7 @@ def main() -> None:
     if not arguments.check:
         README.write_text(wanted)
     elif found != wanted:
-        sys.exit(f"{README} has other tables. Run tools/machines/what_fits.py to write them anew.")
+        sys.exit(f"{README} has other tables. Run `python -m tools.machines.what_fits` to write them anew.")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 Run by whoever retrains tiny/, as the first step of `make tiny`.
 
-    python tools/tiny/emoji_data.py                                     # build the dataset in .cache/emoji
-    python tools/tiny/emoji_data.py --examples examples/pictures --count 36   # also write some held-out pictures
+    python -m tools.tiny.emoji_data                                     # build the dataset in .cache/emoji
+    python -m tools.tiny.emoji_data --examples examples/pictures --count 36   # also write some held-out pictures
 
 A *concept* is one emoji: a name and keywords in three languages (Unicode CLDR), and its picture in up to eleven sets of
 artwork. Ten of them are for training. The other, Twemoji, is held out, so a model can be asked about things it knows,
@@ -600,10 +600,10 @@ def build(sources: Sources, cache: Path, processes: int) -> None:
 
 
 def load(cache: str | Path = DEFAULT_CACHE) -> EmojiData:
-    """Load the dataset that `python tools/tiny/emoji_data.py` built in `cache`."""
+    """Load the dataset that `python -m tools.tiny.emoji_data` built in `cache`."""
     cache = Path(cache)
     if not is_built(cache):
-        raise FileNotFoundError(f"no dataset of these sets in {cache}: build it with `python tools/tiny/emoji_data.py`")
+        raise FileNotFoundError(f"no dataset of these sets in {cache}: build it with `python -m tools.tiny.emoji_data`")
     with np.load(cache / "pictures.npz") as arrays:
         return EmojiData(
             concepts=_read_json(cache / "concepts.json"),

@@ -2,7 +2,7 @@
 
 Run by hand by whoever retrained tiny/: it downloads 160 MB, so `make tiny` leaves it out.
 
-    python tools/tiny/evaluate_photographs.py   # prints a table; writes it to tiny/README.md, and tiny/photographs.json
+    python -m tools.tiny.evaluate_photographs   # prints a table; writes it to tiny/README.md, and tiny/photographs.json
 
 The photographs are the stamps of Tux Paint: things cut out of photographs, each with a caption in many languages. They
 come from Debian's package `tuxpaint-stamps-default`, which `apt-get download` fetches into `.cache/` (160 MB; on Debian
@@ -19,7 +19,6 @@ import json
 import platform
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -29,12 +28,11 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 
-from emoji_data import DEFAULT_CACHE, LANGUAGES, load
+from tools.pages import put, table
+from tools.tiny.emoji_data import DEFAULT_CACHE, LANGUAGES, load
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))  # the writer of tables
 
-from pages import put, table  # noqa: E402
 
 RESULTS = ROOT / "tiny" / "photographs.json"
 CARD = ROOT / "tiny" / "README.md"
@@ -161,7 +159,7 @@ def main() -> None:
     photographs = find_photographs(fetch(arguments.stamps))
     results = evaluate(model, processor, photographs, load(arguments.data).concepts)
     results["measured_with"] = {
-        "command": "python tools/tiny/evaluate_photographs.py",
+        "command": "python -m tools.tiny.evaluate_photographs",
         "machine": f"a CPU ({platform.machine()})",
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -2,17 +2,17 @@
 
 Run by whoever retrained tiny/ (`make tiny`), or changed what its tables show (`--tables`).
 
-    python tools/tiny/evaluate_tiny.py              # prints the table; writes tiny/results.json, the tables of both
+    python -m tools.tiny.evaluate_tiny              # prints the table; writes tiny/results.json, the tables of both
                                                     # READMEs and the model-index of tiny/README.md
-    python tools/tiny/evaluate_tiny.py --int8       # prints the table of the model in int8 (torchao); writes nothing
-    python tools/tiny/evaluate_tiny.py --tables     # writes only tables and model-index, from tiny/results.json
-    python tools/tiny/evaluate_tiny.py --weights    # what MATCH_WEIGHT was chosen by: training pictures, augmented
+    python -m tools.tiny.evaluate_tiny --int8       # prints the table of the model in int8 (torchao); writes nothing
+    python -m tools.tiny.evaluate_tiny --tables     # writes only tables and model-index, from tiny/results.json
+    python -m tools.tiny.evaluate_tiny --weights    # what MATCH_WEIGHT was chosen by: training pictures, augmented
 
 How much a training owes to chance (with seeds 1, 2, ...; nothing of `tiny/` but seeds.json and its table is touched):
 
-    python tools/tiny/train_tiny.py --seed 1 --out .cache/seed1 --checkpoint .cache/seed1.pt
-    python tools/tiny/evaluate_tiny.py --subfolder .cache/seed1     # writes .cache/seed1/results.json
-    python tools/tiny/evaluate_tiny.py --spread .cache/seed1 .cache/seed2
+    python -m tools.tiny.train_tiny --seed 1 --out .cache/seed1 --checkpoint .cache/seed1.pt
+    python -m tools.tiny.evaluate_tiny --subfolder .cache/seed1     # writes .cache/seed1/results.json
+    python -m tools.tiny.evaluate_tiny --spread .cache/seed1 .cache/seed2
 
 Every figure is over all concepts of the dataset, one held-out picture each:
 
@@ -32,7 +32,6 @@ import argparse
 import json
 import math
 import platform
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -45,14 +44,13 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor, TorchAoConfig
 
-from emoji_data import DEFAULT_CACHE, LANGUAGES, EmojiData, load
-from tiny_texts import CAPTION_PROMPTS, Texts, phrases
+from tools.hub.model_index import write_model_index
+from tools.pages import put, table
+from tools.tiny.emoji_data import DEFAULT_CACHE, LANGUAGES, EmojiData, load
+from tools.tiny.tiny_texts import CAPTION_PROMPTS, Texts, phrases
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tools" / "hub")]  # the writer of tables; the metadata of cards
 
-from model_index import write_model_index  # noqa: E402
-from pages import put, table  # noqa: E402
 
 RESULTS = ROOT / "tiny" / "results.json"
 SEEDS = ROOT / "tiny" / "seeds.json"
@@ -222,7 +220,7 @@ def evaluate(model, processor, data: EmojiData, batch: int) -> tuple[dict, dict[
 
 def try_weights(evaluation: Evaluation, data: EmojiData, count: int = 700, seed: int = 0) -> None:
     """Print R@1 of re-ranking for several weights, on training pictures in unfamiliar guise."""
-    from train_tiny import Augmentation
+    from tools.tiny.train_tiny import Augmentation
 
     generator = torch.Generator().manual_seed(seed)
     train = torch.from_numpy(np.flatnonzero(data.train_mask))
@@ -336,7 +334,7 @@ def main() -> None:
         return try_weights(Evaluation(model, processor, data, arguments.batch), data)
     results, captions = evaluate(model, processor, data, arguments.batch)
     results["measured_with"] = {
-        "command": "python tools/tiny/evaluate_tiny.py" + " --int8" * arguments.int8,
+        "command": "python -m tools.tiny.evaluate_tiny" + " --int8" * arguments.int8,
         "machine": f"a CPU ({platform.machine()}, {torch.get_num_threads()} threads)",
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -2,7 +2,7 @@
 
 Run by whoever retrained tiny/, as the last step of `make tiny`.
 
-    python tools/tiny/tiny_figure.py
+    python -m tools.tiny.tiny_figure
 
 The pictures are drawn at random from all 1,400 of Twemoji's, with a fixed seed and before anything is known of them.
 Each shows its five nearest names in one language, with their probabilities among all names, and under them the captions
@@ -10,7 +10,6 @@ in three languages; what is right is green. Chinese and Japanese letters need `p
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +17,11 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
-from emoji_data import DEFAULT_CACHE, LANGUAGES, load
-from tiny_texts import CAPTION_PROMPTS
+from examples.demo import GREEN, GREY, INK, LINE, MARGIN, THUMBNAIL, Example, Poster
+from tools.tiny.emoji_data import DEFAULT_CACHE, LANGUAGES, load
+from tools.tiny.tiny_texts import CAPTION_PROMPTS
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "examples"))  # what draws
-
-from demo import GREEN, GREY, INK, LINE, MARGIN, THUMBNAIL, Example, Poster  # noqa: E402
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import combinations
 
-from emoji_data import LANGUAGES, hexcode_of
+from tools.tiny.emoji_data import LANGUAGES, hexcode_of
 
 # What stands around a name, or around keywords. "{}" alone is more than one of them on purpose.
 TEMPLATES = {

@@ -2,8 +2,8 @@
 
 Run by whoever retrains tiny/ (`make tiny`): hours on a CPU.
 
-    python tools/tiny/emoji_data.py        # once: the pictures
-    python tools/tiny/train_tiny.py        # resumes if it was interrupted; --fresh starts over
+    python -m tools.tiny.emoji_data        # once: the pictures
+    python -m tools.tiny.train_tiny        # resumes if it was interrupted; --fresh starts over
 
 It writes the weights and `training.json`, which says how they came about.
 
@@ -39,8 +39,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from emoji_data import DEFAULT_CACHE, LANGUAGES, load
-from tiny_texts import CAPTION_PROMPTS, JOINTS, TEMPLATES, Texts, phrases
+from tools.tiny.emoji_data import DEFAULT_CACHE, LANGUAGES, load
+from tools.tiny.tiny_texts import CAPTION_PROMPTS, JOINTS, TEMPLATES, Texts, phrases
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / ".cache" / "train_tiny.pt"
@@ -445,7 +445,7 @@ class Trainer:
 
     def report(self, folder: Path) -> None:
         report = {
-            "command": "python tools/tiny/train_tiny.py" + " --compile" * self.arguments.compile,
+            "command": "python -m tools.tiny.train_tiny" + " --compile" * self.arguments.compile,
             "arguments": self.state()["arguments"],
             "steps_done": self.step,
             "hours": round(self.seconds / 3600, 2),

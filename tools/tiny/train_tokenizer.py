@@ -2,8 +2,8 @@
 
 Run by whoever retrains tiny/, as the second step of `make tiny`.
 
-    python tools/tiny/emoji_data.py         # first, for its concepts.json
-    python tools/tiny/train_tokenizer.py    # writes tiny/tokenizer.model
+    python -m tools.tiny.emoji_data         # first, for its concepts.json
+    python -m tools.tiny.train_tokenizer    # writes tiny/tokenizer.model
 
 It is a small sibling of LLaMA's: a SentencePiece BPE model with byte fallback, identity normalisation, a dummy
 prefix, single digits, `<unk>`, `<s>` and `</s>` as the pieces 0, 1 and 2, and no padding piece. Training is
@@ -21,8 +21,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from emoji_data import DEFAULT_CACHE, LANGUAGES
-from tiny_texts import Texts
+from tools.tiny.emoji_data import DEFAULT_CACHE, LANGUAGES
+from tools.tiny.tiny_texts import Texts
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 4096

@@ -10,10 +10,9 @@ from conftest import IS_V5, ROOT
 
 pytest.importorskip("accelerate")
 
-import full_size
-import what_fits
-
-from pages import table
+from benchmarks import full_size
+from tools.machines import what_fits
+from tools.pages import table
 
 README = (ROOT / "README.md").read_text().splitlines()
 ROWS = {
@@ -49,5 +48,7 @@ def test_what_was_measured_keeps_its_promises():
 @pytest.mark.skipif(not IS_V5, reason="the README names the versions of `make test`")
 def test_all_tables_of_the_readme():
     """Minutes: every setup is simulated again."""
-    done = subprocess.run([sys.executable, what_fits.__file__, "--check"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.machines.what_fits", "--check"], capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr

@@ -15,8 +15,8 @@ pytest.importorskip("accelerate")
 torchao = pytest.importorskip("torchao.quantization")
 pytest.importorskip("bitsandbytes")
 
-import quantised_accuracy as accuracy  # noqa: E402
-import quantised_sizes as sizes  # noqa: E402
+from benchmarks import quantised_accuracy as accuracy  # noqa: E402
+from tools.machines import quantised_sizes as sizes  # noqa: E402
 
 TINY = {"subfolder": "tiny", "trust_remote_code": True}
 METHODS = {

@@ -546,10 +546,9 @@ def test_what_is_saved_loads_in_a_fresh_process_and_merging_changes_nothing(argu
 
 RANK = """
 import json, sys
-sys.path.insert(0, sys.argv[1])
 import finetune
 
-if sys.argv[3] == "fsdp":
+if sys.argv[2] == "fsdp":
     # accelerate offers FSDP on accelerators only. The rest of its way there works on a CPU too, once it is told.
     import transformers.trainer
     from accelerate import Accelerator
@@ -568,13 +567,13 @@ if sys.argv[3] == "fsdp":
 trainers = []
 make_trainer = finetune.make_trainer
 finetune.make_trainer = lambda arguments: trainers.append(make_trainer(arguments)) or trainers[-1]
-finetune.main(finetune.Arguments(**json.loads(sys.argv[2])))
+finetune.main(finetune.Arguments(**json.loads(sys.argv[1])))
 for module in trainers[0].model.modules():
     if hasattr(module, "reshard"):
         module.reshard()  # FSDP2 keeps the top together after an evaluation
 sharded = {name for name, p in trainers[0].model.named_parameters() if type(p.data).__name__ == "DTensor"}
 everything = {name for name, p in trainers[0].model.named_parameters()}
-assert sharded == (everything if sys.argv[3] == "fsdp" else set()), everything - sharded
+assert sharded == (everything if sys.argv[2] == "fsdp" else set()), everything - sharded
 """
 
 
@@ -597,8 +596,8 @@ def run_two(options: dict, kind: str, folder) -> None:
     script = folder / "rank.py"
     script.write_text(RANK)
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    launch += ["--rdzv-endpoint", "localhost:0", str(script), str(ROOT / "examples"), json.dumps(options), kind]
-    environment = os.environ | (fsdp_environment() if kind == "fsdp" else {})
+    launch += ["--rdzv-endpoint", "localhost:0", str(script), json.dumps(options), kind]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "examples")} | (fsdp_environment() if kind == "fsdp" else {})
     done = subprocess.run(
         [sys.executable, *launch], env=environment, cwd=folder, capture_output=True, text=True, timeout=LAST_RESORT
     )

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -29,6 +31,17 @@ def test_a_script_is_run_as_the_command_does(tmp_path):
     script.write_text("import sys, beside\nprint(__name__, __file__, sys.argv, beside.value)")
     done = run_fork([script, "x"], ROOT)
     assert done.stdout.split("\n")[0] == f"__main__ {script} {[str(script), 'x']} 3"
+
+
+def test_a_module_is_run_as_the_command_does(tmp_path):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "module.py").write_text("import sys\nprint(__name__, __file__, sys.argv, sys.path[:2])")
+    (tmp_path / "elsewhere").mkdir()
+    command = ["-m", "package.module", "x"]
+    done = run_fork(command, tmp_path / "elsewhere", PYTHONPATH=str(tmp_path))
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    options = {"capture_output": True, "text": True, "cwd": tmp_path / "elsewhere", "env": environment}
+    assert done.stdout == subprocess.run([sys.executable, *command], **options).stdout != ""
 
 
 @pytest.mark.parametrize(
@@ -69,7 +82,7 @@ def test_the_server_has_imported_everything_and_started_no_thread(tmp_path):
 
 def test_what_hangs_is_an_error_and_is_stopped(tmp_path):
     server = Server()
-    request = {"code": "while True: pass", "script": None, "arguments": [], "folder": str(tmp_path)}
+    request = {"command": ["-c", "while True: pass"], "folder": str(tmp_path)}
     request |= {"stdout": str(tmp_path / "o"), "stderr": str(tmp_path / "e"), "environment": dict(os.environ)}
     with pytest.raises(TimeoutError, match="while True"):
         server.run(request, seconds=0.1)

@@ -108,6 +108,7 @@ def run_blocks(numbered: list[tuple[int, str]], folder: Path, hidden: str) -> No
     (folder / "blocks.json").write_text(json.dumps(numbered))
     (folder / "runner.py").write_text(NO_NETWORK + RUNNER)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules")}
+    environment["PYTHONPATH"] = str(ROOT)  # as a reader's interpreter has the folder that it was started in
     before = repository_files()
     command = [sys.executable, str(folder / "runner.py"), str(folder / "blocks.json"), hidden]
     options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": LAST_RESORT, "cwd": ROOT}

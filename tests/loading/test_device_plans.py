@@ -16,8 +16,8 @@ from conftest import ROOT
 
 pytest.importorskip("accelerate")
 
-import measuring
-import simulate_devices as sim
+from benchmarks import measuring
+from tools.machines import simulate_devices as sim
 
 TINY = ROOT / "tiny"
 PARAMETERS = 13_834_975_747

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-import pages
 from conftest import ROOT, TOLERANCE, golden, golden_model
+from tools import pages
 
 pytest.importorskip("torchao")
 
-import measuring as m
-import speed
+from benchmarks import measuring as m
+from benchmarks import speed
 
 
 @torch.inference_mode()

@@ -8,19 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import ROOT, run_fork, succeeded
+from conftest import ROOT, run_fork, run_module, succeeded
 
 pytest.importorskip("accelerate")
 
-import gpu
-import gpu_machine
-import gpu_numbers
-import gpu_report
-import gpu_speed
+from benchmarks import gpu, gpu_machine, gpu_numbers, gpu_report, gpu_speed
+from tools import pages
 
-import pages
-
-GPU = ROOT / "benchmarks" / "gpu.py"
 ON_CPU = ["--device", "cpu", "--tiny"]
 # What a CPU has not; everything else has to run there.
 MISSING_ON_A_CPU = ("CUDA graph", "flash_attention_2", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "from the host")
@@ -29,14 +23,13 @@ MISSING_ON_A_CPU = ("CUDA graph", "flash_attention_2", "EFFICIENT_ATTENTION", "C
 def run_without_compiling(folder, *options):
     """The command in a fresh process, in which whatever is compiled runs as it is: compiling takes a minute."""
     code = f"""
-import sys
-sys.path.insert(0, {str(GPU.parent)!r})
-import gpu, torch
+import sys, torch
+from benchmarks import gpu
 torch.compiler.set_stance("force_eager")
 sys.argv = ["gpu.py", *{[*ON_CPU, *map(str, options)]!r}, "--out", "gpu.json"]
 gpu.main()
 """
-    done = run_fork(["-c", code], folder)
+    done = run_fork(["-c", code], folder, PYTHONPATH=str(ROOT))
     return done, json.loads((folder / "gpu.json").read_text())["steps"]
 
 
@@ -100,7 +93,7 @@ def test_speed(tmp_path):
 @pytest.mark.heavy
 def test_every_step_with_its_compiler_and_the_report(tmp_path):
     out, clone = tmp_path / "gpu.json", tmp_path / "clone"
-    succeeded(run_fork([GPU, *ON_CPU, "--out", out], tmp_path))
+    succeeded(run_module(tmp_path, "benchmarks.gpu", *ON_CPU, "--out", out))
     steps = json.loads(out.read_text())["steps"]
     assert list(steps) == list(gpu.STEPS)
     assert_complete(steps)
@@ -111,7 +104,7 @@ def test_every_step_with_its_compiler_and_the_report(tmp_path):
     assert shares["products"] > 0.1 and sum(shares.values()) == pytest.approx(1)
     (clone / "benchmarks").mkdir(parents=True)
     shutil.copy(ROOT / "README.md", clone)
-    succeeded(run_fork([GPU, "--report", out, "--to", clone], tmp_path))
+    succeeded(run_module(tmp_path, "benchmarks.gpu", "--report", out, "--to", clone))
     page = (clone / "benchmarks" / "GPU.md").read_text()
     assert all(f"\n### {name}\n" in page for name in steps)
     assert (clone / "benchmarks" / "gpu.png").stat().st_size > 5000
@@ -121,8 +114,11 @@ def test_every_step_with_its_compiler_and_the_report(tmp_path):
 def test_full_size_on_a_simulated_card(tmp_path):
     """Shapes of every call at full size; and the memory is what the shipped page says."""
     out = tmp_path / "gpu.json"
-    succeeded(run_fork([GPU, "--simulate", "--out", out], tmp_path))
-    steps, shipped = json.loads(out.read_text())["steps"], gpu_report.read(GPU.parent / gpu_report.SIMULATED)["steps"]
+    succeeded(run_module(tmp_path, "benchmarks.gpu", "--simulate", "--out", out))
+    steps, shipped = (
+        json.loads(out.read_text())["steps"],
+        gpu_report.read(ROOT / "benchmarks" / gpu_report.SIMULATED)["steps"],
+    )
     for name in gpu.SIMULATED_STEPS:
         peaks, expected = ([row.get(gpu_machine.PEAK, 0) for row in found[name]["rows"]] for found in (steps, shipped))
         assert peaks == pytest.approx(expected, rel=0.01) and any(peaks)
@@ -170,19 +166,18 @@ def test_wrong_numbers_fail(monkeypatch):
 
 
 def test_a_failure_is_written_with_its_place_and_ends_the_command_with_an_error(tmp_path):
-    code = f"""
+    code = """
 import sys
-sys.path.insert(0, {str(GPU.parent)!r})
-import gpu
+from benchmarks import gpu
 def broken(machine):
     raise AssertionError("not the original's")
 gpu.STEPS.clear()
 gpu.STEPS["broken"] = broken
-gpu.STEPS["rows"] = lambda machine: {{"rows": [{{"work": "images", "batch": 1, "way": "eager", "failed": "memory"}}]}}
+gpu.STEPS["rows"] = lambda machine: {"rows": [{"work": "images", "batch": 1, "way": "eager", "failed": "memory"}]}
 sys.argv = ["gpu.py", "--device", "cpu", "--tiny", "--out", "gpu.json"]
 gpu.main()
 """
-    done = run_fork(["-c", code], tmp_path)
+    done = run_fork(["-c", code], tmp_path, PYTHONPATH=str(ROOT))
     assert done.returncode == 1 and "failed: broken: AssertionError: not the original's" in done.stdout
     assert "failed: rows, rows, 1. images 1 eager: memory" in done.stdout
     assert json.loads((tmp_path / "gpu.json").read_text())["steps"]["broken"]["failed"]
@@ -207,14 +202,14 @@ def test_a_run_goes_on_with_what_is_missing_or_failed(tmp_path):
 
 
 def test_results_are_neither_lost_nor_mixed(tmp_path):
-    succeeded(run_fork([GPU, *ON_CPU, "--minutes", "0", "--only", "load", "--out", "gpu.json"], tmp_path))
+    succeeded(run_module(tmp_path, "benchmarks.gpu", *ON_CPU, "--minutes", "0", "--only", "load", "--out", "gpu.json"))
     before = (tmp_path / "gpu.json").read_text()
-    done = run_fork([GPU, *ON_CPU, "--minutes", "0", "--only", "load", "--out", "gpu.json"], tmp_path)
+    done = run_module(tmp_path, "benchmarks.gpu", *ON_CPU, "--minutes", "0", "--only", "load", "--out", "gpu.json")
     assert done.returncode == 2 and "--resume goes on with it" in done.stderr
-    done = run_fork([GPU, "--device", "cpu", "--minutes", "0", "--resume", "--out", "gpu.json"], tmp_path)
+    done = run_module(tmp_path, "benchmarks.gpu", "--device", "cpu", "--minutes", "0", "--resume", "--out", "gpu.json")
     assert done.returncode == 2 and "measured elsewhere, tiny True and not False" in done.stderr
     assert (tmp_path / "gpu.json").read_text() == before
-    done = run_fork([GPU, "--simulate", "--only", "ceilings", "--out", "other.json"], tmp_path)
+    done = run_module(tmp_path, "benchmarks.gpu", "--simulate", "--only", "ceilings", "--out", "other.json")
     assert done.returncode == 2 and "--simulate has the steps images" in done.stderr
 
 
@@ -250,7 +245,7 @@ def test_problems_are_found_in_lists_of_any_kind():
 def test_without_a_gpu_the_command_says_what_to_type(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    done = run_fork([GPU, "--out", "gpu.json"], tmp_path)
+    done = run_module(tmp_path, "benchmarks.gpu", "--out", "gpu.json")
     assert done.returncode == 2 and "--device cpu --tiny" in done.stderr and not (tmp_path / "gpu.json").exists()
 
 
@@ -482,7 +477,7 @@ def test_a_file_that_is_no_run_or_has_less_is_refused(clone, tmp_path):
         with pytest.raises(gpu_report.Refused, match=problem):
             gpu_report.write(tmp_path / "wrong.json", clone)
     assert before == {path: path.read_bytes() for path in (clone / "benchmarks").iterdir()}
-    done = run_fork([GPU, "--report", "absent.json", "--to", clone], tmp_path)
+    done = run_module(tmp_path, "benchmarks.gpu", "--report", "absent.json", "--to", clone)
     assert done.returncode == 2 and "absent.json is no file of" in done.stderr
 
 

@@ -19,7 +19,7 @@ def text_files() -> dict[str, str]:
     """Every Python and Markdown file but this one, by path, each on one line."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py", "*.md"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    names = set(listed.stdout.splitlines()) - {"tests/test_model_page.py"}
+    names = set(listed.stdout.splitlines()) - {"tests/repository/test_model_page.py"}
     return {name: re.sub(r"\s*\n\s*(?:#\s*)?", " ", (ROOT / name).read_text("utf-8")) for name in sorted(names)}
 
 

@@ -7,9 +7,6 @@ import shutil
 import tarfile
 from pathlib import Path
 
-import evaluate
-import evaluation_data as data
-import evaluation_metrics as metrics
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +14,9 @@ from PIL import Image
 from torch.testing import assert_close
 from transformers import AutoModel, AutoProcessor
 
+from benchmarks import evaluate
+from benchmarks import evaluation_data as data
+from benchmarks import evaluation_metrics as metrics
 from conftest import ROOT, TOLERANCE, load
 
 NAMES = ("fox", "lion", "panda", "pizza", "rocket", "sushi")

@@ -5,7 +5,6 @@ import socket
 import sys
 
 import pytest
-import tensor_parallel_plan
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -13,6 +12,7 @@ from torch.testing import assert_close
 from transformers import AutoModel
 
 from conftest import IS_V5, ROOT, TOLERANCE, golden_model, repo_class
+from tools.machines import tensor_parallel_plan
 
 WORLD = 2
 TINY = {"subfolder": "tiny", "trust_remote_code": True, "dtype": torch.float32}

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import pages
 from conftest import LAST_RESORT, ROOT, load
+from tools import pages
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_gcs_server_request_timeout_seconds", str(LAST_RESORT))  # Ray reads it while importing
@@ -37,7 +37,6 @@ from ray.cluster_utils import Cluster  # noqa: E402
 PICTURES = ROOT / "examples" / "pictures"
 ENTRIES = json.loads((PICTURES / "examples.json").read_text("utf-8"))
 NODE = {"num_cpus": 2, "object_store_memory": 100_000_000, "include_dashboard": False}
-BENCHMARK = importlib.util.spec_from_file_location("benchmark", ROOT / "benchmarks" / "embed_dataset.py")
 IDS = pa.schema([("id", pa.string())])
 SCRIPT = ROOT / "examples" / "embed_dataset.py"
 
@@ -622,7 +621,7 @@ def test_measured_images_take_the_place_of_the_assumption(options, tmp_path):
     ("content", "problem"),
     [
         (None, "No such file"),
-        ("[]", "must be a file of `python benchmarks/gpu.py`"),
+        ("[]", "must be a file of `python -m benchmarks.gpu`"),
         (json.dumps(gpu_results(tiny=True)), "no images of InternVL-C at full size"),
         (json.dumps(gpu_results(simulated=True)), "no images of InternVL-C at full size"),
     ],
@@ -665,8 +664,7 @@ def test_rows_of_tars_are_estimated_from_how_far_was_read(options, tmp_path):
 
 
 def test_what_the_readme_says_is_what_was_measured():
-    benchmark = importlib.util.module_from_spec(BENCHMARK)  # its name is that of the example
-    BENCHMARK.loader.exec_module(benchmark)
+    benchmark = importlib.import_module("benchmarks.embed_dataset")
     report = json.loads(benchmark.MEASURED.read_text("utf-8"))
     assert pages.taken(ROOT / "README.md", "embed") == benchmark.summary(report)
     assert report["h100s"] == benchmark.on_h100s()

@@ -17,10 +17,11 @@ pytest.importorskip("selenium")
 if not shutil.which("chromium") or not shutil.which("chromedriver"):
     pytest.skip("needs Debian's packages chromium and chromium-driver", allow_module_level=True)
 
-import search_screenshot  # noqa: E402
 from search_index import Embedder, Index, Searcher  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
+
+from tools.hub import search_screenshot  # noqa: E402
 
 PICTURES = ROOT / "examples" / "pictures"
 NOTE = """

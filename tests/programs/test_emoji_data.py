@@ -12,7 +12,7 @@ np = pytest.importorskip("numpy", reason="numpy is not installed")
 pytest.importorskip("PIL", reason="Pillow is not installed")
 pytest.importorskip("tqdm", reason="tqdm is not installed")
 
-emoji_data = importlib.import_module("emoji_data")
+emoji_data = importlib.import_module("tools.tiny.emoji_data")
 NameIndex = emoji_data.NameIndex
 hexcode_of = emoji_data.hexcode_of
 is_dropped = emoji_data.is_dropped
@@ -186,7 +186,7 @@ def test_an_interrupted_write_leaves_no_file(tmp_path):
 
 
 def test_loading_what_is_not_built_says_how_to_build_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"tools/tiny/emoji_data\.py"):
+    with pytest.raises(FileNotFoundError, match=r"tools\.tiny\.emoji_data"):
         emoji_data.load(tmp_path)
 
 

@@ -5,13 +5,13 @@ import shutil
 from collections import namedtuple
 
 import pytest
-import synthesise_checkpoint
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
-from write_index import INDEX
 
-from conftest import ROOT, run_fork
+from conftest import ROOT, run_module
+from tools.hub.write_index import INDEX
+from tools.machines import synthesise_checkpoint
 
 TINY = ROOT / "tiny"
 
@@ -90,9 +90,8 @@ def test_full_disk_is_a_clear_error_before_anything_is_written(tmp_path, monkeyp
 def test_command_reports_agreeing_plans_and_cleans_up(tmp_path):
     scratch, report, numbers = tmp_path / "scratch", tmp_path / "report.md", tmp_path / "report.json"
     scratch.mkdir()
-    command = [ROOT / "benchmarks" / "full_size.py", "--config", TINY, "--plans", "mapped", "disk"]
-    command += ["--scratch", scratch, "--out", report]
-    done = run_fork(command, tmp_path)
+    options = ["--config", TINY, "--plans", "mapped", "disk", "--scratch", scratch, "--out", report]
+    done = run_module(tmp_path, "benchmarks.full_size", *options)
     assert done.returncode == 0, done.stderr[-4000:]
     assert not list(scratch.iterdir())
     results = json.loads(numbers.read_text())

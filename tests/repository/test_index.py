@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-import write_index
 from transformers import AutoModel
 
 from conftest import GOLDEN, IS_V5, ROOT, make_repository
+from tools.hub import write_index
 
 PUBLISHED_BYTES = 2 * 13_834_975_747
 SHAPES = json.loads((GOLDEN / "internvl_14b_parameters.json").read_text())

@@ -21,10 +21,8 @@ from safetensors.torch import save as save_bytes
 from transformers import AutoProcessor
 from transformers.pipelines import SUPPORTED_TASKS
 
-import model_index
-import offline_load
-import publish
 from conftest import INDEX, ROOT, load, run_fork, run_interpreter
+from tools.hub import model_index, offline_load, publish
 
 pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git says what belongs to the repository")
 CARDS = {"main": ROOT / "README.md", "tiny": ROOT / "tiny" / "README.md"}
@@ -469,7 +467,7 @@ def test_the_evaluation_writes_both_cards(tmp_path, monkeypatch):
     """`tools/tiny/evaluate_tiny.py --tables` is the command that puts figures into the metadata."""
     pytest.importorskip("resvg_py")
     pytest.importorskip("tqdm")
-    import evaluate_tiny
+    from tools.tiny import evaluate_tiny
 
     cards = tuple(tmp_path / name for name in CARDS)
     for source, target in zip(CARDS.values(), cards):
@@ -478,7 +476,6 @@ def test_the_evaluation_writes_both_cards(tmp_path, monkeypatch):
     results["ja"]["InternVL-C"]["zero_shot_20"] = 0.25
     monkeypatch.setattr(evaluate_tiny, "CARDS", cards)
     evaluate_tiny.write_tables(results)
-    sys.modules.pop("evaluate_tiny")
     values = [each.metric_value for each in ModelCard.load(cards[1]).data.eval_results]
     assert values.count(0.25) == 1 and "model-index" not in metadata_load(cards[0])
 
@@ -519,14 +516,13 @@ def second_revision(name: str, content: bytes) -> bytes:
 
 BY_ID = """
 import json, sys
-sys.path.insert(0, sys.argv[1])
 import torch
-from offline_load import pictures, refuse_network, results
+from tools.hub.offline_load import pictures, refuse_network, results
 from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline
 
 refuse_network()
 found = {}
-for name, where in json.loads(sys.argv[2]).items():
+for name, where in json.loads(sys.argv[1]).items():
     found[name] = results("org/full", subfolder="tiny", **where)
     known = {"subfolder": "tiny", "trust_remote_code": True, **where}
     found[name]["max_length"] = AutoProcessor.from_pretrained("org/full", **known).max_length
@@ -539,9 +535,9 @@ found["flat"] = results("org/flat")
 classify = pipeline(
     "zero-shot-image-classification", model="org/flat", trust_remote_code=True, dtype=torch.float32
 )
-found["labels"] = classify(sys.argv[3], candidate_labels=["panda", "lion", "rocket"], hypothesis_template="a {}")
+found["labels"] = classify(sys.argv[2], candidate_labels=["panda", "lion", "rocket"], hypothesis_template="a {}")
 describe = pipeline("image-text-to-text", model="org/flat", trust_remote_code=True, dtype=torch.float32)
-found["caption"] = describe(images=sys.argv[3], text="English caption:", max_new_tokens=5)
+found["caption"] = describe(images=sys.argv[2], text="English caption:", max_new_tokens=5)
 embed = pipeline("image-feature-extraction", model="org/flat", trust_remote_code=True, dtype=torch.float32)
 found["features"] = embed(pictures()[0], pool=True)
 
@@ -573,7 +569,7 @@ def by_id(full, flat_tiny, tmp_path_factory):
     }
     code = f"import os\nos.environ['HF_HUB_CACHE'] = {str(cache)!r}\n" + BY_ID
     picture = ROOT / "examples" / "pictures" / "panda.png"
-    run_interpreter(code, folder, ROOT / "tools" / "hub", json.dumps(asked), picture)
+    run_interpreter(code, folder, json.dumps(asked), picture, PYTHONPATH=str(ROOT))
     return json.loads((folder / "found.json").read_text())
 
 

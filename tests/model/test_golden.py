@@ -7,8 +7,8 @@ import torch
 from torch.testing import assert_close
 from transformers import DynamicCache
 
+from benchmarks.golden_wide import regenerated, regenerated_pixels
 from conftest import GOLDEN, TOLERANCE, golden, golden_config, golden_model, repo_class, training_batch
-from golden_wide import regenerated, regenerated_pixels
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 GENERATE = {"max_new_tokens": 12, "min_new_tokens": 8, "do_sample": False}

@@ -12,14 +12,14 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoProcessor
 
-import pages
 from conftest import ROOT, TOLERANCE, load, run_interpreter
+from tools import pages
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-import export  # noqa: E402
+from tools import export  # noqa: E402
 
 PICTURES = ROOT / "examples" / "pictures"
 PATCH = 8
@@ -227,10 +227,10 @@ def test_the_readme_has_the_table_that_was_measured():
 
 @pytest.mark.slow
 def test_the_command(tmp_path):
-    command = [sys.executable, ROOT / "tools" / "export.py", "--out", tmp_path / "new", "--check"]
+    command = [sys.executable, "-m", "tools.export", "--out", tmp_path / "new", "--check"]
     command += ["--report", tmp_path / "report.json"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "`vision.onnx`" in done.stdout
     assert json.loads((tmp_path / "report.json").read_text())["subfolder"] == "tiny"

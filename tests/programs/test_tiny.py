@@ -1,15 +1,14 @@
 """The trained tiny checkpoint: its size, what its cards say of it, and that it means something on held-out pictures."""
 
 import json
-import sys
 
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoModel, AutoProcessor
 
-import pages
 from conftest import ROOT
+from tools import pages
 
 TINY = ROOT / "tiny"
 EXAMPLES = json.loads((ROOT / "examples" / "pictures" / "examples.json").read_text("utf-8"))
@@ -86,9 +85,8 @@ def test_captions_are_names_in_the_language_asked_for(tiny, pixels):
 def test_cards_show_what_was_measured():
     pytest.importorskip("resvg_py")
     pytest.importorskip("tqdm")
-    import evaluate_tiny
+    from tools.tiny import evaluate_tiny
 
     results = json.loads((TINY / "results.json").read_text("utf-8"))
     for card in (ROOT / "README.md", TINY / "README.md"):
         assert pages.taken(card, "tiny") == evaluate_tiny.figures_table(results)
-    sys.modules.pop("evaluate_tiny")

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("tqdm", reason="tqdm is not installed")
 pytest.importorskip("numpy", reason="numpy is not installed")
-tiny_texts = importlib.import_module("tiny_texts")
+tiny_texts = importlib.import_module("tools.tiny.tiny_texts")
 LANGUAGES = tiny_texts.LANGUAGES
 
 KEYWORDS = ["red", "fruit", "round", "sweet", "tree", "juice", "green", "healthy", "diet", "snack", "crisp", "cider"]
@@ -65,7 +65,7 @@ def test_phrases_have_answers_and_are_in_their_language():
 
 def test_the_sampler_gives_nothing_that_is_kept_back(monkeypatch):
     torch = pytest.importorskip("torch")
-    train_tiny = importlib.import_module("train_tiny")
+    train_tiny = importlib.import_module("tools.tiny.train_tiny")
     generator = torch.Generator().manual_seed(0)
 
     class Tokenizer:
@@ -95,7 +95,7 @@ def test_the_sampler_gives_nothing_that_is_kept_back(monkeypatch):
 def test_kinds_of_captions_and_queries(monkeypatch):
     torch = pytest.importorskip("torch")
     pytest.importorskip("torchao")
-    evaluate_tiny = importlib.import_module("evaluate_tiny")
+    evaluate_tiny = importlib.import_module("tools.tiny.evaluate_tiny")
     groups = [("food", "fruit"), ("food", "fruit"), ("food", "drink"), ("animals", "bird")]
     names = ["apple", "cherry", "tea", "owl"]
     evaluation = object.__new__(evaluate_tiny.Evaluation)
@@ -118,7 +118,7 @@ def test_kinds_of_captions_and_queries(monkeypatch):
 
 def test_the_spread_is_of_the_least_and_the_greatest():
     pytest.importorskip("torchao")
-    evaluate_tiny = importlib.import_module("evaluate_tiny")
+    evaluate_tiny = importlib.import_module("tools.tiny.evaluate_tiny")
 
     def training(value: float) -> dict:
         part = {mode: dict.fromkeys(evaluate_tiny.FIGURES, value) for mode in evaluate_tiny.MODES}
@@ -133,7 +133,7 @@ def test_the_spread_is_of_the_least_and_the_greatest():
 
 def test_photographs_are_those_with_captions_in_every_language(tmp_path):
     pytest.importorskip("torch")
-    evaluate_photographs = importlib.import_module("evaluate_photographs")
+    evaluate_photographs = importlib.import_module("tools.tiny.evaluate_photographs")
     image = pytest.importorskip("PIL.Image")
 
     def stamp(name: str, text: str) -> None:

@@ -21,8 +21,8 @@ import pytest
 import torch
 from PIL import Image
 
-import pages
 from conftest import LAST_RESORT, ROOT, run_fork
+from tools import pages
 
 pytest.importorskip("lancedb")
 
@@ -628,10 +628,9 @@ def test_an_interrupted_run_keeps_what_was_done(folder, embedder, tmp_path, monk
 # Runs an update of many small commits and dies by SIGKILL in the midst of call `number` of `name`, after `delay`.
 KILLED = """
 import os, signal, sys, threading, time
-sys.path.insert(0, sys.argv[1])
 import search_index
 from pathlib import Path
-name, number, delay = sys.argv[5], int(sys.argv[6]), float(sys.argv[7])
+name, number, delay = sys.argv[4], int(sys.argv[5]), float(sys.argv[6])
 search_index.BATCH = search_index.ROWS = 4
 owner = search_index.Index if name == "_made" else search_index.Update
 method, calls = getattr(owner, name), []
@@ -648,8 +647,8 @@ def dying(*arguments, **options):
     return method(*arguments, **options)
 
 setattr(owner, name, dying)
-embedder = search_index.Embedder(sys.argv[2])
-search_index.Index(sys.argv[3]).update(Path(sys.argv[4]), embedder, captions=False, quiet=True)
+embedder = search_index.Embedder(sys.argv[1])
+search_index.Index(sys.argv[2]).update(Path(sys.argv[3]), embedder, captions=False, quiet=True)
 """
 
 
@@ -666,8 +665,8 @@ def many(folder: Path, count: int) -> Path:
 
 
 def killed(trained, index, folder, name, number, delay) -> None:
-    arguments = (ROOT / "examples", trained, index.folder, folder, name, number, delay)
-    done = run_fork(["-c", KILLED, *arguments], ROOT)
+    arguments = (trained, index.folder, folder, name, number, delay)
+    done = run_fork(["-c", KILLED, *arguments], ROOT, PYTHONPATH=str(ROOT / "examples"))
     assert done.returncode == -9, (done.returncode, done.stderr[-2000:])
 
 
@@ -785,15 +784,7 @@ def test_an_interrupt_says_that_nothing_is_lost(monkeypatch, folder, trained, tm
 
 @pytest.fixture(scope="module")
 def benchmark():
-    return load_module(ROOT / "benchmarks" / "search.py")
-
-
-def load_module(path: Path):
-    """By its path: its name is also that of the command."""
-    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("benchmarks.search")
 
 
 def test_the_readme_has_the_table_that_was_measured(benchmark):
@@ -803,8 +794,8 @@ def test_the_readme_has_the_table_that_was_measured(benchmark):
 
 @pytest.mark.slow
 def test_the_benchmark(benchmark, tmp_path):
-    command = [sys.executable, benchmark.__file__, "--pictures", "100", "--out", tmp_path / "report.json"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.search", "--pictures", "100", "--out", tmp_path / "report.json"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads((tmp_path / "report.json").read_text("utf-8"))
     assert report["result"]["said"].startswith("100 embedded, 0 moved")
