@@ -80,3 +80,10 @@ def test_the_first_sentence_of_a_room_says_one_thing():
     for name in ROOMS:
         text = ast.get_docstring(ast.parse((ROOT / name).read_text("utf-8")))
         assert text and text.split("\n\n")[0].rstrip().endswith("."), name
+
+
+def test_scripts_are_imported_by_their_full_names():
+    """So no script edits `sys.path`, and none needs the tests."""
+    for path in (path for folder in ("benchmarks", "examples", "tools") for path in (ROOT / folder).rglob("*.py")):
+        text = path.read_text("utf-8")
+        assert not re.search(r"sys\.path\b|^(?:from|import) (?:tests|conftest)\b", text, re.MULTILINE), path
