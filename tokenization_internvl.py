@@ -11,7 +11,6 @@ Where this file differs from transformers' ``LlamaTokenizer``, and why:
 """
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -181,16 +180,10 @@ class InternVLTokenizer(PreTrainedTokenizer):
         return first if token_ids_1 is None else first + [1] * len(self.build_inputs_with_special_tokens(token_ids_1))
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
-        """Write the SentencePiece model to `save_directory` and return its path in a tuple.
-
-        If the file that it was read from is gone, the model in memory is written.
-        """
+        """Write the SentencePiece model to `save_directory` and return its path in a tuple."""
         name = self.vocab_files_names["vocab_file"]
         target = Path(save_directory) / (f"{filename_prefix}-{name}" if filename_prefix else name)
-        if not os.path.isfile(self.vocab_file):
-            target.write_bytes(self.sp_model.serialized_model_proto())
-        elif not (target.exists() and os.path.samefile(self.vocab_file, target)):
-            shutil.copyfile(self.vocab_file, target)
+        target.write_bytes(self.sp_model.serialized_model_proto())  # the bytes of the file that it was read from
         return (str(target),)
 
 
