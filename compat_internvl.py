@@ -99,9 +99,7 @@ def attention_function(name: str | None, eager: Callable[..., Any]) -> Callable[
     return eager if name in (None, "eager") else ALL_ATTENTION_FUNCTIONS[name]
 
 
-def causal_mask(
-    config: Any, states: torch.Tensor, padding: torch.Tensor | None, cache: Any, bidirectional: bool
-) -> Any:
+def causal_mask(config: Any, states: torch.Tensor, padding: Any, cache: Any, bidirectional: bool) -> Any:
     """`create_causal_mask`, whose arguments differ between 5.1, 5.8, 5.15 and 5.24; goes when 5.24 is the oldest."""
     arguments: dict[str, Any] = {"config": config, "attention_mask": padding, CACHE_NAME: cache}
     arguments["inputs_embeds" if "inputs_embeds" in MASK_ARGUMENTS else "input_embeds"] = states  # [B, L, C]
@@ -128,9 +126,7 @@ def resolve_cache(past_key_values: Any, cache: Any) -> Any:
     return cache if past_key_values is None else past_key_values
 
 
-def update_cache(
-    cache: Cache, layer_idx: int, key: torch.Tensor, value: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def update_cache(cache: Cache, layer_idx: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Append keys and values [B, heads, L, head_dim]; return all of the layer's. Goes when 5.8 is the oldest."""
     if not CACHE_TAKES_POSITION:
         return cache.update(key, value, layer_idx)
@@ -164,7 +160,7 @@ def convert_cache(requested: GenerationConfig, prefix: Cache, config: Any, lengt
         getattr(requested, name, None) for name in ("cache_implementation", "cache_config", "max_cache_len")
     )
     requested.cache_implementation = requested.cache_config = requested.prefill_chunk_size = None
-    if kind is None or kind in ("dynamic", "dynamic_full"):
+    if kind in (None, "dynamic", "dynamic_full"):
         return prefix
     if kind not in CACHE_KINDS:
         raise ValueError(f"`cache_implementation` must be one of {', '.join(CACHE_KINDS)}, got {kind!r}.")

@@ -56,11 +56,11 @@ MAX_PAIRS = 256
 MAX_NEW_TOKENS = 80
 MAX_BEAMS = 8
 MAX_PROMPT_TOKENS = 80
-# Formats with many readers and no interpreter behind them; PIL would hand EPS to Ghostscript.
+# Common raster formats only: PIL would pass EPS to Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MODES = ("InternVL-C", "InternVL-G")
 DEFAULT_PROMPT = "English caption:"
-MATCH_WEIGHT = 0.3  # what tools/tiny/evaluate_tiny.py re-ranks with
+MATCH_WEIGHT = 0.3  # as in tools/tiny/evaluate_tiny.py
 PARAMETERS = {
     "zero-shot": {"candidate_labels", "templates", "hypothesis_template", "mode", "top_k"},
     "embed": {"mode"},

@@ -4,8 +4,8 @@ Where this file differs from transformers' own image loading, and why:
 
 * A string is a path: nothing is fetched, and nothing is taken for base64.
 * An image becomes RGB as a viewer shows it: upright, opaque on white, 8 bits. PIL's plain conversion ignores the
-  orientation, gives transparent pixels whatever colour they hide, and clips 16-bit grey.
-* Pixel values out of range are an error: an image that is already normalised would pass unseen otherwise.
+  orientation, shows the hidden colour of transparent pixels, and clips 16-bit grey.
+* Pixel values out of range are an error, because they mean that an image is already normalised.
 
 `handler.py` decodes the bytes of a request itself: its host imports it alone.
 """

@@ -8,7 +8,7 @@ Where this file differs from the usual CLIP processor, and why:
 * The caller names the task, and the recipe of the text follows from it: a wrong prefix, side or ending changes an
   embedding without any error. The ids are assembled here; the tokenizer's own settings are neither used nor changed.
 * PIL resizes every image: the checkpoint's numbers were measured with it, and torchvision's bicubic differs.
-* Nothing is guessed or cut in silence: what cannot be an image or a text is an error, and a cut text is a warning.
+* Nothing is guessed or cut silently: an input that is neither image nor text is an error, and cutting a text warns.
 """
 
 import warnings

@@ -38,7 +38,7 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tiff", ".webp")
 
 
 def _kind_and_value(item: Any, name: str) -> tuple[str, Any]:
-    """What an input is, "text" or "image", and the text or image itself."""
+    """The kind of an input, "text" or "image", and the text or image itself."""
     value = _unwrapped(item)
     if isinstance(value, dict) and len(value) == 1:
         kind, value = next(iter(value.items()))
@@ -105,7 +105,7 @@ class InternVLModule(InputModule):
         ValueError: the processor belongs to another checkpoint.
     """
 
-    # In this file, mteb reads from `modality_config` which inputs a model of the Hub takes.
+    # mteb reads the kinds of inputs of a model on the Hub from `modality_config` in this file.
     config_file_name = "sentence_bert_config.json"
     config_keys = ["modality_config"]
     modality_config = {"text": {"method": "embed_text"}, "image": {"method": "embed_image"}}

@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizer
 
 from .compat_internvl import pipeline_task
 
-# The feature is read at </s>, and only texts that start with this were trained to put it there.
+# The embedding is read at </s>, which the checkpoint was trained for only with texts that start with this.
 PREFIX = "summarize:"
-# These pipelines call a tokenizer to embed texts, and know nothing of the prefix and </s>.
+# These pipelines call a tokenizer to embed texts, and add neither the prefix nor </s>.
 EMBEDDING_PIPELINES = ("zero-shot-image-classification", "feature-extraction")
 Ids = list[int]
 
@@ -29,7 +29,7 @@ class InternVLTokenizer(PreTrainedTokenizer):
     """SentencePiece tokenizer: ``<s>`` first, ``</s>`` last on request, padded on the right with id 0.
 
     Special tokens spelt out in a text ("</s>") become their ids, and the text on either side of one is encoded as a
-    text of its own, as in the original. `decode` is SentencePiece's decode with special tokens left standing.
+    text of its own, as in the original. `decode` is SentencePiece's, but keeps special tokens.
 
     Args:
         vocab_file (`str`): path of a SentencePiece model. It is the only file the constructor reads.

@@ -111,8 +111,8 @@ class InternVLTrainingModel(InternVLModel):
 class InternVLForPreTraining(InternVLTrainingModel):
     """
     Stage 2 of the original's training: matching, contrast and captions (paper, section 3.3; docs/model.md, "Stage 2").
-    The captions' pass also gives the contrast its queries, because queries attend only to themselves and the image.
-    Only the matching pass needs a mask.
+    The contrast takes its queries from the captioning pass, where they attend only to themselves and the image. Only
+    the matching pass needs a mask.
     """
 
     def forward(  # type: ignore[override]
