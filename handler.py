@@ -126,14 +126,14 @@ def one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
     return value
 
 
-def number(parameters: dict[str, Any], name: str, default: Any, least: int, most: int, *kinds: type) -> Any:
-    """A parameter from `least` to `most`, an integer unless `kinds` has more; the default if it is null or missing."""
+def number(parameters: dict[str, Any], name: str, default: Any, least: int, most: int, whole: bool = True) -> Any:
+    """A parameter from `least` to `most`, an integer if `whole`; the default if it is null or missing."""
     value = parameters.get(name)
     if value is None:
         return default
-    # bool is not among the types, and NaN is in no range.
-    if type(value) not in (int, *kinds) or not least <= value <= most:
-        kind = "a number" if kinds else "an integer"
+    # `type`, because a bool is an instance of int. NaN is in no range.
+    if type(value) not in ((int,) if whole else (int, float)) or not least <= value <= most:
+        kind = "an integer" if whole else "a number"
         raise RequestError(422, f"`{name}` must be {kind} from {least} to {most}, got {str(value)[:40]!r}.")
     return value
 
@@ -314,7 +314,7 @@ class EndpointHandler:
             counts = f"{len(images)} images and {len(texts)} texts"
             raise RequestError(422, f"`inputs` must be one image with texts or one text with images, got {counts}.")
         mode = one_of("mode", parameters.get("mode", MODES[1]), MODES)
-        weight = number(parameters, "match_weight", MATCH_WEIGHT, 0, 100, float)
+        weight = number(parameters, "match_weight", MATCH_WEIGHT, 0, 100, whole=False)
         top_k = number(parameters, "top_k", None, 1, MAX_PAIRS)
         inputs = self.inputs(images=images, text=texts, task="match")
         seen = self.model.look_at(inputs.pop("pixel_values"))

@@ -57,7 +57,6 @@ class InternVisionEmbeddings(nn.Module):
         super().__init__()
         self.num_channels = config.num_channels
         self.patch_size = config.patch_size
-        self.image_size = config.image_size
         width, num_positions = config.hidden_size, 1 + config.position_grid**2
         self.class_embedding = nn.Parameter(torch.zeros(1, 1, width))
         self.patch_embedding = nn.Conv2d(config.num_channels, width, config.patch_size, stride=config.patch_size)

@@ -314,11 +314,7 @@ class InternVLEmbedder(InternVLModule):
 
 
 class InternVLReranker(InternVLModule):
-    """Scores how well a text fits an image, by the checkpoint's matching head.
-
-    Args:
-        model, processor: see [`InternVLModule`].
-    """
+    """Scores how well a text fits an image, by the checkpoint's matching head."""
 
     task = "match"
 
