@@ -52,8 +52,14 @@ def refuse_known_bad(feature: str) -> None:
 check_release(transformers.__version__)
 VERSION = release(transformers.__version__)
 
-from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, StaticCache  # noqa: E402
-from transformers.cache_utils import QuantizedCache  # noqa: E402
+from transformers import (  # noqa: E402
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    QuantizedCache,
+    StaticCache,
+)
 from transformers.masking_utils import create_causal_mask  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 

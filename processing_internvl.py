@@ -14,7 +14,7 @@ Where this file differs from the usual CLIP processor, and why:
 import warnings
 from typing import Any, NamedTuple
 
-from transformers import BatchEncoding, BatchFeature, ProcessorMixin
+from transformers import BatchFeature, ProcessorMixin
 
 from .compat_internvl import CLIPImageProcessorPil, name_image_processor, pipeline_task
 from .images_internvl import load_images
@@ -168,7 +168,7 @@ class InternVLProcessor(ProcessorMixin):
         ids = self.tokenizer.convert_tokens_to_ids(pieces)
         return [self.tokenizer.bos_token_id, *ids] + [self.tokenizer.eos_token_id] * recipe.ends_in_eos
 
-    def _padded(self, sequences: list[Ids], side: str, padding: bool | str, limit: int | None) -> BatchEncoding:
+    def _padded(self, sequences: list[Ids], side: str, padding: bool | str, limit: int | None) -> Any:
         if padding == "max_length" and limit is None:
             raise ValueError('`padding="max_length"` needs `max_length` here: prompts for generation have no limit.')
         options = {"padding": padding, "max_length": limit if padding == "max_length" else None, "padding_side": side}

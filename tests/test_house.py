@@ -10,7 +10,7 @@ from conftest import CODE, ROOT
 # In order: a room imports only rooms above it. With each the most lines that it may have; whoever raises one says why
 # in the commit.
 ROOMS = {
-    "compat_internvl.py": 305,  # 160 when 4.57 and 5.1 are gone
+    "compat_internvl.py": 310,  # 160 when 4.57 and 5.1 are gone
     "configuration_intern_vit.py": 155,
     "configuration_internvl.py": 275,
     "attention_internvl.py": 200,
