@@ -1,7 +1,7 @@
 """
 Captions: check the arguments of `generate`, read images and prompts once into a cache, and let transformers decode.
 
-[`InternVLSeen`] is what was seen in images, for several calls.
+[`InternVLSeen`] holds the states of images for several calls.
 """
 
 from copy import deepcopy
@@ -114,10 +114,7 @@ class CaptionSide:
         )
 
     def _read_prompts(self, seen: InternVLSeen, input_ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache:
-        """
-        Run the queries and prompts, ids [B, L] with a mask [B, num_query_token + L], into a new cache of B rows. L may
-        be 0.
-        """
+        """Run queries and prompts, ids [B, L >= 0] with a mask [B, num_query_token + L], into a new cache of B rows."""
         batch, length = input_ids.shape
         cache = DynamicCache(config=self.config.qllama_config)
         if length and seen.query_cache is None and len(seen.image_states) == batch:
@@ -153,7 +150,7 @@ class CaptionSide:
         # The embedding of padding may be zero, and static caches of some releases treat zero keys as empty slots.
         input_ids = input_ids.masked_fill(mask.logical_not(), self.config.qllama_config.bos_token_id)
         order = real_tokens_last(mask)
-        # The weights would not tell: offloaded ones are elsewhere until they run.
+        # Not the device of a weight: offloaded weights are elsewhere until they run.
         run_device = self.get_input_embeddings()(input_ids[:1, :1]).device
         rows = max(batch, len(input_ids))
         input_ids, mask = input_ids.gather(1, order), mask.gather(1, order).long()
@@ -181,7 +178,7 @@ class CaptionSide:
             "guidance_scale": config.guidance_scale not in (None, 1),
             "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens is not None,
         }
-        for name in (name for name, is_requested in unsupported.items() if is_requested):
+        for name in filter(unsupported.get, unsupported):
             raise ValueError(f"`generate` does not support `{name}`, which would write tokens without the image.")
         if config.output_attentions:
             raise ValueError("`generate` does not support `output_attentions`: the model keeps no attention weights.")

@@ -10,7 +10,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial, wraps
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -29,27 +29,24 @@ KNOWN_BAD: tuple[tuple[str, str, str, str], ...] = (
 
 
 def release(text: str) -> tuple[int, ...]:
+    """Major and minor number of a version."""
     return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
 
 
 def check_release(installed: str) -> None:
     """Raise an `ImportError` that names the oldest supported release; later imports would fail less clearly."""
     if release(installed) < OLDEST:
-        wanted = ".".join(map(str, OLDEST))
-        problem = f"InternVL-14B needs transformers {wanted} or newer, but {installed} is installed"
+        problem = f"InternVL-14B needs transformers {OLDEST[0]}.{OLDEST[1]} or newer, but {installed} is installed"
         raise ImportError(f"{problem}: pip install --upgrade transformers")
 
 
 def refuse_known_bad(feature: str) -> None:
     """Raise a `RuntimeError` if `KNOWN_BAD` lists an installed release with this feature."""
     for package, bad, broken, reason in KNOWN_BAD:
-        try:
-            listed = broken == feature and version(package) == bad
-        except PackageNotFoundError:
-            continue
-        if listed:
-            advice = f"Install another release: pip install --upgrade {package}"
-            raise RuntimeError(f"{package} {bad} breaks {feature}: {reason}. {advice}")
+        with suppress(PackageNotFoundError):
+            if broken == feature and version(package) == bad:
+                advice = f"Install another release: pip install --upgrade {package}"
+                raise RuntimeError(f"{package} {bad} breaks {feature}: {reason}. {advice}")
 
 
 check_release(transformers.__version__)
@@ -71,18 +68,23 @@ try:
 except ImportError:  # up to 5.1 the plain name is the PIL class; goes when 5.8 is the oldest
     from transformers import CLIPImageProcessor as CLIPImageProcessorPil  # noqa: F401
 
-# The dtype of a model loaded without `dtype`: since 5.0 the config's. Goes with 4.57.
-DEFAULT_DTYPE = "auto" if VERSION >= (5, 0) else torch.float32
+# 4.57 loads a model without `dtype` in float32, not in the config's, and cannot offload a `state_dict` argument to the
+# disk. Both names go with 4.57.
+CAN_OFFLOAD_A_STATE = VERSION >= (5, 0)
+DEFAULT_DTYPE = "auto" if CAN_OFFLOAD_A_STATE else torch.float32
 # The kinds in `output_loading_info`. Goes when transformers documents them.
 LOADING_PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys")
-# Whether a `state_dict` argument can be offloaded to the disk. Goes with 4.57.
-CAN_OFFLOAD_A_STATE = VERSION >= (5, 0)
 
-# Signatures are read once, because layers need them at every step.
-MASK_ARGUMENTS = set(inspect.signature(create_causal_mask).parameters)
-CACHE_TAKES_POSITION = "cache_kwargs" in inspect.signature(Cache.update).parameters
-# 5.24 calls `past_key_values` `cache`; goes when 5.24 is the oldest. What names both: QLlamaConfig's
-# `keys_to_ignore_at_inference`, the models' `_skip_keys_device_placement`, signatures in modeling_qllama.py.
+
+def arguments_of(function: Callable[..., Any]) -> set[str]:
+    """Names of a function's arguments. They are read once, because layers need them at every step."""
+    return set(inspect.signature(function).parameters)
+
+
+MASK_ARGUMENTS = arguments_of(create_causal_mask)
+CACHE_TAKES_POSITION = "cache_kwargs" in arguments_of(Cache.update)
+# 5.24 calls `past_key_values` `cache`; goes when 5.24 is the oldest, with the older name in QLlamaConfig's
+# `keys_to_ignore_at_inference` and in QLlamaModel's `forward`.
 CACHE_NAME = "cache" if "cache" in MASK_ARGUMENTS else "past_key_values"
 
 # ---------------------------------------------------------------------------------------------------------- attention
@@ -99,15 +101,11 @@ def set_attention_name(config: Any, name: str) -> None:
 
 
 def attention_function(name: str | None, eager: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of transformers' registry. `get_interface` is new in 5.0; goes with 4.57."""
-    if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
-        return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
-    return eager if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+    """A function of transformers' registry. Goes with 5.0, the last release without `get_interface`."""
+    return eager if name in (None, "eager") else ALL_ATTENTION_FUNCTIONS[name]
 
 
-def causal_mask(
-    config: Any, states: torch.Tensor, padding: torch.Tensor | None, cache: Any, bidirectional: bool
-) -> Any:
+def causal_mask(config: Any, states: torch.Tensor, padding: Any, cache: Any, bidirectional: bool) -> Any:
     """`create_causal_mask`, whose arguments differ between 5.1, 5.8, 5.15 and 5.24; goes when 5.24 is the oldest."""
     arguments: dict[str, Any] = {"config": config, "attention_mask": padding, CACHE_NAME: cache}
     arguments["inputs_embeds" if "inputs_embeds" in MASK_ARGUMENTS else "input_embeds"] = states  # [B, L, C]
@@ -122,15 +120,9 @@ def causal_mask(
 # ----------------------------------------------------------------------------------------------------- caches, generate
 
 # What `generate` passes to every forward, even if it takes no such argument: positions up to 5.1, always the tokenizer.
-PASSED_BY_GENERATE = {"tokenizer"} | (
-    {"cache_position"} & set(inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters)
-)
+PASSED_BY_GENERATE = {"tokenizer"} | ({"cache_position"} & arguments_of(GenerationMixin.prepare_inputs_for_generation))
 # What `generate` takes besides the fields of a generation config; `tokenizer` is missing from its signature.
-ARGUMENTS_OF_GENERATE = {"tokenizer", *inspect.signature(GenerationMixin.generate).parameters} - {
-    "self",
-    "inputs",
-    "kwargs",
-}
+ARGUMENTS_OF_GENERATE = {"tokenizer"} | arguments_of(GenerationMixin.generate) - {"self", "inputs", "kwargs"}
 
 
 def resolve_cache(past_key_values: Any, cache: Any) -> Any:
@@ -140,16 +132,7 @@ def resolve_cache(past_key_values: Any, cache: Any) -> Any:
     return cache if past_key_values is None else past_key_values
 
 
-def check_unexpected(arguments: dict[str, Any]) -> None:
-    """Raise a `TypeError` for unknown arguments of a forward, except those in `PASSED_BY_GENERATE`."""
-    for name in arguments:
-        if name not in PASSED_BY_GENERATE:
-            raise TypeError(f"forward() got an unexpected keyword argument '{name}'")
-
-
-def update_cache(
-    cache: Cache, layer_idx: int, key: torch.Tensor, value: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def update_cache(cache: Cache, layer_idx: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Append keys and values [B, heads, L, head_dim]; return all of the layer's. Goes when 5.8 is the oldest."""
     if not CACHE_TAKES_POSITION:
         return cache.update(key, value, layer_idx)
@@ -169,9 +152,8 @@ CACHE_KINDS = ("dynamic", "dynamic_full", "offloaded", "quantized", "static", "o
 
 
 def convert_cache(requested: GenerationConfig, prefix: Cache, config: Any, length: int) -> Cache:
-    """
-    Convert a filled dynamic cache to the kind that a generation config requests; `generate` ignores the request if it
-    is given a cache. Goes when `generate` can fill its own cache from another one.
+    """Convert a filled dynamic cache to the kind that a generation config requests, which `generate` ignores if it is
+    given a cache. Goes when `generate` can fill its own cache from another one.
 
     Args:
         requested (`GenerationConfig`): its fields about caches and chunked prefill are applied, then reset.
@@ -184,24 +166,23 @@ def convert_cache(requested: GenerationConfig, prefix: Cache, config: Any, lengt
         getattr(requested, name, None) for name in ("cache_implementation", "cache_config", "max_cache_len")
     )
     requested.cache_implementation = requested.cache_config = requested.prefill_chunk_size = None
-    if kind is None or kind in ("dynamic", "dynamic_full"):
+    if kind in (None, "dynamic", "dynamic_full"):
         return prefix
     if kind not in CACHE_KINDS:
         raise ValueError(f"`cache_implementation` must be one of {', '.join(CACHE_KINDS)}, got {kind!r}.")
     if "static" in kind and attention_name(config) == "flex_attention" and VERSION >= (5, 0):
-        # The mask of 5.x reads its offset from the cache, which has grown by the time the mask is used. The models of
-        # transformers also write wrong tokens (5.15, 5.24) or fail (5.23). Goes when tests/test_compat.py says so.
+        # The mask of 5.x reads its offset from the cache, which has grown by the time the mask is used. transformers'
+        # own models also write wrong tokens (5.15, 5.24) or fail (5.23). Goes when tests/test_compat.py says so.
         problem = "this transformers writes wrong tokens with a static cache and flex_attention"
         raise ValueError(f"`cache_implementation={kind!r}`: {problem}. Use another cache or `attn_implementation`.")
     if kind == "offloaded":
         return copy_cache(prefix, DynamicCache(config=config, offloading=True))
     if kind == "quantized":
-        options = {"backend": "quanto", "config": config, **(options or {})}
         try:
-            cache = QuantizedCache(**options)
-        except ModuleNotFoundError as error:  # older releases do not name the package
-            package = {"quanto": "optimum-quanto"}.get(options["backend"].lower(), options["backend"].lower())
-            raise ImportError(f"`cache_implementation='quantized'` needs {package}: pip install {package}") from error
+            cache = QuantizedCache(**{"backend": "quanto", "config": config, **(options or {})})
+        except ModuleNotFoundError as error:  # up to 4.57 "No module named 'optimum'"; goes with it
+            advice = "pip install optimum-quanto"
+            raise ImportError(f"`cache_implementation='quantized'` needs optimum-quanto: {advice}") from error
         return copy_cache(prefix, cache)
     length = max(length, longest or 0)
     length += -length % 64  # caches of equal size share compiled steps
@@ -227,36 +208,28 @@ def pipeline_task(arguments: dict[str, Any]) -> str | None:
 
 
 def with_accelerate_hook(method: Callable[..., Any]) -> Callable[..., Any]:
-    """
-    Run a public method under the hook that accelerate puts on `forward` only: the hook loads offloaded parameters of
-    the model itself, and returns results on the device of the inputs. Decorated methods must not call each other. Goes
-    when accelerate can hook other methods.
+    """Run a public method under the hook that accelerate puts on `forward` only: it loads offloaded parameters of the
+    model itself, and returns results on the device of the inputs. Decorated methods must not call each other. Goes when
+    accelerate can hook other methods.
     """
 
     @wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        hook = getattr(self, "_hf_hook", None)
-        if hook is None:
+        if not hasattr(self, "_hf_hook"):
             return method(self, *args, **kwargs)
-        args, kwargs = hook.pre_forward(self, *args, **kwargs)
-        return hook.post_forward(self, method(self, *args, **kwargs))
+        args, kwargs = self._hf_hook.pre_forward(self, *args, **kwargs)
+        return self._hf_hook.post_forward(self, method(self, *args, **kwargs))
 
     return call
 
 
 def is_loaded(parameter: torch.Tensor) -> bool:
-    """
-    Whether a parameter was loaded; `_init_weights` asks before it writes to a slice. Goes when transformers protects
-    slices as it protects whole parameters.
-    """
+    """Whether a parameter was loaded. Goes when transformers protects loaded slices as it protects whole parameters."""
     return getattr(parameter, "_is_hf_initialized", False)
 
 
 def recompute_by_default(stack: Any) -> None:
-    """
-    Set what `gradient_checkpointing_enable` sets, for a stack with gradient checkpointing on by default. Goes, with
-    `recomputed`, when transformers has a public name for the function.
-    """
+    """Set what `gradient_checkpointing_enable` sets. Goes, with `recomputed`, when transformers has a public name."""
     stack._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
@@ -269,9 +242,9 @@ def recomputed(stack: Any, layer: nn.Module) -> Callable[..., Any]:
 
 
 def ignore_in_checkpoint(model: Any, patterns: list[str]) -> None:
-    """
-    Set the names (regular expressions) that a checkpoint may have in addition to those of `model`. Call it after
-    `post_init`, which since 5.0 collects the patterns of the submodules. Goes when transformers documents a way.
+    """Set the names (regular expressions) that a checkpoint may have in addition to those of `model`. Call it after
+    `post_init`, which up to 5.8 keeps a list and later collects the submodules' patterns in a set. Goes when
+    transformers documents a way.
     """
     is_set = isinstance(model._keys_to_ignore_on_load_unexpected, set)
     model._keys_to_ignore_on_load_unexpected = set(patterns) if is_set else list(patterns)
@@ -284,8 +257,7 @@ VISION_MLP = {"fc*": GATHERED} if VERSION < (5, 0) else {"fc1": "colwise", "fc2"
 
 
 def collect_tp_plan(model: Any) -> None:
-    """
-    Set the plan to the entries of the classes: 4.57 drops those of the model's own class, 5.23 adds the embeddings.
+    """Set the plan to the entries of the classes: 4.57 drops those of the model's own class, 5.23 adds the embeddings.
     Goes when `post_init` does not change a class's plan.
     """
     plan = dict(type(model)._tp_plan)
@@ -296,9 +268,8 @@ def collect_tp_plan(model: Any) -> None:
 
 @contextmanager
 def root_parameters_in_tensor_parallel() -> Iterator[None]:
-    """
-    Let 4.57 load parameters of the model itself, such as `logit_scale`, under tensor parallelism: it splits every name
-    into module and parameter, and fails on names without a dot. Goes with 4.57.
+    """Let 4.57 load parameters of the model itself, such as `logit_scale`, under tensor parallelism: it splits every
+    name into module and parameter, and fails on names without a dot. Goes with 4.57.
     """
     if VERSION >= (5, 0):
         yield
@@ -321,9 +292,8 @@ def root_parameters_in_tensor_parallel() -> Iterator[None]:
 
 
 def save_quantized_root_parameters(model: Any) -> None:
-    """
-    Let torchao read what it saved: it splits every listed name at a dot, which names of root parameters lack. Goes when
-    a later release than 0.18 does not fail on them.
+    """Let torchao read what it saved: it splits every listed name at a dot, which names of root parameters lack. Goes
+    when a later release than 0.18 does not fail on them.
     """
     if not hasattr(model, "hf_quantizer"):
         return

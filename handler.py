@@ -37,9 +37,6 @@ sys.path. So it decodes images itself.
 
 import base64
 import io
-import struct
-import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +56,11 @@ MAX_PAIRS = 256
 MAX_NEW_TOKENS = 80
 MAX_BEAMS = 8
 MAX_PROMPT_TOKENS = 80
-# Formats with many readers and no interpreter behind them; PIL would hand EPS to Ghostscript.
+# Common raster formats only: PIL would pass EPS to Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-# What PIL raises for damaged files: nearly always the first two, and whatever a format's reader provokes.
-DAMAGED = (
-    OSError, ValueError, ArithmeticError, EOFError, LookupError, MemoryError, RuntimeError, SyntaxError, TypeError,
-    struct.error, zlib.error, Image.DecompressionBombError,
-)  # fmt: skip
 MODES = ("InternVL-C", "InternVL-G")
-MATCH_WEIGHT = 0.3  # what tools/tiny/evaluate_tiny.py re-ranks with
+DEFAULT_PROMPT = "English caption:"
+MATCH_WEIGHT = 0.3  # as in tools/tiny/evaluate_tiny.py
 PARAMETERS = {
     "zero-shot": {"candidate_labels", "templates", "hypothesis_template", "mode", "top_k"},
     "embed": {"mode"},
@@ -107,29 +100,42 @@ def read_request(data: Any) -> tuple[str, list[Image.Image], list[str], dict[str
     inputs = data["inputs"] if isinstance(data["inputs"], dict) else {"images": data["inputs"]}
     if set(inputs) - {"images", "texts"}:
         raise RequestError(422, "`inputs` may hold only `images` and `texts`.")
-    images, texts = inputs.get("images"), inputs.get("texts")
-    return task, read_images(images), read_texts("texts", texts), parameters, not isinstance(images, (list, tuple))
+    images, texts = read_images(inputs.get("images")), read_texts("texts", inputs.get("texts"))
+    check_inputs(task, images, texts)
+    return task, images, texts, parameters, not isinstance(inputs.get("images"), (list, tuple))
+
+
+def check_inputs(task: str, images: list[Image.Image], texts: list[str]) -> None:
+    """Require the inputs that a task reads, no others, and not too many pairs."""
+    if task == "embed":
+        if not images and not texts:
+            raise RequestError(422, "`inputs` must hold `images`, `texts` or both for task 'embed'.")
+        return
+    reads_pairs = task in ("match", "rerank")
+    for name, given, wanted in (("images", images, True), ("texts", texts, reads_pairs)):
+        if bool(given) != wanted:
+            raise RequestError(422, f"`{name}` must be {'given' if wanted else 'left out'} for task {task!r}.")
+    if (count := len(images) * len(texts)) > MAX_PAIRS:
+        raise RequestError(413, f"`images` times `texts` may be at most {MAX_PAIRS}, got {count}.")
 
 
 def one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """The value, if it is one of the choices."""
     if value not in choices:
         raise RequestError(422, f"`{name}` must be one of {', '.join(choices)}, got {str(value)[:40]!r}.")
     return value
 
 
-def integer(parameters: dict[str, Any], name: str, default: int | None, most: int) -> int | None:
-    value = parameters.get(name, default)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most):
-        raise RequestError(422, f"`{name}` must be an integer from 1 to {most}, got {str(value)[:40]!r}.")
+def number(parameters: dict[str, Any], name: str, default: Any, least: int, most: int, whole: bool = True) -> Any:
+    """A parameter from `least` to `most`, an integer if `whole`; the default if it is null or missing."""
+    value = parameters.get(name)
+    if value is None:
+        return default
+    # `type`, because a bool is an instance of int. NaN is in no range.
+    if type(value) not in ((int,) if whole else (int, float)) or not least <= value <= most:
+        kind = "an integer" if whole else "a number"
+        raise RequestError(422, f"`{name}` must be {kind} from {least} to {most}, got {str(value)[:40]!r}.")
     return value
-
-
-def number(parameters: dict[str, Any], name: str, default: float, most: float) -> float:
-    value = parameters.get(name, default)
-    # NaN fails the comparison too.
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
-        raise RequestError(422, f"`{name}` must be a number from 0 to {most}, got {str(value)[:40]!r}.")
-    return float(value)
 
 
 def read_texts(name: str, value: Any) -> list[str]:
@@ -160,6 +166,7 @@ def read_labels(parameters: dict[str, Any]) -> list[str]:
 
 
 def read_templates(parameters: dict[str, Any]) -> list[str]:
+    """The templates under either of their two names."""
     if "templates" in parameters and "hypothesis_template" in parameters:
         raise RequestError(422, "`templates` and `hypothesis_template` are the same: give only one.")
     given = parameters.get("templates", parameters.get("hypothesis_template"))
@@ -185,22 +192,18 @@ def read_images(value: Any) -> list[Image.Image]:
 
 
 def encoded_image(item: Any, name: str) -> bytes | Image.Image:
-    """The bytes of an image file; a PIL image stays one."""
-    if isinstance(item, Image.Image):
-        return item
-    if not isinstance(item, (str, bytes)):
+    """The bytes of an image file, from base64 or a data URL if need be; a PIL image stays one."""
+    if not isinstance(item, (str, bytes, Image.Image)):
         raise RequestError(422, f"`{name}` must be a base64 string, a data URL, bytes or a PIL image.")
     # Four characters of base64 are three bytes; a data URL has some more in front.
-    if len(item) > (MAX_IMAGE_BYTES if isinstance(item, bytes) else MAX_IMAGE_BYTES * 4 // 3 + 100):
+    limit = MAX_IMAGE_BYTES * 4 // 3 + 100 if isinstance(item, str) else MAX_IMAGE_BYTES
+    if not isinstance(item, Image.Image) and len(item) > limit:
         raise RequestError(413, f"`{name}` may have at most {MAX_IMAGE_BYTES} bytes.")
-    return item if isinstance(item, bytes) else from_base64(item, name)
-
-
-def from_base64(text: str, name: str) -> bytes:
-    if text.startswith("data:"):
-        head, comma, text = text.partition(",")
-        if not comma or not head.startswith("data:image/") or not head.endswith(";base64"):
-            raise RequestError(400, f"`{name}` must start with data:image/TYPE;base64, to be a data URL.")
+    if not isinstance(item, str):
+        return item
+    head, comma, text = item.partition(",") if item.startswith("data:") else ("", "", item)
+    if head and not (comma and head.startswith("data:image/") and head.endswith(";base64")):
+        raise RequestError(400, f"`{name}` must start with data:image/TYPE;base64, to be a data URL.")
     try:
         return base64.b64decode(text, validate=True)
     except ValueError:
@@ -209,30 +212,24 @@ def from_base64(text: str, name: str) -> bytes:
 
 
 def decoded_image(item: bytes | Image.Image, name: str) -> Image.Image:
-    if isinstance(item, Image.Image):
-        check_size(item, name)
-        return item
-    try:
-        image = Image.open(io.BytesIO(item), formats=FORMATS)  # reads the header, no pixels yet
+    """Decode an image whose header gives a valid size. PIL raises nearly any exception for damaged files."""
+    try:  # reads the header, no pixels yet
+        image = item if isinstance(item, Image.Image) else Image.open(io.BytesIO(item), formats=FORMATS)
     except Image.DecompressionBombError:
         raise RequestError(413, f"`{name}` may have at most {MAX_PIXELS} pixels.") from None
-    except DAMAGED:
+    except Exception:
         raise RequestError(422, f"`{name}` is none of {', '.join(FORMATS)}.") from None
-    check_size(image, name)
-    try:
-        image.load()
-    except DAMAGED as error:
-        raise RequestError(422, f"`{name}` cannot be decoded: {type(error).__name__}.") from None
-    return image
-
-
-def check_size(image: Image.Image, name: str) -> None:
     short, long = sorted(image.size)
     if short == 0 or long > MAX_ASPECT * short:
         size = f"{image.width} x {image.height}"
         raise RequestError(422, f"`{name}` may be at most {MAX_ASPECT} times as long as wide, got {size}.")
     if short * long > MAX_PIXELS:
         raise RequestError(413, f"`{name}` may have at most {MAX_PIXELS} pixels, got {short * long}.")
+    try:
+        image.load()
+    except Exception as error:
+        raise RequestError(422, f"`{name}` cannot be decoded: {type(error).__name__}.") from None
+    return image
 
 
 # ------------------------------------------------------------------------------------------------------ answers
@@ -245,13 +242,6 @@ def plain(tensor: torch.Tensor) -> list[Any]:
     return tensor.float().tolist()
 
 
-def require(images: list[Image.Image], texts: list[str], task: str, image: bool, text: bool) -> None:
-    """Refuse a request without the inputs that its task reads, or with others."""
-    for name, given, wanted in (("images", images, image), ("texts", texts, text)):
-        if bool(given) != wanted:
-            raise RequestError(422, f"`{name}` must be {'given' if wanted else 'left out'} for task {task!r}.")
-
-
 class EndpointHandler:
     """Answers requests; the module's docstring lists them. It keeps nothing between requests: threads may share it.
 
@@ -262,19 +252,11 @@ class EndpointHandler:
 
     def __init__(self, path: str = ""):
         folder = path or str(Path(__file__).resolve().parent)
-        # Whoever runs this file trusts the repository, and the model's code is beside it.
-        options: dict[str, Any] = {"trust_remote_code": True}
         placed = {"device_map": "auto"} if torch.cuda.is_available() else {}
-        self.model = AutoModel.from_pretrained(folder, dtype="auto", **options, **placed).eval()
-        self.processor = AutoProcessor.from_pretrained(folder, **options)
+        # Whoever runs this file trusts the repository, and the model's code is beside it.
+        self.model = AutoModel.from_pretrained(folder, dtype="auto", trust_remote_code=True, **placed)
+        self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
         self.model.check_processor(self.processor)
-        self.tasks: dict[str, Callable[..., Any]] = {
-            "zero-shot": self.zero_shot,
-            "embed": self.embed,
-            "caption": self.caption,
-            "match": self.match,
-            "rerank": self.rerank,
-        }
 
     def __call__(self, data: dict[str, Any]) -> Any:
         """Answer one request.
@@ -290,87 +272,63 @@ class EndpointHandler:
         """
         task, images, texts, parameters, is_one = read_request(data)
         with torch.inference_mode():
-            answer: Any = self.tasks[task](images, texts, parameters)
+            answer = getattr(self, task.replace("-", "_"))(images, texts, parameters)
         return answer[0] if task == "zero-shot" and is_one else answer
 
-    def zero_shot(
-        self, images: list[Image.Image], texts: list[str], parameters: dict[str, Any]
-    ) -> list[list[dict[str, Any]]]:
-        require(images, texts, "zero-shot", image=True, text=False)
-        labels = read_labels(parameters)
-        templates = read_templates(parameters)
-        count = len(labels) * len(templates)
-        if count > MAX_TEXTS:
+    def zero_shot(self, images: list[Image.Image], texts: list[str], parameters: dict[str, Any]) -> list[Any]:
+        labels, templates = read_labels(parameters), read_templates(parameters)
+        if (count := len(labels) * len(templates)) > MAX_TEXTS:
             raise RequestError(413, f"`candidate_labels` times `templates` may be at most {MAX_TEXTS}, got {count}.")
-        top_k = integer(parameters, "top_k", None, MAX_TEXTS)
+        top_k = number(parameters, "top_k", None, 1, MAX_TEXTS)
         mode = one_of("mode", parameters.get("mode", MODES[0]), MODES)
         embeds = self.text_embeds([template.replace("{}", label) for label in labels for template in templates])
         classes = F.normalize(embeds.unflatten(0, (len(labels), len(templates))).mean(dim=1), dim=-1)
-        cosines = self.image_embeds(self.pixels(images), mode) @ classes.T  # [I, labels]
+        cosines = self.image_embeds(self.inputs(images=images).pixel_values, mode) @ classes.T  # [I, labels]
         rows = plain((self.model.logit_scale.float().exp() * cosines).softmax(-1))
         answers = [[{"label": label, "score": score} for label, score in zip(labels, row)] for row in rows]
         return [sorted(answer, key=lambda entry: -entry["score"])[:top_k] for answer in answers]
 
     def embed(self, images: list[Image.Image], texts: list[str], parameters: dict[str, Any]) -> dict[str, Any]:
-        if not images and not texts:
-            raise RequestError(422, "`inputs` must hold `images`, `texts` or both for task 'embed'.")
         mode = one_of("mode", parameters.get("mode", MODES[0]), MODES)
-        seen = plain(self.image_embeds(self.pixels(images), mode)) if images else None
+        seen = plain(self.image_embeds(self.inputs(images=images).pixel_values, mode)) if images else None
         return {"image_embeds": seen, "text_embeds": plain(self.text_embeds(texts)) if texts else None}
 
     def caption(self, images: list[Image.Image], texts: list[str], parameters: dict[str, Any]) -> list[dict[str, Any]]:
-        require(images, texts, "caption", image=True, text=False)
-        prompts = read_texts("prompt", parameters.get("prompt")) or ["English caption:"]
+        prompts = read_texts("prompt", parameters.get("prompt")) or [DEFAULT_PROMPT]
         if len(prompts) != 1:
             raise RequestError(422, f"`prompt` must be one text, got {len(prompts)}.")
         options = {
-            "max_new_tokens": integer(parameters, "max_new_tokens", 32, MAX_NEW_TOKENS),
-            "num_beams": integer(parameters, "num_beams", 1, MAX_BEAMS),
+            "max_new_tokens": number(parameters, "max_new_tokens", 32, 1, MAX_NEW_TOKENS),
+            "num_beams": number(parameters, "num_beams", 1, 1, MAX_BEAMS),
         }
-        prompt = self.tokens(prompts, task="caption", max_length=MAX_PROMPT_TOKENS)
-        ids = self.model.generate(self.pixels(images), **prompt, **options)
-        return [{"generated_text": text.strip()} for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
+        inputs = self.inputs(images=images, text=prompts[0], task="caption", max_length=MAX_PROMPT_TOKENS)
+        texts = self.processor.batch_decode(self.model.generate(**inputs, **options), skip_special_tokens=True)
+        return [{"generated_text": text.strip()} for text in texts]
 
     def match(self, images: list[Image.Image], texts: list[str], parameters: dict[str, Any]) -> dict[str, Any]:
-        self.check_pairs(images, texts, "match")
-        logits = self.model.match(self.pixels(images), **self.tokens(texts, task="match"), all_pairs=True)
+        logits = self.model.match(**self.inputs(images=images, text=texts, task="match"), all_pairs=True)
         return {"scores": plain(logits.float().softmax(-1)[..., 1])}
 
     def rerank(self, images: list[Image.Image], texts: list[str], parameters: dict[str, Any]) -> list[dict[str, Any]]:
-        self.check_pairs(images, texts, "rerank")
         if min(len(images), len(texts)) != 1:
             counts = f"{len(images)} images and {len(texts)} texts"
             raise RequestError(422, f"`inputs` must be one image with texts or one text with images, got {counts}.")
         mode = one_of("mode", parameters.get("mode", MODES[1]), MODES)
-        weight = number(parameters, "match_weight", MATCH_WEIGHT, 100)
-        top_k = integer(parameters, "top_k", None, MAX_PAIRS)
-        seen = self.model.look_at(self.pixels(images))
+        weight = number(parameters, "match_weight", MATCH_WEIGHT, 0, 100, whole=False)
+        top_k = number(parameters, "top_k", None, 1, MAX_PAIRS)
+        inputs = self.inputs(images=images, text=texts, task="match")
+        seen = self.model.look_at(inputs.pop("pixel_values"))
         cosines = (self.image_embeds(seen, mode) @ self.text_embeds(texts).T).flatten()  # [I * T], one of them 1
-        matches = self.model.match(seen, **self.tokens(texts, task="match"), all_pairs=True)
-        matches = matches.float().log_softmax(-1)[..., 1].flatten()
+        matches = self.model.match(seen, **inputs, all_pairs=True).float().log_softmax(-1)[..., 1].flatten()
         scores = self.model.logit_scale.float().exp() * cosines + weight * matches
-        columns = zip(plain(scores), plain(cosines), plain(matches.exp()))
-        names = ("index", "score", "cosine", "match")
-        entries = [dict(zip(names, (index, *values))) for index, values in enumerate(columns)]
+        rows = enumerate(plain(torch.stack([scores, cosines, matches.exp()], dim=1)))
+        entries = [{"index": index, "score": row[0], "cosine": row[1], "match": row[2]} for index, row in rows]
         return sorted(entries, key=lambda entry: -entry["score"])[:top_k]
 
-    def check_pairs(self, images: list[Image.Image], texts: list[str], task: str) -> None:
-        require(images, texts, task, image=True, text=True)
-        count = len(images) * len(texts)
-        if count > MAX_PAIRS:
-            raise RequestError(413, f"`images` times `texts` may be at most {MAX_PAIRS}, got {count}.")
-
-    def pixels(self, images: list[Image.Image]) -> torch.Tensor:
-        """The processor's pixels [I, 3, H, W], on the model's device."""
+    def inputs(self, **options: Any) -> Any:
+        """The processor's output, on the model's device. A text that is too long is refused, not cut."""
         try:
-            return self.processor(images=images).pixel_values.to(self.model.device)
-        except (TypeError, ValueError) as error:
-            raise RequestError(422, str(error)) from error
-
-    def tokens(self, texts: list[str], **options: Any) -> Any:
-        """The processor's ids and mask, on the model's device. A text that is too long is refused, not cut."""
-        try:
-            return self.processor(text=texts, truncation=False, **options).to(self.model.device)
+            return self.processor(truncation=False, **options).to(self.model.device)
         except (TypeError, ValueError) as error:
             raise RequestError(422, str(error)) from error
 
@@ -380,5 +338,5 @@ class EndpointHandler:
 
     def text_embeds(self, texts: list[str]) -> torch.Tensor:
         """[T, clip_embed_dim], normalised in float32."""
-        ids = self.tokens(texts, task="embed", padding=False, return_tensors=None).input_ids
+        ids = self.inputs(text=texts, task="embed", padding=False, return_tensors=None).input_ids
         return F.normalize(self.model.embed_texts(ids, normalize=False).float(), dim=-1)

@@ -4,8 +4,8 @@ Where this file differs from transformers' own image loading, and why:
 
 * A string is a path: nothing is fetched, and nothing is taken for base64.
 * An image becomes RGB as a viewer shows it: upright, opaque on white, 8 bits. PIL's plain conversion ignores the
-  orientation, gives transparent pixels whatever colour they hide, and clips 16-bit grey.
-* Pixel values out of range are an error: an image that is already normalised would pass unseen otherwise.
+  orientation, shows the hidden colour of transparent pixels, and clips 16-bit grey.
+* Pixel values out of range are an error, because they mean that an image is already normalised.
 
 `handler.py` decodes the bytes of a request itself: its host imports it alone.
 """
@@ -61,11 +61,10 @@ def _load_image(item: Any, name: str) -> Image.Image:
         with Image.open(item) as image:
             return _to_rgb(image, name)
     if isinstance(item, torch.Tensor):
-        values = item.detach().cpu()
-        values = values.float() if values.is_floating_point() else values  # numpy has no bfloat16
-        return _to_rgb(_from_array(values.numpy(), "CHW", name), name)
-    if isinstance(item, np.ndarray):
-        return _to_rgb(_from_array(item, "HWC", name), name)
+        item = item.float() if item.is_floating_point() else item  # numpy has no bfloat16
+        item = _from_array(item.numpy(force=True), "CHW", name)
+    elif isinstance(item, np.ndarray):
+        item = _from_array(item, "HWC", name)
     if isinstance(item, Image.Image):
         return _to_rgb(item, name)
     raise TypeError(f"`{name}` must be a PIL image, a path, an array or a tensor, got {type(item).__name__}.")

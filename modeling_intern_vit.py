@@ -57,7 +57,6 @@ class InternVisionEmbeddings(nn.Module):
         super().__init__()
         self.num_channels = config.num_channels
         self.patch_size = config.patch_size
-        self.image_size = config.image_size
         width, num_positions = config.hidden_size, 1 + config.position_grid**2
         self.class_embedding = nn.Parameter(torch.zeros(1, 1, width))
         self.patch_embedding = nn.Conv2d(config.num_channels, width, config.patch_size, stride=config.patch_size)
@@ -112,8 +111,7 @@ class InternAttention(RegistryAttention):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         query, key, value = self.qkv(hidden_states).chunk(3, dim=-1)  # each [B, N, C]
         query, key, value = map(self.split_heads, (self.q_norm(query), self.k_norm(key), value))
-        states = self.proj(self.attend(query, key, value))
-        return self.proj_drop(states) if self.training else states
+        return self.proj_drop(self.proj(self.attend(query, key, value)))
 
 
 class InternMLP(nn.Module):
@@ -155,7 +153,7 @@ class InternVisionEncoderLayer(nn.Module):
 
     def add_branch(self, hidden_states: torch.Tensor, scale: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
         """Add a residual branch with its LayerScale."""
-        return torch.addcmul(hidden_states, scale, self.drop_path(branch) if self.training else branch)
+        return torch.addcmul(hidden_states, scale, self.drop_path(branch))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = self.add_branch(hidden_states, self.ls1, self.attn(self.norm1(hidden_states)))

@@ -26,9 +26,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from .attention_internvl import RegistryAttention, RMSNorm, run_layers
 from .compat_internvl import (
     CACHE_NAME,
+    PASSED_BY_GENERATE,
     attention_name,
     causal_mask,
-    check_unexpected,
     is_loaded,
     recompute_by_default,
     resolve_cache,
@@ -201,7 +201,7 @@ class QLlamaPreTrainedModel(InternPreTrainedModel):
     main_input_name = "input_ids"
     base_model_prefix = "model"
     _no_split_modules = ["QLlamaDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values", "cache"]
+    _skip_keys_device_placement = QLlamaConfig.keys_to_ignore_at_inference
     _keep_unquantized = ("lm_head",)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -237,12 +237,6 @@ class QLlamaModel(QLlamaPreTrainedModel):
         self.gradient_checkpointing = False
         recompute_by_default(self)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embed_tokens = value
 
     def position_ids_for(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
@@ -333,15 +327,6 @@ class QLlamaTextEncoder(QLlamaPreTrainedModel):
         self.model = QLlamaModel(config, with_cross_attention=False)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.model.embed_tokens = value
-
-    def get_output_embeddings(self) -> None:
-        return None
-
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...] | BaseModelOutputWithPast:
         """As [`QLlamaModel.forward`]."""
         return self.model(*args, **kwargs)
@@ -356,55 +341,25 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.model.embed_tokens = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.lm_head = new_embeddings
-
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        encoder_hidden_states: torch.Tensor | None = None,
-        num_bidirectional: int = 0,
         logits_to_keep: int = 0,
-        cache: Cache | None = None,
-        **unexpected: Any,
+        return_dict: bool | None = None,
+        **kwargs: Any,
     ) -> tuple[Any, ...] | CausalLMOutputWithPast:
         """
         Args:
             logits_to_keep (`int`): number of last positions to compute logits for; 0 for all.
-            others: see [`QLlamaModel.forward`].
+            others: see [`QLlamaModel.forward`]. `generate` looks in this signature for those that are named here.
 
         Returns:
             `CausalLMOutputWithPast`: `logits` [B, kept, vocabulary].
         """
-        check_unexpected(unexpected)
-        output = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-            encoder_hidden_states=encoder_hidden_states,
-            num_bidirectional=num_bidirectional,
-        )
+        kwargs = {name: value for name, value in kwargs.items() if name not in PASSED_BY_GENERATE}
+        output = self.model(input_ids, attention_mask, position_ids, **kwargs)
         logits = self.lm_head(output.last_hidden_state[:, -logits_to_keep:])
         output = CausalLMOutputWithPast(
             logits=logits, hidden_states=output.hidden_states, **{CACHE_NAME: getattr(output, CACHE_NAME)}

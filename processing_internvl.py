@@ -8,7 +8,7 @@ Where this file differs from the usual CLIP processor, and why:
 * The caller names the task, and the recipe of the text follows from it: a wrong prefix, side or ending changes an
   embedding without any error. The ids are assembled here; the tokenizer's own settings are neither used nor changed.
 * PIL resizes every image: the checkpoint's numbers were measured with it, and torchvision's bicubic differs.
-* Nothing is guessed or cut in silence: what cannot be an image or a text is an error, and a cut text is a warning.
+* Nothing is guessed or cut silently: an input that is neither image nor text is an error, and cutting a text warns.
 """
 
 import warnings
@@ -144,7 +144,9 @@ class InternVLProcessor(ProcessorMixin):
         if texts is not None:
             recipe = RECIPES[task]
             limit = self.max_length if max_length is None and recipe.is_limited else max_length
-            sequences = self._encode_texts(texts, recipe, limit, truncation)
+            sequences = [self._ids(text, recipe) for text in texts]
+            if limit is not None:
+                sequences = _shortened(sequences, texts, limit, recipe.ends_in_eos, truncation)
             data |= self._padded(sequences, recipe.padding_side, padding, limit)
             if return_tensors is not None and len(set(map(len, data["input_ids"]))) > 1:  # numpy would take them
                 raise ValueError("`padding=False` needs texts of equal length in ids, or `return_tensors=None`.")
@@ -160,27 +162,17 @@ class InternVLProcessor(ProcessorMixin):
             options |= {"size": {"height": target["height"], "width": target["width"]}, "do_center_crop": False}
         return self.image_processor(images, return_tensors=return_tensors, **options)["pixel_values"]
 
-    def _encode_texts(self, texts: list[str], recipe: TextRecipe, limit: int | None, truncation: bool) -> list[Ids]:
-        sequences = [self._ids(text, recipe) for text in texts]
-        return sequences if limit is None else _shortened(sequences, texts, limit, recipe.ends_in_eos, truncation)
-
     def _ids(self, text: str, recipe: TextRecipe) -> Ids:
         # Assembled from `tokenize`, not from a call: a call would need `add_eos_token` set on the shared tokenizer.
         pieces = self.tokenizer.tokenize(with_prefix(text) if recipe.has_prefix else text)
         ids = self.tokenizer.convert_tokens_to_ids(pieces)
         return [self.tokenizer.bos_token_id, *ids] + [self.tokenizer.eos_token_id] * recipe.ends_in_eos
 
-    def _padded(self, sequences: list[Ids], side: str, padding: bool | str, limit: int | None) -> dict[str, list[Ids]]:
+    def _padded(self, sequences: list[Ids], side: str, padding: bool | str, limit: int | None) -> Any:
         if padding == "max_length" and limit is None:
             raise ValueError('`padding="max_length"` needs `max_length` here: prompts for generation have no limit.')
-        longest = limit if limit is not None and padding == "max_length" else max(map(len, sequences))
-        input_ids, attention_mask = [], []
-        for ids in sequences:
-            missing = longest - len(ids) if padding else 0
-            pad, hole, mask = [self.tokenizer.pad_token_id] * missing, [0] * missing, [1] * len(ids)
-            input_ids.append(ids + pad if side == "right" else pad + ids)
-            attention_mask.append(mask + hole if side == "right" else hole + mask)
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
+        options = {"padding": padding, "max_length": limit if padding == "max_length" else None, "padding_side": side}
+        return self.tokenizer.pad({"input_ids": sequences}, return_attention_mask=True, **options)
 
 
 def _check_tokenizer(tokenizer: Any) -> None:
@@ -241,7 +233,7 @@ def _shortened(sequences: list[Ids], texts: list[str], limit: int, ends_in_eos: 
     )
     if not truncation:
         raise ValueError(f"{message} Allow `truncation` or raise `max_length`.")
-    warnings.warn(f"{message} They are cut to {limit}, and the model does not see the rest.", stacklevel=4)
+    warnings.warn(f"{message} They are cut to {limit}, and the model does not see the rest.", stacklevel=3)
     kept = limit - ends_in_eos
     return [ids if len(ids) <= limit else ids[:kept] + ids[-1:] * ends_in_eos for ids in sequences]
 

@@ -20,7 +20,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from sentence_transformers import CrossEncoder
 from sentence_transformers.base.modality import infer_modality  # undocumented
@@ -31,6 +30,7 @@ from .compat_internvl import refuse_known_bad
 
 MODES = ("InternVL-C", "InternVL-G")
 ADDRESSES = ("http://", "https://", "data:")
+HUB_OPTIONS = ("token", "revision", "local_files_only", "trust_remote_code")
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tiff", ".webp")
 
 
@@ -38,7 +38,7 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tiff", ".webp")
 
 
 def _kind_and_value(item: Any, name: str) -> tuple[str, Any]:
-    """What an input is, "text" or "image", and the text or image itself."""
+    """The kind of an input, "text" or "image", and the text or image itself."""
     value = _unwrapped(item)
     if isinstance(value, dict) and len(value) == 1:
         kind, value = next(iter(value.items()))
@@ -48,13 +48,10 @@ def _kind_and_value(item: Any, name: str) -> tuple[str, Any]:
         raise ValueError(f"`{name}` must be one text or one image, got {kind} in a {type(item).__name__}.")
     if kind == "image" and isinstance(value, str) and value.startswith(ADDRESSES):
         raise ValueError(f"`{name}` must be an image or its path; nothing is fetched: {value[:60]!r}.")
-    if kind == "text" and value is item and _looks_like_path(value):
-        warnings.warn(f"`{name}` is read as a text: there is no image {value!r}.", stacklevel=2)
+    # A `str` without spaces, not a dict that names its kind.
+    if isinstance(item, str) and kind == "text" and item.lower().endswith(IMAGE_ENDINGS) and len(item.split()) == 1:
+        warnings.warn(f"`{name}` is read as a text: there is no image {item!r}.", stacklevel=2)
     return kind, value
-
-
-def _looks_like_path(text: Any) -> bool:
-    return isinstance(text, str) and text.lower().endswith(IMAGE_ENDINGS) and not any(map(str.isspace, text))
 
 
 def _unwrapped(item: Any) -> Any:
@@ -108,7 +105,7 @@ class InternVLModule(InputModule):
         ValueError: the processor belongs to another checkpoint.
     """
 
-    # In this file, mteb reads from `modality_config` which inputs a model of the Hub takes.
+    # mteb reads the kinds of inputs of a model on the Hub from `modality_config` in this file.
     config_file_name = "sentence_bert_config.json"
     config_keys = ["modality_config"]
     modality_config = {"text": {"method": "embed_text"}, "image": {"method": "embed_image"}}
@@ -126,11 +123,7 @@ class InternVLModule(InputModule):
         cls,
         model_name_or_path: str,
         subfolder: str = "",
-        token: bool | str | None = None,
         cache_folder: str | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        trust_remote_code: bool = False,
         model_kwargs: dict[str, Any] | None = None,
         processor_kwargs: dict[str, Any] | None = None,
         config_kwargs: dict[str, Any] | None = None,
@@ -141,12 +134,13 @@ class InternVLModule(InputModule):
 
         Args:
             model_name_or_path (`str`): folder or id of the repository.
-            subfolder, token, cache_folder, revision, local_files_only, trust_remote_code: as in `from_pretrained`.
+            subfolder, cache_folder (`str`): as `subfolder` and `cache_dir` in `from_pretrained`.
             model_kwargs, processor_kwargs, config_kwargs (`dict`, *optional*): for `from_pretrained` of the model
                 (`dtype`, `device_map`, ...), the processor (`max_length`) and the config (`contrastive_only`). A
                 `subfolder` in `model_kwargs` applies to all three: sentence-transformers has no other place for it.
             backend (`str`): "torch".
-            kwargs: sentence-transformers' own, for other kinds of modules; not used.
+            kwargs: `token`, `revision`, `local_files_only` and `trust_remote_code`, as in `from_pretrained`. Others,
+                which sentence-transformers passes to other kinds of modules, are not used.
 
         Raises:
             ValueError: another backend.
@@ -154,14 +148,8 @@ class InternVLModule(InputModule):
         if backend != "torch":
             raise ValueError(f'`backend` must be "torch" for this model, got {backend!r}.')
         model_options = model_kwargs or {}
-        hub = {
-            "subfolder": model_options.get("subfolder", subfolder),
-            "token": token,
-            "cache_dir": cache_folder,
-            "revision": revision,
-            "local_files_only": local_files_only,
-            "trust_remote_code": trust_remote_code,
-        }
+        hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        hub |= {"subfolder": model_options.get("subfolder", subfolder), "cache_dir": cache_folder}
         processor_options = hub | (processor_kwargs or {})
         # A CrossEncoder passes its `max_length` under this name.
         max_length = processor_options.pop("model_max_length", None)
@@ -202,9 +190,49 @@ class InternVLModule(InputModule):
     def max_seq_length(self, value: int) -> None:
         self.processor.max_length = value
 
-    def _text_features(self, texts: Sequence[str], prompt: str | None, options: dict[str, Any]) -> dict[str, Any]:
-        texts = [prompt + text for text in texts] if prompt else list(texts)
-        return dict(self.processor(text=texts, task=self.task, **options))
+    def preprocess(
+        self,
+        inputs: Sequence[Any],
+        prompt: str | None = None,
+        processing_kwargs: dict[str, dict[str, Any]] | None = None,
+        max_length: int | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Prepare the T texts and I images of B inputs.
+
+        Args:
+            inputs (sequence): for the embedder, texts, PIL images, paths of images, [H, W, C] arrays or tensors, or
+                dicts {"text": ...} and {"image": ...}, in any order. For the re-ranker, pairs of such a text and such
+                an image, in any order; images are different if they are different objects or paths.
+            prompt (`str`, *optional*): put in front of the texts, behind `summarize:`.
+            processing_kwargs (`dict`, *optional*): {"text": ..., "image": ...}, options of the processor's calls, such
+                as {"image": {"crop": "squash"}}.
+            max_length (`int`, *optional*): longest text in ids.
+            kwargs: sentence-transformers' own (`task`, `mode`); not used.
+
+        Returns:
+            `dict`: `input_ids` and `attention_mask` [T, L]; `pixel_values` [I, 3, H, W], or `seen` if `look_once` has
+            replaced the images by what the model saw. In a mixed batch also `order` [B], which sorts the texts followed
+            by the images into the order of the inputs; for pairs `image_of_pair` [B], below I.
+
+        Raises:
+            TypeError, ValueError: neither a text nor an image, an empty one, or not a pair of both.
+            OSError: an image file that is missing or that PIL cannot read.
+        """
+        texts, images, features = self._split(inputs)
+        options: dict[str, dict[str, Any]] = {"text": {}, "image": {}} | (processing_kwargs or {})
+        if texts:
+            texts = [prompt + text for text in texts] if prompt else texts
+            features |= self.processor(text=texts, task=self.task, **({"max_length": max_length} | options["text"]))
+        if images and _is_seen(images[0]):
+            features["seen"] = images[0]._replace(image_states=torch.cat([seen.image_states for seen in images]))
+        elif images:
+            features |= self.processor(images=images, task=self.task, **options["image"])
+        return features
+
+    def _split(self, inputs: Sequence[Any]) -> tuple[list[Any], list[Any], dict[str, Any]]:
+        """Texts, images, and the features that say which input they belong to."""
+        raise NotImplementedError
 
 
 class InternVLEmbedder(InternVLModule):
@@ -236,8 +264,8 @@ class InternVLEmbedder(InternVLModule):
         """
         places = ("subfolder", "token", "cache_folder", "revision", "local_files_only")
         config = cls.load_config(model_name_or_path, **{name: kwargs[name] for name in places if name in kwargs})
-        model_kwargs = {"mode": config.get("mode", "InternVL-C")} | (model_kwargs or {})
-        mode = model_kwargs.pop("mode")
+        model_kwargs = dict(model_kwargs or {})
+        mode = model_kwargs.pop("mode", config.get("mode", MODES[0]))
         if mode not in MODES:  # the model would say so too, but only after it is loaded
             raise ValueError(f"`mode` must be one of {MODES}, got {mode!r}.")
         module = super().load(model_name_or_path, model_kwargs=model_kwargs, **kwargs)
@@ -248,45 +276,13 @@ class InternVLEmbedder(InternVLModule):
         """Width of the embeddings: 768 for the published checkpoint."""
         return self.model.config.clip_embed_dim
 
-    def preprocess(
-        self,
-        inputs: Sequence[Any],
-        prompt: str | None = None,
-        processing_kwargs: dict[str, dict[str, Any]] | None = None,
-        max_length: int | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Prepare B inputs, T of them texts and I images.
-
-        Args:
-            inputs (sequence): texts, PIL images, paths of images, [H, W, C] arrays or tensors; or dicts
-                {"text": ...} and {"image": ...}. In any order.
-            prompt (`str`, *optional*): put in front of the texts, behind `summarize:`.
-            processing_kwargs (`dict`, *optional*): {"text": ..., "image": ...}, options of the processor's calls, such
-                as {"image": {"crop": "squash"}}.
-            max_length (`int`, *optional*): longest text in ids.
-            kwargs: sentence-transformers' own (`task`, `mode`); not used.
-
-        Returns:
-            `dict`: `input_ids` and `attention_mask` [T, L]; `pixel_values` [I, 3, H, W]; and in a mixed batch `order`
-            [B], which sorts the texts followed by the images into the order of the inputs.
-
-        Raises:
-            TypeError, ValueError: an input that is neither a text nor an image, or an empty one.
-            OSError: an image file that is missing or that PIL cannot read.
-        """
-        options = processing_kwargs or {}
+    def _split(self, inputs: Sequence[Any]) -> tuple[list[Any], list[Any], dict[str, Any]]:
         found = [_kind_and_value(item, f"inputs[{index}]") for index, item in enumerate(inputs)]
         texts, images = ([value for kind, value in found if kind == wanted] for wanted in ("text", "image"))
-        features: dict[str, Any] = {}
-        if texts:
-            features |= self._text_features(texts, prompt, {"max_length": max_length} | options.get("text", {}))
-        if images:
-            features |= self.processor(images=images, task=self.task, **options.get("image", {}))
-        if texts and images:
-            is_image = torch.tensor([kind == "image" for kind, _ in found])  # [B]
-            features["order"] = is_image.byte().argsort(stable=True).argsort()  # [B]
-        return features
+        if not texts or not images:
+            return texts, images, {}
+        is_image = torch.tensor([kind == "image" for kind, _ in found])  # [B]
+        return texts, images, {"order": is_image.byte().argsort(stable=True).argsort()}  # [B]
 
     def forward(self, features: dict[str, Any], mode: str | None = None, **kwargs: Any) -> dict[str, Any]:
         """Add `sentence_embedding` [B, width], of length 1, to the features of `preprocess`.
@@ -318,49 +314,14 @@ class InternVLEmbedder(InternVLModule):
 
 
 class InternVLReranker(InternVLModule):
-    """Scores how well a text fits an image, by the checkpoint's matching head.
-
-    Args:
-        model, processor: see [`InternVLModule`].
-    """
+    """Scores how well a text fits an image, by the checkpoint's matching head."""
 
     task = "match"
 
-    def preprocess(
-        self,
-        inputs: Sequence[Any],
-        prompt: str | None = None,
-        processing_kwargs: dict[str, dict[str, Any]] | None = None,
-        max_length: int | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Prepare B pairs with I different images.
-
-        Args:
-            inputs (sequence of pairs): a text and an image, in any order, each as in [`InternVLEmbedder.preprocess`].
-                Images are different if they are different objects or paths.
-            prompt (`str`, *optional*): put in front of the texts.
-            processing_kwargs, max_length, kwargs: see [`InternVLEmbedder.preprocess`].
-
-        Returns:
-            `dict`: `input_ids` and `attention_mask` [B, L]; `image_of_pair` [B], below I; and `pixel_values`
-            [I, 3, H, W], or `seen` if `look_once` has replaced the images by what the model saw.
-
-        Raises:
-            TypeError, ValueError: not a pair of a text and an image, or an empty one.
-            OSError: an image file that is missing or that PIL cannot read.
-        """
-        options = processing_kwargs or {}
+    def _split(self, inputs: Sequence[Any]) -> tuple[list[Any], list[Any], dict[str, Any]]:
         pairs = [_image_and_text(pair, f"inputs[{index}]") for index, pair in enumerate(inputs)]
-        texts = [text for _, text in pairs]
         images, image_of_pair = _distinct([image for image, _ in pairs])
-        features = self._text_features(texts, prompt, {"max_length": max_length} | options.get("text", {}))
-        features["image_of_pair"] = torch.tensor(image_of_pair)
-        if _is_seen(images[0]):
-            features["seen"] = images[0]._replace(image_states=torch.cat([seen.image_states for seen in images]))
-        else:
-            features |= self.processor(images=images, task=self.task, **options.get("image", {}))
-        return features
+        return [text for _, text in pairs], images, {"image_of_pair": torch.tensor(image_of_pair)}
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Add `scores` [B, 1], float32, to the features: the log-odds of a match, whose sigmoid is its probability.
@@ -388,25 +349,20 @@ class InternVLReranker(InternVLModule):
     def look_once(
         self, pairs: Sequence[Any], batch_size: int, device: torch.device
     ) -> Iterator[tuple[list[int], list[Any]]]:
-        """Run the vision tower over the different images of pairs, `batch_size` at a time.
-
-        Args:
-            pairs (sequence of pairs): as in `preprocess`.
-            batch_size (`int`): number of images whose tokens are in memory at the same time.
-            device (`torch.device`): where the pixels go.
+        """Run the vision tower over the different images of pairs, `batch_size` at a time, on `device`.
 
         Yields:
             `(list[int], list)`: the indices of the pairs of some images, and these pairs with what the model saw in
             place of the image, which `preprocess` takes.
         """
-        known = [_image_and_text(pair, f"inputs[{index}]") for index, pair in enumerate(pairs)]
-        images, image_of_pair = _distinct([image for image, _ in known])
+        texts, images, features = self._split(pairs)
+        image_of_pair = features["image_of_pair"].tolist()
         for start in range(0, len(images), batch_size):
             pixels = self.processor(images=images[start : start + batch_size], task=self.task).pixel_values
             seen = self.model.look_at(pixels.to(device), queries=False)
             one_each = [seen._replace(image_states=states) for states in seen.image_states.split(1)]
             rows = [row for row, place in enumerate(image_of_pair) if start <= place < start + batch_size]
-            yield rows, [(one_each[image_of_pair[row] - start], known[row][1]) for row in rows]
+            yield rows, [(one_each[image_of_pair[row] - start], texts[row]) for row in rows]
 
 
 class InternVLCrossEncoder(CrossEncoder):
@@ -457,6 +413,6 @@ class InternVLCrossEncoder(CrossEncoder):
         for some, seen_pairs in self[0].look_once(pairs, batch_size, self.device):
             rows += some
             scores.append(super().predict(seen_pairs, batch_size=batch_size, convert_to_tensor=True, **options))
-        ordered = torch.cat(scores)[np.argsort(rows)]
+        ordered = torch.cat(scores)[torch.tensor(rows).argsort()]
         found = ordered if convert_to_tensor else ordered.cpu().numpy() if convert_to_numpy else list(ordered)
         return found[0] if is_single else found

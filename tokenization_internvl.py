@@ -11,7 +11,6 @@ Where this file differs from transformers' ``LlamaTokenizer``, and why:
 """
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from transformers import PreTrainedTokenizer
 
 from .compat_internvl import pipeline_task
 
-# The feature is read at </s>, and only texts that start with this were trained to put it there.
+# The embedding is read at </s>, which the checkpoint was trained for only with texts that start with this.
 PREFIX = "summarize:"
-# These pipelines call a tokenizer to embed texts, and know nothing of the prefix and </s>.
+# These pipelines call a tokenizer to embed texts, and add neither the prefix nor </s>.
 EMBEDDING_PIPELINES = ("zero-shot-image-classification", "feature-extraction")
 Ids = list[int]
 
@@ -30,7 +29,7 @@ class InternVLTokenizer(PreTrainedTokenizer):
     """SentencePiece tokenizer: ``<s>`` first, ``</s>`` last on request, padded on the right with id 0.
 
     Special tokens spelt out in a text ("</s>") become their ids, and the text on either side of one is encoded as a
-    text of its own, as in the original. `decode` is SentencePiece's decode with special tokens left standing.
+    text of its own, as in the original. `decode` is SentencePiece's, but keeps special tokens.
 
     Args:
         vocab_file (`str`): path of a SentencePiece model. It is the only file the constructor reads.
@@ -181,16 +180,10 @@ class InternVLTokenizer(PreTrainedTokenizer):
         return first if token_ids_1 is None else first + [1] * len(self.build_inputs_with_special_tokens(token_ids_1))
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
-        """Write the SentencePiece model to `save_directory` and return its path in a tuple.
-
-        If the file that it was read from is gone, the model in memory is written.
-        """
+        """Write the SentencePiece model to `save_directory` and return its path in a tuple."""
         name = self.vocab_files_names["vocab_file"]
         target = Path(save_directory) / (f"{filename_prefix}-{name}" if filename_prefix else name)
-        if not os.path.isfile(self.vocab_file):
-            target.write_bytes(self.sp_model.serialized_model_proto())
-        elif not (target.exists() and os.path.samefile(self.vocab_file, target)):
-            shutil.copyfile(self.vocab_file, target)
+        target.write_bytes(self.sp_model.serialized_model_proto())  # the bytes of the file that it was read from
         return (str(target),)
 
 

@@ -59,6 +59,11 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def own_rows(batch: int, device: torch.device) -> torch.Tensor:
+    """The places [B] of this rank's rows among the rows of all ranks."""
+    return torch.arange(batch, device=device) + (dist.get_rank() * batch if is_distributed() else 0)
+
+
 def mean_of_valid(losses: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """The mean over the valid rows; 0 with zero gradients if no row is valid."""
     valid = valid.to(losses.device)
@@ -71,24 +76,26 @@ class InternVLTrainingModel(InternVLModel):
     saved_as = "InternVLModel"
 
     def _matching_losses(
-        self,
-        image_states: torch.Tensor,
-        input_ids: torch.Tensor,
-        mask: torch.Tensor,
-        labels: torch.Tensor,
+        self, image_states: torch.Tensor, input_ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor
     ) -> torch.Tensor:
         """ITM: the cross-entropy of match and no match, per row."""
         logits = self._match(image_states, input_ids, mask).float()
         return F.cross_entropy(logits, labels.to(logits.device), reduction="none")
 
-    def _similarities(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [B, W * B] of the local images and all ranks' texts, and of the local texts and all ranks' images."""
+    def _contrastive_losses(
+        self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, targets: torch.Tensor, smoothing: float = 0.0
+    ) -> torch.Tensor:
+        """ITC: the cross-entropies [B] of local images with all ranks' texts, and of local texts with all images."""
         images, texts = F.normalize(image_embeds, dim=-1), F.normalize(text_embeds, dim=-1)
         all_images, all_texts = images, texts
         if is_distributed():
             all_images, all_texts = GatherWithGradient.apply(images), GatherWithGradient.apply(texts)
         scale = self.logit_scale.exp()
-        return (scale * images @ all_texts.T).float(), (scale * texts @ all_images.T).float()
+        losses = [
+            F.cross_entropy(logits, targets.to(logits.device), reduction="none", label_smoothing=smoothing)
+            for logits in ((scale * images @ all_texts.T).float(), (scale * texts @ all_images.T).float())  # [B, W * B]
+        ]
+        return torch.stack(losses).mean(dim=0)
 
     def _checked_texts(
         self, name: str, input_ids: torch.Tensor, mask: torch.Tensor | None, batch: int, *others: torch.Tensor
@@ -104,8 +111,8 @@ class InternVLTrainingModel(InternVLModel):
 class InternVLForPreTraining(InternVLTrainingModel):
     """
     Stage 2 of the original's training: matching, contrast and captions (paper, section 3.3; docs/model.md, "Stage 2").
-    The captions' pass also gives the contrast its queries, because queries attend only to themselves and the image.
-    Only the matching pass needs a mask.
+    The contrast takes its queries from the captioning pass, where they attend only to themselves and the image. Only
+    the matching pass needs a mask.
     """
 
     def forward(  # type: ignore[override]
@@ -150,7 +157,7 @@ class InternVLForPreTraining(InternVLTrainingModel):
             image_states,
             concatenate_padded((negative_ids[:num_negative], positive_ids[num_negative:])),
             mask,
-            torch.arange(len(image_states), device=image_states.device).ge(num_negative).long(),
+            torch.arange(batch, device=image_states.device).ge(num_negative).long(),
         )
         loss_itm = mean_of_valid(losses, mask.sum(dim=1) != 2)  # texts of two tokens, `<s> </s>`, are empty
         states = self._joint_states(image_states, caption_ids, None, bidirectional=False)
@@ -178,15 +185,9 @@ class InternVLForPreTraining(InternVLTrainingModel):
         self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, valid: torch.Tensor
     ) -> torch.Tensor:
         """ITC: an image and a text of all ranks are a pair if they are in the same row."""
-        targets = torch.arange(len(valid), device=valid.device)
-        if is_distributed():
-            targets = targets + dist.get_rank() * len(valid)
-        smoothing = self.config.label_smoothing
-        losses = [
-            F.cross_entropy(logits, targets.to(logits.device), reduction="none", label_smoothing=smoothing)
-            for logits in self._similarities(image_embeds, text_embeds)
-        ]
-        return mean_of_valid(torch.stack(losses).mean(dim=0), valid)
+        targets = own_rows(len(valid), valid.device)
+        losses = self._contrastive_losses(image_embeds, text_embeds, targets, self.config.label_smoothing)
+        return mean_of_valid(losses, valid)
 
 
 class InternVLForRetrieval(InternVLTrainingModel):
@@ -238,8 +239,7 @@ class InternVLForRetrieval(InternVLTrainingModel):
     def _soft_targets(self, image_ids: torch.Tensor | None, batch: int, device: torch.device) -> torch.Tensor:
         """Target probabilities [B, W * B] of each local row: uniform over all ranks' rows with its `image_ids`."""
         if image_ids is None:
-            rank = dist.get_rank() if is_distributed() else 0
-            image_ids = torch.arange(batch, device=device) + rank * batch
+            image_ids = own_rows(batch, device)
         elif not isinstance(image_ids, torch.Tensor) or image_ids.shape != (batch,):
             shape = list(getattr(image_ids, "shape", [])) or type(image_ids).__name__
             raise ValueError(f"`image_ids` must be [{batch}], one per image, got {shape}.")
@@ -250,12 +250,8 @@ class InternVLForRetrieval(InternVLTrainingModel):
     def _contrastive_loss(
         self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
-        # The config's `label_smoothing` belongs to stage 2 (docs/model.md, "Retrieval fine-tuning").
-        losses = [
-            F.cross_entropy(logits, targets.to(logits.device))
-            for logits in self._similarities(image_embeds, text_embeds)
-        ]
-        return torch.stack(losses).mean()
+        # Without `label_smoothing`, which belongs to stage 2 (docs/model.md, "Retrieval fine-tuning").
+        return self._contrastive_losses(image_embeds, text_embeds, targets).mean()
 
 
 __all__ = ["InternVLForPreTraining", "InternVLForRetrieval"]
