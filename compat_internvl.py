@@ -3,7 +3,7 @@ Differences between the supported releases of transformers, and all undocumented
 
 No other module at the root contains a version or an undocumented name. Exceptions: attributes that transformers reads
 from a class (`_tp_plan`, `_no_split_modules`, ...), and the names that sentence-transformers needs in its module.
-Each workaround says when it can go. tests/test_compat.py tests each entry; docs/versions.md lists the tested releases.
+Each workaround says when it can go. tests/model/test_compat.py tests each; docs/versions.md lists the releases.
 """
 
 import inspect
@@ -172,7 +172,7 @@ def convert_cache(requested: GenerationConfig, prefix: Cache, config: Any, lengt
         raise ValueError(f"`cache_implementation` must be one of {', '.join(CACHE_KINDS)}, got {kind!r}.")
     if "static" in kind and attention_name(config) == "flex_attention" and VERSION >= (5, 0):
         # The mask of 5.x reads its offset from the cache, which has grown by the time the mask is used. transformers'
-        # own models also write wrong tokens (5.15, 5.24) or fail (5.23). Goes when tests/test_compat.py says so.
+        # own models also write wrong tokens (5.15, 5.24) or fail (5.23). Goes when tests/model/test_compat.py says so.
         problem = "this transformers writes wrong tokens with a static cache and flex_attention"
         raise ValueError(f"`cache_implementation={kind!r}`: {problem}. Use another cache or `attn_implementation`.")
     if kind == "offloaded":
