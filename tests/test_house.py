@@ -14,7 +14,7 @@ ROOMS = {
     "configuration_intern_vit.py": 145,
     "configuration_internvl.py": 225,
     "attention_internvl.py": 200,
-    "loading_internvl.py": 375,
+    "loading_internvl.py": 355,
     "modeling_intern_vit.py": 350,
     "modeling_qllama.py": 450,
     "texts_internvl.py": 310,
