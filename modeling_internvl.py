@@ -35,7 +35,7 @@ from .configuration_internvl import InternVLConfig
 from .loading_internvl import InternPreTrainedModel
 from .modeling_intern_vit import InternVisionModel
 from .modeling_qllama import QLlamaForCausalLM, QLlamaTextEncoder
-from .texts_internvl import TextSide, restore_positions, without_padding
+from .texts_internvl import TextSide, check_texts, restore_positions, without_padding
 
 MODES = ("InternVL-C", "InternVL-G")
 # Patterns of the tensors of the joint checkpoint that a part of the model does not use.
@@ -286,9 +286,8 @@ class InternVLTextModelWithProjection(InternVLPreTrainedModel, TextSide):
         Raises:
             `ValueError`, `TypeError`: wrong shape, dtype or range of ids, another shape of the mask, or an empty row.
         """
-        mask = self._checked_text(input_ids, attention_mask)
-        self._warn_about_text_format(input_ids, mask)
-        states = self._text_states(input_ids, mask)
+        mask, longest = self._checked_text_to_embed(input_ids, attention_mask)
+        states = self._text_states(input_ids, mask, longest)
         output = InternVLTextOutput(self._pool_states(states, mask), restore_positions(states, mask))
         return output.to_tuple() if return_dict is False else output
 
@@ -480,9 +479,9 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, CaptionSide, G
             `ValueError`, `TypeError`: different numbers of images and texts without `all_pairs`, or an invalid input.
         """
         self._require_queries("`match`")
-        mask = self._checked_text(input_ids, attention_mask)
+        mask, facts = check_texts("input_ids", input_ids, attention_mask, self.config)
         image_states = self._image_states(pixel_values)
-        input_ids, mask = without_padding(input_ids, mask)
+        input_ids, mask = without_padding(input_ids, mask, facts.longest)
         if all_pairs:
             return torch.stack([self._match(states, input_ids, mask) for states in image_states.split(1)])
         if len(image_states) != len(input_ids):
