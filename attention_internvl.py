@@ -28,11 +28,6 @@ class RMSNorm(nn.RMSNorm):
         return (states * scale).mul_(self.weight)
 
 
-def repeat_key_value(states: torch.Tensor, groups: int) -> torch.Tensor:
-    """Repeat every key/value head `groups` times, for grouped-query attention."""
-    return states if groups == 1 else states.repeat_interleave(groups, dim=1)
-
-
 def eager_attention_forward(
     module: Any,
     query: torch.Tensor,
@@ -44,8 +39,8 @@ def eager_attention_forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Eager attention with the registry's signature: [B, heads, N, head_dim] in, [B, N, heads, head_dim] out."""
-    key = repeat_key_value(key, module.num_key_value_groups)
-    value = repeat_key_value(value, module.num_key_value_groups)
+    if module.num_key_value_groups > 1:
+        key, value = (states.repeat_interleave(module.num_key_value_groups, dim=1) for states in (key, value))
     scores = query @ key.transpose(-1, -2) * scaling  # [B, heads, N, S]
     if attention_mask is not None:
         scores = scores + attention_mask

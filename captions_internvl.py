@@ -19,7 +19,7 @@ from .compat_internvl import (
     refuse_known_bad,
     with_accelerate_hook,
 )
-from .texts_internvl import check_token_ids, has_values, real_tokens_last
+from .texts_internvl import check_texts, real_tokens_last
 
 logger = logging.get_logger(__name__)
 
@@ -50,7 +50,6 @@ class CaptionSide:
     qllama: Any
     get_input_embeddings: Any
     _as_seen: Any
-    _ends_with_eos: Any
     _joint_embeds: Any
     _joint_states: Any
     _query_states: Any
@@ -139,10 +138,10 @@ class CaptionSide:
                 raise ValueError("`attention_mask` needs the `input_ids` that it masks, got none.")
             ids = self.config.caption_prompt_ids or [self.config.qllama_config.bos_token_id]
             input_ids = torch.tensor([ids], device=device)
-        mask = check_token_ids("input_ids", input_ids, attention_mask, self.config.qllama_config.vocab_size)
+        mask, facts = check_texts("input_ids", input_ids, attention_mask, self.config)
         if batch != 1 and len(input_ids) not in (1, batch):
             raise ValueError(f"`input_ids` must have one prompt, or one per image ({batch}), got {len(input_ids)}.")
-        if has_values(input_ids) and bool(self._ends_with_eos(input_ids, mask).any()):
+        if facts.any_ends_with_eos:
             logger.warning_once(
                 "A prompt ends with `</s>`: no meaningful text follows it. Set `tokenizer.add_eos_token = False`, or"
                 ' call the processor with `task="caption"`.'

@@ -1,23 +1,39 @@
 """Configuration of InternVL-14B and of QLLaMA, its language tower (InternVL paper, arXiv:2312.14238, section 3.2)."""
 
 import copy
-from typing import Any
+from typing import Annotated, Any
 
 from transformers import PretrainedConfig
 
 from .compat_internvl import set_attention_name
 from .configuration_intern_vit import (
+    Activation,
+    CheckedConfig,
+    Flag,
+    Fraction,
     InternVisionConfig,
+    PositiveInteger,
+    PositiveNumber,
+    Rule,
+    StandardDeviation,
+    is_integer,
     require,
-    require_activation,
-    require_fractions,
-    require_positive_integers,
-    require_positive_numbers,
-    require_standard_deviation,
 )
 
+LoraRank = Annotated[int, Rule("a LoRA rank, 0 for none", lambda value: is_integer(value) and value >= 0)]
 
-class QLlamaConfig(PretrainedConfig):
+
+def is_token_id(value: Any, vocab_size: int) -> bool:
+    return is_integer(value) and 0 <= value < vocab_size
+
+
+def refuse(name: str, kwargs: dict[str, Any], expected: str) -> None:
+    """Remove an option of LLaMA that this model lacks; raise a `ValueError` if it is set."""
+    value = kwargs.pop(name, None)
+    require(name, value, not value, expected)
+
+
+class QLlamaConfig(CheckedConfig):
     """
     Sizes of QLLaMA: LLaMA's fields and those of its cross-attention to the image.
 
@@ -44,88 +60,47 @@ class QLlamaConfig(PretrainedConfig):
     base_config_key = "qllama_config"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
-    def __init__(
-        self,
-        vocab_size: int = 49954,
-        hidden_size: int = 4096,
-        intermediate_size: int = 11008,
-        num_hidden_layers: int = 32,
-        num_attention_heads: int = 32,
-        num_key_value_heads: int | None = None,
-        hidden_act: str = "silu",
-        max_position_embeddings: int = 2048,
-        initializer_range: float = 0.02,
-        rms_norm_eps: float = 1e-6,
-        use_cache: bool = True,
-        rope_theta: float = 10000.0,
-        rope_scaling: dict[str, Any] | None = None,
-        attention_bias: bool = False,
-        attention_dropout: float = 0.0,
-        pad_token_id: int = 0,
-        bos_token_id: int = 1,
-        eos_token_id: int = 2,
-        tie_word_embeddings: bool = False,
-        num_query_token: int = 96,
-        cross_attention_frequency: int = 2,
-        encoder_hidden_size: int = 3200,
-        **kwargs: Any,
-    ):
-        require("rope_scaling", rope_scaling, rope_scaling is None, "None: the checkpoint has plain rotary positions")
-        require("attention_bias", attention_bias, not attention_bias, "False: the checkpoint's attention has no bias")
-        require(
-            "tie_word_embeddings", tie_word_embeddings, not tie_word_embeddings, "False: `lm_head` is its own matrix"
-        )
-        super().__init__(tie_word_embeddings=False, **kwargs)
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
-        self.hidden_act = hidden_act
-        self.max_position_embeddings = max_position_embeddings
-        self.initializer_range = initializer_range
-        self.rms_norm_eps = rms_norm_eps
-        self.use_cache = use_cache
-        self.rope_theta = rope_theta
-        self.attention_dropout = attention_dropout
-        self.pad_token_id = pad_token_id
-        self.bos_token_id = bos_token_id
-        self.eos_token_id = eos_token_id
-        self.num_query_token = num_query_token
-        self.cross_attention_frequency = cross_attention_frequency
-        self.encoder_hidden_size = encoder_hidden_size
-        self._check_fields()
+    vocab_size: PositiveInteger = 49954
+    hidden_size: PositiveInteger = 4096
+    intermediate_size: PositiveInteger = 11008
+    num_hidden_layers: PositiveInteger = 32
+    num_attention_heads: PositiveInteger = 32
+    num_key_value_heads: PositiveInteger = 32
+    hidden_act: Activation = "silu"
+    max_position_embeddings: PositiveInteger = 2048
+    initializer_range: StandardDeviation = 0.02
+    rms_norm_eps: PositiveNumber = 1e-6
+    use_cache: Flag = True
+    rope_theta: PositiveNumber = 10000.0
+    attention_dropout: Fraction = 0.0
+    pad_token_id: int = 0
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    num_query_token: PositiveInteger = 96
+    cross_attention_frequency: PositiveInteger = 2
+    encoder_hidden_size: PositiveInteger = 3200
 
-    def _check_fields(self) -> None:
-        require_positive_integers(
-            vocab_size=self.vocab_size,
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_hidden_layers=self.num_hidden_layers,
-            num_attention_heads=self.num_attention_heads,
-            num_key_value_heads=self.num_key_value_heads,
-            max_position_embeddings=self.max_position_embeddings,
-            num_query_token=self.num_query_token,
-            cross_attention_frequency=self.cross_attention_frequency,
-            encoder_hidden_size=self.encoder_hidden_size,
-        )
-        require_fractions(attention_dropout=self.attention_dropout)
-        whole = self.hidden_size % (2 * self.num_attention_heads) == 0
-        require(
-            "num_attention_heads", self.num_attention_heads, whole, f"such that {self.hidden_size=} gives even heads"
-        )
-        grouped = self.num_attention_heads % self.num_key_value_heads == 0
-        require("num_key_value_heads", self.num_key_value_heads, grouped, f"a divisor of {self.num_attention_heads=}")
-        require_positive_numbers(rms_norm_eps=self.rms_norm_eps, rope_theta=self.rope_theta)
-        require_standard_deviation(self.initializer_range)
-        require_activation(self.hidden_act)
+    def __init__(self, **kwargs: Any):
+        refuse("rope_scaling", kwargs, "None: the checkpoint has plain rotary positions")
+        refuse("attention_bias", kwargs, "False: the checkpoint's attention has no bias")
+        refuse("tie_word_embeddings", kwargs, "False: `lm_head` is its own matrix")
+        if kwargs.get("num_key_value_heads") is None:
+            kwargs["num_key_value_heads"] = kwargs.get("num_attention_heads", self.num_attention_heads)
+        super().__init__(tie_word_embeddings=False, **kwargs)
+        self.check()
+
+    def check(self) -> None:
+        super().check()
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        even = self.hidden_size % (2 * heads) == 0
+        require("num_attention_heads", heads, even, f"such that {self.hidden_size=} gives even heads")
+        require("num_key_value_heads", groups, heads % groups == 0, f"a divisor of {self.num_attention_heads=}")
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             token = getattr(self, name)
-            require(name, token, isinstance(token, int) and 0 <= token < self.vocab_size, f"below {self.vocab_size=}")
+            require(name, token, is_token_id(token, self.vocab_size), f"below {self.vocab_size=}")
 
 
-class InternVLConfig(PretrainedConfig):
+class InternVLConfig(CheckedConfig):
     """
     Configuration of [`InternVLModel`]: both towers and the heads. The defaults are the published checkpoint's.
 
@@ -158,28 +133,23 @@ class InternVLConfig(PretrainedConfig):
     model_type = "internvl_14b"
     sub_configs = {"vision_config": InternVisionConfig, "qllama_config": QLlamaConfig}
 
-    def __init__(
-        self,
-        vision_config: dict[str, Any] | PretrainedConfig | None = None,
-        qllama_config: dict[str, Any] | PretrainedConfig | None = None,
-        clip_embed_dim: int = 768,
-        attn_pool_num_heads: int = 16,
-        num_query_token: int = 96,
-        label_smoothing: float = 0.0,
-        cross_attention_frequency: int = 2,
-        use_backbone_lora: int = 0,
-        use_qllama_lora: int = 0,
-        force_image_size: int | None = None,
-        caption_prompt_ids: list[int] | None = None,
-        embed_prefix_ids: list[int] | None = None,
-        contrastive_only: bool = False,
-        initializer_range: float = 0.02,
-        tie_word_embeddings: bool = False,
-        **kwargs: Any,
-    ):
-        require(
-            "tie_word_embeddings", tie_word_embeddings, not tie_word_embeddings, "False: `lm_head` is its own matrix"
-        )
+    vision_config: InternVisionConfig
+    qllama_config: QLlamaConfig
+    clip_embed_dim: PositiveInteger = 768
+    attn_pool_num_heads: PositiveInteger = 16
+    num_query_token: PositiveInteger = 96
+    label_smoothing: Fraction = 0.0
+    cross_attention_frequency: PositiveInteger = 2
+    use_backbone_lora: LoraRank = 0
+    use_qllama_lora: LoraRank = 0
+    force_image_size: int | None = None
+    caption_prompt_ids: list[int] | None = None
+    embed_prefix_ids: list[int] | None = None
+    contrastive_only: Flag = False
+    initializer_range: StandardDeviation = 0.02
+
+    def __init__(self, **kwargs: Any):
+        refuse("tie_word_embeddings", kwargs, "False: `lm_head` is its own matrix")
         # The original configs store these two; here they come from the class and the language tower.
         kwargs.pop("model_type", None)
         kwargs.pop("hidden_size", None)
@@ -188,23 +158,11 @@ class InternVLConfig(PretrainedConfig):
         if kwargs.get("architectures") == ["InternVLModel"]:
             kwargs["architectures"] = None
         attn_implementation = kwargs.pop("attn_implementation", None)
+        for name, config_class in self.sub_configs.items():
+            kwargs[name] = _sub_config(name, kwargs.get(name), config_class)
         super().__init__(tie_word_embeddings=False, **kwargs)
-        self.vision_config = _sub_config("vision_config", vision_config, InternVisionConfig)
-        self.qllama_config = _sub_config("qllama_config", qllama_config, QLlamaConfig)
-        self.clip_embed_dim = clip_embed_dim
-        self.attn_pool_num_heads = attn_pool_num_heads
-        self.num_query_token = num_query_token
-        self.label_smoothing = label_smoothing
-        self.cross_attention_frequency = cross_attention_frequency
-        self.use_backbone_lora = use_backbone_lora
-        self.use_qllama_lora = use_qllama_lora
-        self.force_image_size = force_image_size
-        self.caption_prompt_ids = caption_prompt_ids
-        self.embed_prefix_ids = embed_prefix_ids
-        self.contrastive_only = contrastive_only
-        self.initializer_range = initializer_range
         self._share_with_sub_configs()
-        self._check_fields()
+        self.check()
         if attn_implementation is not None:
             set_attention_name(self, attn_implementation)
 
@@ -216,29 +174,18 @@ class InternVLConfig(PretrainedConfig):
         if self.force_image_size is not None and self.vision_config.force_image_size is None:
             self.vision_config.force_image_size = self.force_image_size
 
-    def _check_fields(self) -> None:
-        require_positive_integers(
-            clip_embed_dim=self.clip_embed_dim,
-            attn_pool_num_heads=self.attn_pool_num_heads,
-            num_query_token=self.num_query_token,
-            cross_attention_frequency=self.cross_attention_frequency,
-        )
-        require_fractions(label_smoothing=self.label_smoothing)
+    def check(self) -> None:
+        super().check()
         for config in (self.vision_config, self.qllama_config):
-            config._check_fields()
+            config.check()
             fits = config.hidden_size % self.attn_pool_num_heads == 0
             require("attn_pool_num_heads", self.attn_pool_num_heads, fits, f"a divisor of the {config.hidden_size=}")
-        for name in ("use_backbone_lora", "use_qllama_lora"):
-            rank = getattr(self, name)
-            require(name, rank, isinstance(rank, int) and rank >= 0, "a LoRA rank, 0 for none")
         vocab_size = self.qllama_config.vocab_size
         for name in ("caption_prompt_ids", "embed_prefix_ids"):
             ids = getattr(self, name)
             listed = isinstance(ids, (list, tuple)) and len(ids) > 0
-            known = ids is None or (listed and all(isinstance(i, int) and 0 <= i < vocab_size for i in ids))
+            known = ids is None or (listed and all(is_token_id(number, vocab_size) for number in ids))
             require(name, ids, known, f"a list of ids below {vocab_size=}")
-        require("contrastive_only", self.contrastive_only, isinstance(self.contrastive_only, bool), "True or False")
-        require_standard_deviation(self.initializer_range)
 
     @property
     def hidden_size(self) -> int:

@@ -8,7 +8,10 @@ before any file is read. Merging adds LoRA adapters to the weights of checkpoint
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from copy import copy, deepcopy
+from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +53,12 @@ class InternPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Only torch.nn.init functions: transformers keeps them from overwriting loaded weights.
-        is_norm = type(module).__name__ in ("RMSNorm", "LayerNorm")
-        if not is_norm and not isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
-            return
-        for name, parameter in module.named_parameters(recurse=False):
-            if name == "bias":
-                nn.init.zeros_(parameter)
-            elif is_norm:
-                nn.init.ones_(parameter)
-            else:
-                nn.init.normal_(parameter, std=self.config.initializer_range)
+        if isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
+            module.reset_parameters()
+        elif isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if (bias := getattr(module, "bias", None)) is not None:
+                nn.init.zeros_(bias)
 
     def post_init(self) -> None:
         """As in transformers, but the tensor-parallel plan contains only the entries of the classes."""
@@ -112,24 +111,23 @@ class InternPreTrainedModel(PreTrainedModel):
         """
         checkpoint = pretrained_model_name_or_path
         refuse_known_bad("loading")
-        if kwargs.get("device_map") is not None:
-            refuse_known_bad("device maps")
+        config = cls._planned_config(checkpoint, kwargs)
+        options = cls._plan(config, kwargs)
         if strict:
-            kwargs["ignore_mismatched_sizes"] = True  # the error of transformers names no tensor; the one below does
-        ranks = tensor_parallel_ranks(**kwargs)
-        cls._check_plan(checkpoint, kwargs, ranks)
-        if kwargs.get("quantization_config") is not None:
-            kwargs["quantization_config"] = with_skip_list(kwargs["quantization_config"], cls._keep_unquantized)
+            options["ignore_mismatched_sizes"] = True  # the error of transformers names no tensor; the one below does
         try:
-            source, plain_kwargs = cls._without_adapters(checkpoint, kwargs)
+            merged = cls._merged(checkpoint, config, options)
+            # transformers takes either a checkpoint or a state dict.
+            source, options = (checkpoint, options) if merged is None else (None, merged)
             with root_parameters_in_tensor_parallel():
-                model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **plain_kwargs)
+                model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **options)
         except SafetensorError as error:
             raise OSError(f"{_damaged_files(checkpoint, kwargs.get('subfolder', ''))}: {error}") from error
-        if source is not checkpoint:  # transformers was not given the checkpoint's name
+        if merged is not None:
             model.name_or_path = model.config.name_or_path = str(checkpoint)
             if model.can_generate():
-                model.generation_config = _generation_config(checkpoint, kwargs) or model.generation_config
+                with suppress(OSError):  # the checkpoint has no generation config
+                    model.generation_config = GenerationConfig.from_pretrained(checkpoint, **_hub_arguments(kwargs))
         problems = {kind: info[kind] for kind in LOADING_PROBLEMS if info.get(kind)}
         if strict and problems:
             listed = "; ".join(f"{kind}: {_abbreviate(names)}" for kind, names in problems.items())
@@ -138,62 +136,70 @@ class InternPreTrainedModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def _check_plan(cls, checkpoint: Any, kwargs: dict[str, Any], ranks: int) -> None:
-        """Raise an error for a plan that cannot work; expand the key "" (all the rest) of a `device_map`."""
-        device_map, max_memory = kwargs.get("device_map"), kwargs.get("max_memory")
-        quantised_by = getattr(kwargs.get("quantization_config"), "quant_method", None)
-        if quantised_by == "torchao" and isinstance(device_map, dict) and "disk" in device_map.values():
-            raise ValueError("`device_map` offloads to the disk, which a model quantised by torchao does not support.")
-        if ranks > 1:
-            check_ranks(cls._config_for(checkpoint, kwargs), ranks)
-        # Some releases fail on {"": "disk"} with a single-file checkpoint, but accept the expanded map.
-        if isinstance(device_map, dict) and (set(device_map) != {""} or device_map[""] == "disk"):
-            kwargs["device_map"] = complete_device_map(cls._empty_model(checkpoint, kwargs), device_map)
-        elif isinstance(device_map, str) and max_memory and kwargs.get("quantization_config") is None:
-            dtype = kwargs.get("dtype", kwargs.get("torch_dtype", DEFAULT_DTYPE))
-            if isinstance(dtype, str):
-                dtype = cls._config_for(checkpoint, kwargs).dtype if dtype == "auto" else getattr(torch, dtype)
-            check_budgets(cls._empty_model(checkpoint, kwargs), max_memory, dtype or torch.float32)
-
-    @classmethod
-    def _without_adapters(cls, checkpoint: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Source and arguments for `from_pretrained`; a checkpoint with adapters becomes a merged state dict."""
-        if checkpoint is None or kwargs.get("state_dict") is not None:
-            return checkpoint, kwargs
-        config = cls._config_for(checkpoint, kwargs)
-        fields = vars(config)
-        if not set(LORA_RANKS) & set(fields):  # the vision tower's config, taken from the joint model's
-            fields, _ = PretrainedConfig.get_config_dict(checkpoint, **_hub_arguments(kwargs))
-        if not any(fields.get(name) for name in LORA_RANKS):
-            return checkpoint, kwargs
-        device_map = kwargs.get("device_map")
-        if not CAN_OFFLOAD_A_STATE and isinstance(device_map, dict) and "disk" in device_map.values():
-            raise ValueError(
-                "`device_map` offloads to the disk, which needs a checkpoint without adapters: load this one without"
-                " `device_map`, and save it."
-            )
-        state = read_checkpoint(checkpoint, **_hub_arguments(kwargs))
-        if not any(".lora_" in name for name in state):
-            return checkpoint, kwargs  # the config names adapters, but the checkpoint has none
-        config = deepcopy(config)
-        for name in set(LORA_RANKS) & set(vars(config)):
-            setattr(config, name, 0)
-        return None, kwargs | {"config": config, "state_dict": merge_adapters(state)}
-
-    @classmethod
-    def _config_for(cls, checkpoint: Any, kwargs: dict[str, Any]) -> Any:
-        """The config that `from_pretrained` will use."""
+    def _planned_config(cls, checkpoint: Any, kwargs: dict[str, Any]) -> Any:
+        """The config that transformers will use. Its dtype is that of the checkpoint."""
         config = kwargs.get("config")
         if isinstance(config, PretrainedConfig):
             return config
-        others = {name: value for name, value in kwargs.items() if name not in ("config", "device_map", "max_memory")}
-        return cls.config_class.from_pretrained(checkpoint, return_unused_kwargs=True, **others)[0]
+        others = ("config", "device_map", "max_memory", "dtype", "torch_dtype", "quantization_config")
+        options = {name: value for name, value in kwargs.items() if name not in others}
+        return cls.config_class.from_pretrained(config or checkpoint, return_unused_kwargs=True, **options)[0]
 
     @classmethod
-    def _empty_model(cls, checkpoint: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
-        """The model that `from_pretrained` will fill, on the meta device."""
-        with torch.device("meta"):
-            return cls(cls._config_for(checkpoint, kwargs))
+    def _plan(cls, config: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments for transformers, completed. Raises an error for a plan that cannot work."""
+        plan = dict(kwargs)
+        device_map: Any = kwargs.get("device_map")
+        max_memory: Any = kwargs.get("max_memory")
+        if device_map is not None:
+            refuse_known_bad("device maps")
+        quantization = with_skip_list(kwargs.get("quantization_config"), cls._keep_unquantized)
+        if quantization is not None:
+            plan["quantization_config"] = quantization
+            if quantization.quant_method == "torchao" and uses_disk(device_map):
+                raise ValueError("`device_map` offloads to the disk, which a model quantised by torchao cannot.")
+        check_ranks(config, tensor_parallel_ranks(**kwargs))
+        # Some releases fail on {"": "disk"} with a single-file checkpoint, but accept the completed map.
+        is_split = isinstance(device_map, dict) and (set(device_map) != {""} or uses_disk(device_map))
+        has_budget = isinstance(device_map, str) and max_memory and quantization is None and find_spec("accelerate")
+        if is_split or has_budget:
+            with torch.device("meta"):
+                model = cls(config)
+        if is_split:
+            plan["device_map"] = complete_device_map(model, device_map)
+        if has_budget:
+            dtype = kwargs.get("dtype", kwargs.get("torch_dtype", DEFAULT_DTYPE))
+            if isinstance(dtype, str):
+                dtype = config.dtype if dtype == "auto" else getattr(torch, dtype)
+            check_budgets(model, max_memory, dtype or torch.float32)
+        return plan
+
+    @classmethod
+    def _merged(cls, checkpoint: Any, config: Any, options: dict[str, Any]) -> dict[str, Any] | None:
+        """The options that load a checkpoint's merged weights; None if the checkpoint has no adapters."""
+        if checkpoint is None or options.get("state_dict") is not None:
+            return None
+        ranks = vars(config)
+        if not set(LORA_RANKS) & set(ranks):  # the vision tower's config, taken from the joint model's
+            ranks, _ = PretrainedConfig.get_config_dict(checkpoint, **_hub_arguments(options))
+        if not any(ranks.get(name) for name in LORA_RANKS):
+            return None
+        if not CAN_OFFLOAD_A_STATE and uses_disk(options.get("device_map")):
+            advice = "needs a checkpoint without adapters: load this one without `device_map` and save it"
+            raise ValueError(f"`device_map` offloads to the disk, which {advice}.")
+        state = read_checkpoint(checkpoint, **_hub_arguments(options))
+        if not any(".lora_" in name for name in state):
+            return None  # the config names adapters, but the checkpoint has none
+        config = deepcopy(config)
+        for name in set(LORA_RANKS) & set(vars(config)):
+            setattr(config, name, 0)
+        rest = {name: value for name, value in options.items() if name not in config.declared_fields()}
+        return rest | {"config": config, "state_dict": merge_adapters(state)}
+
+
+def uses_disk(device_map: Any) -> bool:
+    """Whether a device map places a part on the disk."""
+    return isinstance(device_map, dict) and "disk" in device_map.values()
 
 
 def blocks_of(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -205,9 +211,6 @@ def complete_device_map(model: PreTrainedModel, device_map: dict[str, Any]) -> d
     """
     Expand the key "" of a device map (all the rest), which accelerate cannot mix with other keys. Parameters of the
     model itself stay in memory where the map says "disk", because accelerate offloads modules only.
-
-    Raises:
-        `ValueError`: a key names no part of the model, a part has no device, or a block is split over devices.
     """
     devices = devices_by_map(model, device_map)
     completed = {key: device for key, device in device_map.items() if key}
@@ -216,8 +219,7 @@ def complete_device_map(model: PreTrainedModel, device_map: dict[str, Any]) -> d
     for name, device in devices.items():
         if not any(is_part(name, key) for key in completed):
             # The largest module around this parameter that contains no other key.
-            steps = name.split(".")
-            parts = [".".join(steps[: depth + 1]) for depth in range(len(steps))]
+            parts = accumulate(name.split("."), "{}.{}".format)
             completed[next(part for part in parts if not any(is_part(key, part) for key in completed))] = device
     return completed
 
@@ -228,7 +230,10 @@ def is_part(name: str, whole: str) -> bool:
 
 
 def devices_by_map(model: PreTrainedModel, device_map: dict[str, Any]) -> dict[str, Any]:
-    """The device of every parameter, by name. Raises as [`complete_device_map`] does."""
+    """
+    The device of every parameter, by name. Raises a `ValueError` for a key that names no part of the model, a part
+    without a device, or a block that is split over devices.
+    """
     known = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
     if unknown := sorted(set(device_map) - set(known)):
         raise ValueError(f"`device_map` names parts that {type(model).__name__} does not have: {_abbreviate(unknown)}.")
@@ -244,14 +249,8 @@ def devices_by_map(model: PreTrainedModel, device_map: dict[str, Any]) -> dict[s
 
 
 def check_budgets(model: PreTrainedModel, max_memory: dict[Any, Any], dtype: torch.dtype) -> None:
-    """
-    Raises:
-        `ValueError`: the budget of an accelerator is too small for the largest block. A budget of 0 is accepted.
-    """
-    try:
-        from accelerate.utils import convert_file_size_to_int
-    except ImportError as error:
-        raise ImportError("`device_map` needs accelerate: pip install accelerate") from error
+    """Raise a `ValueError` if an accelerator's budget is too small for the largest block; 0 leaves the device out."""
+    from accelerate.utils import convert_file_size_to_int
 
     sizes = {name: sum(tensor.numel() for tensor in block.parameters()) for name, block in blocks_of(model).items()}
     largest = max(sizes, key=lambda name: sizes[name])
@@ -265,69 +264,8 @@ def check_budgets(model: PreTrainedModel, max_memory: dict[Any, Any], dtype: tor
             )
 
 
-def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `from_pretrained` that locate a checkpoint."""
-    names = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
-    return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-
-
-def _generation_config(checkpoint: Any, kwargs: dict[str, Any]) -> GenerationConfig | None:
-    try:
-        return GenerationConfig.from_pretrained(checkpoint, **_hub_arguments(kwargs))
-    except OSError:  # the checkpoint has none
-        return None
-
-
-def read_checkpoint(checkpoint: Any, subfolder: str = "", **hub_arguments: Any) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint in a folder or on the Hub, by name."""
-    if not os.path.isdir(checkpoint):
-        patterns = ["*model*.safetensors", "*pytorch_model*.bin"]
-        checkpoint = snapshot_download(checkpoint, allow_patterns=patterns, **hub_arguments)
-    folder = Path(checkpoint, subfolder)
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
-        raise OSError(f"{folder} holds no weights, neither model*.safetensors nor pytorch_model*.bin.")
-    state: dict[str, torch.Tensor] = {}
-    for file in files:
-        pickled = file.suffix == ".bin"
-        state |= torch.load(file, map_location="cpu", weights_only=True, mmap=True) if pickled else load_file(file)
-    return state
-
-
-def merge_adapters(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """
-    Merge the LoRA adapters (arXiv:2106.09685) of a checkpoint that the original code fine-tuned with PEFT: each weight
-    becomes W + 2 B A, since alpha = 2 r. Names lose the parts that PEFT adds, such as `base_layer` of newer releases.
-
-    Raises:
-        `ValueError`: an adapter lacks A, B or the weight that it adapts.
-    """
-    plain: dict[str, torch.Tensor] = {}
-    adapters: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in state.items():
-        name = re.sub(r"(^|\.)base_model\.model\.", r"\1", name)
-        half = re.fullmatch(r"(.+)\.lora_([AB])\.default\.weight", name)
-        if half:
-            adapters.setdefault(half[1], {})[half[2]] = tensor
-        else:
-            plain[name.replace(".base_layer.", ".")] = tensor
-    for module, halves in adapters.items():
-        weight = plain.get(f"{module}.weight")
-        if weight is None or set(halves) != {"A", "B"}:
-            raise ValueError(f"The checkpoint's adapter of {module} is incomplete: it has {sorted(halves)}.")
-        change = halves["B"].float() @ halves["A"].float()
-        plain[f"{module}.weight"] = torch.add(weight.float(), change, alpha=LORA_SCALING).to(weight.dtype)
-    return plain
-
-
 def with_skip_list(quantization_config: Any, modules: Iterable[str]) -> Any:
-    """
-    A copy of a quantisation config that skips `modules`; the config itself if it already has a skip list.
-
-    Args:
-        quantization_config: a quantisation config of transformers, or its dict.
-        modules (iterable of `str`): full names of modules.
-    """
+    """A copy of a quantisation config or its dict that skips `modules`, unless the config has its own list."""
     if isinstance(quantization_config, dict):
         quantization_config = AutoQuantizationConfig.from_dict(dict(quantization_config))
     for name in ("modules_to_not_convert", "llm_int8_skip_modules"):
@@ -350,10 +288,53 @@ def check_ranks(config: Any, ranks: int) -> None:
     """Raise a `ValueError` if the layers of `_tp_plan` cannot be split evenly over `ranks`."""
     for part in [getattr(config, name) for name in config.sub_configs] or [config]:
         for name in ("num_key_value_heads", "hidden_size", "intermediate_size"):
-            size = getattr(part, name, 0)
-            if size % ranks:
+            if (size := getattr(part, name, 0)) % ranks:
                 problem = f"{name}={size} of {part.model_type} is not divisible by {ranks}"
                 raise ValueError(f"Tensor parallelism over {ranks} ranks is not possible: {problem}.")
+
+
+def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that locate a checkpoint."""
+    names = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
+    return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+
+
+def read_checkpoint(checkpoint: Any, subfolder: str = "", **hub_arguments: Any) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint in a folder or on the Hub, by name."""
+    if not os.path.isdir(checkpoint):
+        patterns = ["*model*.safetensors", "*pytorch_model*.bin"]
+        checkpoint = snapshot_download(checkpoint, allow_patterns=patterns, **hub_arguments)
+    folder = Path(checkpoint, subfolder)
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    state: dict[str, torch.Tensor] = {}
+    for file in files:
+        pickled = file.suffix == ".bin"
+        state |= torch.load(file, map_location="cpu", weights_only=True, mmap=True) if pickled else load_file(file)
+    return state
+
+
+def merge_adapters(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    Merge the LoRA adapters (arXiv:2106.09685) of a checkpoint that the original code fine-tuned with PEFT: each weight
+    becomes W + 2 B A, since alpha = 2 r. Names lose the parts that PEFT adds, such as `base_layer` of newer releases.
+    Raises a `ValueError` for an adapter without A, B or the weight that it adapts.
+    """
+    plain: dict[str, torch.Tensor] = {}
+    adapters: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in state.items():
+        name = re.sub(r"(^|\.)base_model\.model\.", r"\1", name)
+        half = re.fullmatch(r"(.+)\.lora_([AB])\.default\.weight", name)
+        if half:
+            adapters.setdefault(half[1], {})[half[2]] = tensor
+        else:
+            plain[name.replace(".base_layer.", ".")] = tensor
+    for module, halves in adapters.items():
+        weight = plain.get(f"{module}.weight")
+        if weight is None or set(halves) != {"A", "B"}:
+            raise ValueError(f"The checkpoint's adapter of {module} is incomplete: it has {sorted(halves)}.")
+        change = halves["B"].float() @ halves["A"].float()
+        plain[f"{module}.weight"] = torch.add(weight.float(), change, alpha=LORA_SCALING).to(weight.dtype)
+    return plain
 
 
 def _damaged_files(checkpoint: Any, subfolder: str) -> str:

@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from .attention_internvl import RegistryAttention
@@ -35,7 +34,7 @@ from .configuration_internvl import InternVLConfig
 from .loading_internvl import InternPreTrainedModel
 from .modeling_intern_vit import InternVisionModel
 from .modeling_qllama import QLlamaForCausalLM, QLlamaTextEncoder
-from .texts_internvl import TextSide, restore_positions, without_padding
+from .texts_internvl import TextSide, check_texts, restore_positions, without_padding
 
 MODES = ("InternVL-C", "InternVL-G")
 # Patterns of the tensors of the joint checkpoint that a part of the model does not use.
@@ -165,16 +164,19 @@ class InternVLPreTrainedModel(InternPreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, PoolingAttention):
-            for bias in (module.q_bias, module.k_bias, module.v_bias):
-                nn.init.zeros_(bias)
         for name, parameter in module.named_parameters(recurse=False):
-            if name == "query_tokens":
+            if name in ("query_tokens", "q_bias", "k_bias", "v_bias"):
                 nn.init.zeros_(parameter)
             elif name == "text_projection":
                 nn.init.normal_(parameter, std=self.config.initializer_range)
             elif name == "logit_scale":
                 nn.init.constant_(parameter, math.log(1 / 0.07))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.qllama.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.qllama.set_input_embeddings(value)
 
 
 class ImageSide:
@@ -197,16 +199,14 @@ class ImageSide:
         if not hasattr(self, "query_tokens"):
             raise ValueError(f"{what} needs the queries, but this {type(self).__name__} was loaded without them.")
 
-    def _image_states(self, pixel_values: torch.Tensor | InternVLSeen) -> torch.Tensor:
-        """[B, 3, H, W] -> the vision tower's tokens [B, 1 + N, vision width]"""
-        if isinstance(pixel_values, InternVLSeen):
-            return pixel_values.image_states
-        return self.vision_model(pixel_values).last_hidden_state
-
     def _as_seen(self, pixel_values: torch.Tensor | InternVLSeen) -> InternVLSeen:
         if isinstance(pixel_values, InternVLSeen):
             return pixel_values
-        return InternVLSeen(self._image_states(pixel_values))
+        return InternVLSeen(self.vision_model(pixel_values).last_hidden_state)
+
+    def _image_states(self, pixel_values: torch.Tensor | InternVLSeen) -> torch.Tensor:
+        """[B, 3, H, W] -> the vision tower's tokens [B, 1 + N, vision width]"""
+        return self._as_seen(pixel_values).image_states
 
     def _image_embeds(self, pixel_values: torch.Tensor | InternVLSeen, mode: str | None) -> torch.Tensor:
         """[B, 3, H, W] -> [B, clip_embed_dim], not normalised."""
@@ -259,15 +259,6 @@ class InternVLTextModelWithProjection(InternVLPreTrainedModel, TextSide):
         self.post_init()
         ignore_in_checkpoint(self, NOT_FOR_TEXT)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.qllama.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.qllama.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> None:
-        return None
-
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -286,9 +277,8 @@ class InternVLTextModelWithProjection(InternVLPreTrainedModel, TextSide):
         Raises:
             `ValueError`, `TypeError`: wrong shape, dtype or range of ids, another shape of the mask, or an empty row.
         """
-        mask = self._checked_text(input_ids, attention_mask)
-        self._warn_about_text_format(input_ids, mask)
-        states = self._text_states(input_ids, mask)
+        mask, longest = self._checked_text_to_embed(input_ids, attention_mask)
+        states = self._text_states(input_ids, mask, longest)
         output = InternVLTextOutput(self._pool_states(states, mask), restore_positions(states, mask))
         return output.to_tuple() if return_dict is False else output
 
@@ -368,12 +358,6 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, CaptionSide, G
         self.post_init()
         ignore_in_checkpoint(self, [] if whole else NOT_FOR_CONTRAST)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.qllama.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.qllama.set_input_embeddings(value)
-
     def get_output_embeddings(self) -> nn.Module:
         return self.qllama.get_output_embeddings()
 
@@ -446,9 +430,7 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, CaptionSide, G
         Raises:
             `ValueError`, `TypeError`: pixels of a wrong shape or type, or a model loaded without queries.
         """
-        if not isinstance(pixel_values, torch.Tensor):
-            raise TypeError(f"`pixel_values` must be a tensor of images, got {type(pixel_values).__name__}.")
-        image_states = self._image_states(pixel_values)
+        image_states = self.vision_model(pixel_values).last_hidden_state
         if not queries:
             return InternVLSeen(image_states)
         self._require_queries("`look_at` with `queries=True`")
@@ -480,9 +462,9 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, CaptionSide, G
             `ValueError`, `TypeError`: different numbers of images and texts without `all_pairs`, or an invalid input.
         """
         self._require_queries("`match`")
-        mask = self._checked_text(input_ids, attention_mask)
+        mask, facts = check_texts("input_ids", input_ids, attention_mask, self.config)
         image_states = self._image_states(pixel_values)
-        input_ids, mask = without_padding(input_ids, mask)
+        input_ids, mask = without_padding(input_ids, mask, facts.longest)
         if all_pairs:
             return torch.stack([self._match(states, input_ids, mask) for states in image_states.split(1)])
         if len(image_states) != len(input_ids):
@@ -540,7 +522,9 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, CaptionSide, G
                 input_ids, pixel_values = None, input_ids
             if pixel_values is None or not all(each is None for each in (input_ids, attention_mask, image, text)):
                 raise ValueError("`output_hidden_states` is for images alone: pass `pixel_values`, and no text.")
-            return self._vision_tower_outputs(pixel_values)
+            self._require_queries("`output_hidden_states`")
+            vision = self.vision_model(pixel_values, output_hidden_states=True)
+            return vision, self._query_states(vision.last_hidden_state)
         if image is None and text is None:
             output = self._compare(input_ids, pixel_values, attention_mask, mode)
             return output.to_tuple() if return_dict is False else output
@@ -548,11 +532,6 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, CaptionSide, G
             raise ValueError("`image` and `text` go together, without `pixel_values` and `input_ids`.")
         output = self._compare(text, image, attention_mask, mode)
         return output.logits_per_image, output.logits_per_text
-
-    def _vision_tower_outputs(self, pixel_values: torch.Tensor) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
-        self._require_queries("`output_hidden_states`")
-        vision = self.vision_model(pixel_values, output_hidden_states=True)
-        return vision, self._query_states(vision.last_hidden_state)
 
     def _compare(
         self,

@@ -6,7 +6,7 @@ and columns that are padding in all rows are not computed.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,20 +22,44 @@ MAX_PADDING = 0.1  # share of padding relative to the real tokens of a batch in 
 MAX_SPARE_IDS = 64  # embedding rows without a token, which some checkpoints add to round up the table
 
 
-# ------------------------------------------------------------------------------------------------------- token ids
-
-
 def has_values(tensor: torch.Tensor) -> bool:
     """Whether values can be read: not on the meta device, not of fake tensors, not while compiling."""
     return type(tensor) is torch.Tensor and tensor.device.type != "meta" and not torch.compiler.is_compiling()
 
 
-def check_token_ids(name: str, input_ids: Any, attention_mask: Any, vocab_size: int) -> torch.Tensor:
+class TextFacts(NamedTuple):
+    """Facts about a batch of texts, from one read of the device; the defaults if values cannot be read."""
+
+    lowest_id: int = 0
+    highest_id: int = 0
+    shortest: int = 1  # real tokens of the shortest row
+    longest: int | None = None
+    all_end_with_eos: int = 1
+    any_ends_with_eos: int = 0
+    all_start_with_prefix: int = 1
+
+
+def read_text_facts(input_ids: torch.Tensor, mask: torch.Tensor, config: Any) -> TextFacts:
+    """Facts about token ids and their mask [B, L]. The prefix is the config's `embed_prefix_ids`, if it has any."""
+    lengths = mask.sum(dim=1)  # [B]
+    last = mask.long().cumsum(1).argmax(1, keepdim=True)  # [B, 1]
+    ends = input_ids.gather(1, last) == config.qllama_config.eos_token_id
+    # Without its last id, which the tokenizer may merge with the text.
+    prefix = torch.tensor((config.embed_prefix_ids or [])[:-1], device=input_ids.device)  # [P]
+    places = mask.long().argmax(1, keepdim=True) + torch.arange(len(prefix), device=input_ids.device)  # [B, P]
+    starts = input_ids.gather(1, places.clamp(max=input_ids.shape[1] - 1)) == prefix
+    bounds = (*input_ids.aminmax(), *lengths.aminmax())
+    facts = torch.stack([fact.long() for fact in (*bounds, ends.all(), ends.any(), starts.all())])
+    return TextFacts(*facts.tolist())
+
+
+def check_texts(name: str, input_ids: Any, attention_mask: Any, config: Any) -> tuple[torch.Tensor, TextFacts]:
     """
-    Check that `input_ids` is a batch of token ids, and return its padding mask.
+    Check that `input_ids` is a batch of token ids. Messages call it `name`.
 
     Returns:
-        `torch.Tensor`: bool [B, L]; without `attention_mask`, every id but 0 (docs/model.md, "Texts").
+        The padding mask, bool [B, L], and the facts. Without `attention_mask`, every id but 0 is real (docs/model.md,
+        "Texts").
     """
     if not isinstance(input_ids, torch.Tensor) or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
         kind = getattr(input_ids, "dtype", type(input_ids).__name__)
@@ -49,17 +73,13 @@ def check_token_ids(name: str, input_ids: Any, attention_mask: Any, vocab_size: 
         raise ValueError(f"The attention mask of `{name}` must be {list(input_ids.shape)} like the ids, got {shape}.")
     else:
         mask = attention_mask.to(input_ids.device) > 0
-    if has_values(input_ids):
-        _check_token_values(name, input_ids, mask, vocab_size)
-    return mask
-
-
-def _check_token_values(name: str, input_ids: torch.Tensor, mask: torch.Tensor, vocab_size: int) -> None:
-    low, high = (int(bound) for bound in input_ids.aminmax())
-    if low < 0 or high >= vocab_size:
-        raise ValueError(f"`{name}` must hold ids in [0, {vocab_size}), got {low if low < 0 else high}.")
-    if not bool(mask.any(dim=1).all()):
+    facts = read_text_facts(input_ids, mask, config) if has_values(input_ids) else TextFacts()
+    vocab_size, worst = config.qllama_config.vocab_size, min(facts.lowest_id, 0) or facts.highest_id
+    if not 0 <= worst < vocab_size:
+        raise ValueError(f"`{name}` must hold ids in [0, {vocab_size}), got {worst}.")
+    if facts.shortest == 0:
         raise ValueError(f"`{name}` has a row without a single real token.")
+    return mask, facts
 
 
 def real_tokens_first(mask: torch.Tensor) -> torch.Tensor:
@@ -72,14 +92,11 @@ def real_tokens_last(mask: torch.Tensor) -> torch.Tensor:
     return torch.argsort(mask.byte(), dim=1, stable=True)
 
 
-def without_padding(input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Ids and mask [B, L'] with the real tokens first in every row. Columns that are padding in all rows are removed if
-    values can be read.
-    """
-    order = real_tokens_first(mask)
-    longest = int(mask.sum(dim=1).max()) if has_values(mask) else mask.shape[1]
-    order = order[:, :longest]
+def without_padding(
+    input_ids: torch.Tensor, mask: torch.Tensor, longest: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask [B, longest], or [B, L] if that is None, with the real tokens first in every row."""
+    order = real_tokens_first(mask)[:, :longest]
     return input_ids.gather(1, order), mask.gather(1, order)
 
 
@@ -113,9 +130,6 @@ def concatenate_padded(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return torch.cat([F.pad(part, (0, length - part.shape[1])) for part in parts])
 
 
-# --------------------------------------------------------------------------------------------------- embeddings
-
-
 class TextSide:
     """Methods that read and embed texts, for models with `qllama` and `text_projection`."""
 
@@ -135,36 +149,32 @@ class TextSide:
         if not hasattr(processor, "image_processor") or not hasattr(processor, "default_task"):
             # A tokenizer would silently omit the prefix and `</s>`.
             raise TypeError(f"`processor` must be an InternVLProcessor, got {type(processor).__name__}.")
-        tokenizer, config = processor.tokenizer, self.config.qllama_config
+        problems, tokenizer, config = [], processor.tokenizer, self.config.qllama_config
         if not 0 <= config.vocab_size - len(tokenizer) <= MAX_SPARE_IDS:
-            sizes = f"{len(tokenizer):,} tokens, but the model has {config.vocab_size:,} ids"
-            raise ValueError(f"The tokenizer belongs to another checkpoint: it has {sizes}.")
+            problems.append(f"it has {len(tokenizer):,} tokens, but the model has {config.vocab_size:,} ids")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(tokenizer, name) != getattr(config, name):
-                ids = f"{getattr(tokenizer, name)}, the model's is {getattr(config, name)}"
-                raise ValueError(f"The tokenizer belongs to another checkpoint: its `{name}` is {ids}.")
+                problems.append(f"its `{name}` is {getattr(tokenizer, name)}, the model's is {getattr(config, name)}")
         prefix = tokenizer.convert_tokens_to_ids(tokenizer.tokenize("summarize:"))
         expected = self.config.embed_prefix_ids
         if expected is not None and [config.bos_token_id, *prefix] != list(expected):
-            problem = f"its ids of `summarize:` are {prefix}, not {expected[1:]}"
-            raise ValueError(f"The tokenizer belongs to another checkpoint: {problem}.")
-        size, cropped = self.config.image_size, processor.image_processor.crop_size
-        if hasattr(self, "vision_model") and (cropped["height"], cropped["width"]) != (size, size):
-            sizes = f"{cropped['height']} x {cropped['width']} pixels, but the model expects {size} x {size}"
-            raise ValueError(f"The processor belongs to another checkpoint: its images have {sizes}.")
+            problems.append(f"its ids of `summarize:` are {prefix}, not {expected[1:]}")
+        size, crop = self.config.image_size, processor.image_processor.crop_size
+        if hasattr(self, "vision_model") and (crop["height"], crop["width"]) != (size, size):
+            cropped = f"{crop['height']} x {crop['width']}"
+            problems.append(f"its images have {cropped} pixels, but the model expects {size} x {size}")
+        if problems:
+            raise ValueError(f"The processor belongs to another checkpoint: {'; '.join(problems)}.")
 
-    def _checked_text(self, input_ids: Any, attention_mask: Any) -> torch.Tensor:
-        return check_token_ids("input_ids", input_ids, attention_mask, self.config.qllama_config.vocab_size)
-
-    def _text_states(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Ids [B, L] -> QLLaMA's states [B, L', C], the real tokens first in every row."""
+    def _text_states(self, input_ids: torch.Tensor, mask: torch.Tensor, longest: int | None) -> torch.Tensor:
+        """Ids [B, L] -> QLLaMA's states [B, longest or L, C], the real tokens first in every row."""
         # With the real tokens first, causal attention needs no padding mask.
-        ids, _ = without_padding(input_ids, mask)
+        ids, _ = without_padding(input_ids, mask, longest)
         return self.qllama.model(input_ids=ids, use_cache=False).last_hidden_state
 
-    def _pool_text(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def _pool_text(self, input_ids: torch.Tensor, mask: torch.Tensor, longest: int | None = None) -> torch.Tensor:
         """[B, L] ids -> the projected state of each row's last real token [B, clip_embed_dim]"""
-        return self._pool_states(self._text_states(input_ids, mask), mask)
+        return self._pool_states(self._text_states(input_ids, mask, longest), mask)
 
     def _pool_states(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """States [B, L', C] with the real tokens first -> the last real one, projected [B, clip_embed_dim]"""
@@ -172,38 +182,27 @@ class TextSide:
         pooled = states[torch.arange(states.shape[0], device=states.device), last.to(states.device)]  # [B, C]
         return pooled @ self.text_projection.to(pooled.device)
 
-    def _ends_with_eos(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Whether each row [B] has `</s>` as its last real token."""
-        last = mask.long().cumsum(1).argmax(1, keepdim=True)
-        return input_ids.gather(1, last).flatten() == self.config.qllama_config.eos_token_id
-
-    def _starts_with_prefix(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Whether each row [B] starts with `embed_prefix_ids`; true if the config has none."""
-        # Without its last id, which the tokenizer may merge with the text.
-        prefix = torch.tensor((self.config.embed_prefix_ids or [])[:-1], device=input_ids.device, dtype=input_ids.dtype)
-        first = mask.long().argmax(1, keepdim=True)  # [B, 1]
-        places = first + torch.arange(len(prefix), device=input_ids.device)
-        return (input_ids.gather(1, places.clamp(max=input_ids.shape[1] - 1)) == prefix).all(dim=1)
-
-    def _warn_about_text_format(self, input_ids: torch.Tensor, mask: torch.Tensor) -> None:
-        if not has_values(input_ids):
-            return
-        if not bool(self._ends_with_eos(input_ids, mask).all()):
+    def _checked_text_to_embed(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, int | None]:
+        """The mask and the longest row of checked ids [B, L]; warns about ids without `</s>` or without the prefix."""
+        mask, facts = check_texts("input_ids", input_ids, attention_mask, self.config)
+        if not facts.all_end_with_eos:
             logger.warning_once(
                 "A text does not end with `</s>`, so its embedding is read at a token that the checkpoint was not"
                 " trained for. Set `tokenizer.add_eos_token = True`, or use the processor."
             )
-        if not bool(self._starts_with_prefix(input_ids, mask).all()):
+        if not facts.all_start_with_prefix:
             logger.warning_once(
                 "A text does not start with `summarize:`: the checkpoint was trained to embed texts with this prefix"
                 " only. Add it, or use the processor."
             )
+        return mask, facts.longest
 
     def _text_embeds(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """Checked ids [B, L] -> [B, clip_embed_dim], not normalised."""
-        mask = self._checked_text(input_ids, attention_mask)
-        self._warn_about_text_format(input_ids, mask)
-        return self._pool_text(input_ids, mask)
+        mask, longest = self._checked_text_to_embed(input_ids, attention_mask)
+        return self._pool_text(input_ids, mask, longest)
 
     @with_accelerate_hook
     def embed_text(
@@ -291,9 +290,10 @@ class TextSide:
         order: list[int] = []
         device = self.text_projection.device  # lists carry no device
         for batch in batches_of_similar_length([len(ids) for ids in input_ids], max_tokens):
-            rows = [torch.tensor(input_ids[index]) for index in batch]
-            padded = [pad_sequence(each, batch_first=True) for each in (rows, [torch.ones_like(row) for row in rows])]
-            embeds.append(self._text_embeds(*(each.to(device) for each in padded)).to(device))
+            padded = pad_sequence([torch.tensor(input_ids[index]) for index in batch], batch_first=True)
+            mask = pad_sequence([torch.ones(len(input_ids[index])) for index in batch], batch_first=True)
+            mask, longest = self._checked_text_to_embed(padded, mask)  # on the host, where reading is free
+            embeds.append(self._pool_text(padded.to(device), mask.to(device), longest).to(device))
             order += batch
         together = torch.cat(embeds)[torch.tensor(order).argsort()]
         return F.normalize(together, dim=-1) if normalize else together
@@ -306,5 +306,5 @@ class TextSide:
     @with_accelerate_hook
     def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """The original call: the states of all tokens [B, L, C]; values at padding are arbitrary."""
-        mask = self._checked_text(input_ids, attention_mask)
-        return restore_positions(self._text_states(input_ids, mask), mask)
+        mask, facts = check_texts("input_ids", input_ids, attention_mask, self.config)
+        return restore_positions(self._text_states(input_ids, mask, facts.longest), mask)

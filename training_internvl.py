@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 
 from .compat_internvl import refuse_known_bad
 from .modeling_internvl import InternVLModel
-from .texts_internvl import check_token_ids, concatenate_padded, has_values, real_tokens_first
+from .texts_internvl import check_texts, concatenate_padded, has_values, real_tokens_first
 
 
 @dataclass
@@ -101,10 +101,11 @@ class InternVLTrainingModel(InternVLModel):
         self, name: str, input_ids: torch.Tensor, mask: torch.Tensor | None, batch: int, *others: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """Check a token batch; return it, its mask and `others` of its shape with the real tokens on the left."""
-        mask = check_token_ids(name, input_ids, mask, self.config.qllama_config.vocab_size)
+        mask, facts = check_texts(name, input_ids, mask, self.config)
         if len(input_ids) != batch:
             raise ValueError(f"`{name}` must have one row per image ({batch}), got {len(input_ids)}.")
-        order = real_tokens_first(mask)
+        # Labels may count at padding, so texts with labels keep all columns.
+        order = real_tokens_first(mask)[:, : None if others else facts.longest]
         return tuple(tensor.gather(1, order) for tensor in (input_ids, mask, *others))
 
 

@@ -143,6 +143,17 @@ def test_parts_load_merged(checkpoint):
         torch.testing.assert_close(tower.eval()(pixels).last_hidden_state, whole, **TOLERANCE)
 
 
+def test_config_fields_as_arguments(checkpoint):
+    folder, _, expected = checkpoint
+    model_class = repo_class("modeling_internvl.InternVLModel")
+    model = model_class.from_pretrained(folder, dtype=torch.float32, contrastive_only=True).eval()
+    pixels, ids = inputs_of(model)
+    assert model.config.contrastive_only and not hasattr(model, "itm_head")
+    with torch.inference_mode():
+        torch.testing.assert_close(model.embed_image(pixels), expected[0], **TOLERANCE)
+        torch.testing.assert_close(model.embed_text(ids), expected[2], **TOLERANCE)
+
+
 def test_with_a_device_map_and_in_bfloat16(checkpoint):
     folder, _, expected = checkpoint
     assert_outputs(load(folder, dtype=torch.float32, device_map="auto"), expected)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoProcessor
@@ -186,6 +187,38 @@ def test_any_number_of_texts(model):
     assert not torch.is_grad_enabled() and len(model.embed_texts(rows[:1], max_tokens=1)) == 1
 
 
+class Reads(TorchFunctionMode):
+    """Records the calls that copy a value from the device to the host."""
+
+    CALLS = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") in self.CALLS:
+            self.calls.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_a_text_batch_is_read_from_the_device_once(model):
+    """Each read waits until the device has done all the work before it."""
+    ids, mask = texts(5, 9, 3)
+    calls = (
+        lambda: model.embed_text(ids, mask),
+        lambda: model.encode_text(ids, mask),
+        lambda: model.get_text_features(ids, mask),
+        lambda: model.match(torch.zeros(3, 3, 56, 56), ids, mask),
+    )
+    for call in calls:
+        with Reads() as reads, Operators() as operators:
+            call()
+        assert reads.calls == ["tolist"]
+        assert not operators.names & {"_local_scalar_dense", "nonzero", "masked_select", "equal"}
+
+
 @pytest.mark.parametrize("lengths", [[1], [80] * 5, list(range(1, 81)), [3] * 100 + [80], [80, 1, 80, 1]])
 def test_batches_of_similar_length(lengths):
     batches = repo_class("texts_internvl.batches_of_similar_length")
@@ -269,6 +302,18 @@ def test_classes_that_cannot_be_embedded(trained, arguments, error, words):
 
 
 # ---------------------------------------------------------------------------------------------------------- memory
+
+
+class Operators(TorchDispatchMode):
+    """Records the names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
 
 
 class Masks(TorchDispatchMode):
