@@ -1,5 +1,4 @@
-"""
-Building blocks of both towers and of the heads: RMSNorm, attention, and the loop over layers.
+"""Building blocks of both towers and of the heads: RMSNorm, attention, and the loop over layers.
 
 Attention functions come from transformers' registry (`attn_implementation="eager" | "sdpa" | "flash_attention_2"`, and
 others), so the model runs on every device.
@@ -51,8 +50,7 @@ def eager_attention_forward(
 
 
 class RegistryAttention(nn.Module):
-    """
-    Base class of all attention modules, with the attributes that transformers' attention functions read.
+    """Base class of all attention modules, with the attributes that transformers' attention functions read.
 
     Args:
         config: a config whose `attn_implementation` names the attention function.
@@ -94,7 +92,8 @@ class RegistryAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         is_causal: bool = False,
     ) -> torch.Tensor:
-        """
+        """Attend with the configured function.
+
         Args:
             query (`torch.Tensor`): [B, heads, N, head_dim]; key and value [B, key/value heads, S, head_dim].
             attention_mask (*optional*): in the form that the configured implementation expects.
@@ -123,9 +122,8 @@ class RegistryAttention(nn.Module):
 def run_layers(
     stack: Any, hidden_states: torch.Tensor, output_hidden_states: bool, *arguments: Any
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
-    """
-    Run `stack.layers` in order. If `stack.gradient_checkpointing` is set (by `gradient_checkpointing_enable`), training
-    recomputes their activations in the backward pass.
+    """Run `stack.layers` in order. If `stack.gradient_checkpointing` is set (by `gradient_checkpointing_enable`),
+    training recomputes their activations in the backward pass.
 
     Returns:
         The last output and, if requested, the input of every layer followed by the last output.

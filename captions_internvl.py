@@ -1,5 +1,4 @@
-"""
-Captions: check the arguments of `generate`, read images and prompts once into a cache, and let transformers decode.
+"""Captions: check the arguments of `generate`, read images and prompts once into a cache, and let transformers decode.
 
 [`InternVLSeen`] holds the states of images for several calls.
 """
@@ -19,7 +18,7 @@ from .compat_internvl import (
     refuse_known_bad,
     with_accelerate_hook,
 )
-from .texts_internvl import check_texts, real_tokens_last
+from .texts_internvl import check_texts, padding_last
 
 logger = logging.get_logger(__name__)
 
@@ -27,9 +26,8 @@ DEFAULT_NEW_TOKENS = 32
 
 
 class InternVLSeen(NamedTuple):
-    """
-    States of images, computed once by [`InternVLModel.look_at`]. Methods take it in place of `pixel_values`, and do not
-    change it.
+    """States of images, computed once by [`InternVLModel.look_at`]. Methods take it in place of `pixel_values`, and do
+    not change it.
 
     Attributes:
         image_states (`torch.Tensor`): [B, 1 + N, vision width], the vision tokens.
@@ -66,8 +64,7 @@ class CaptionSide:
         generation_config: GenerationConfig | None = None,
         **generate_kwargs: Any,
     ) -> Any:
-        """
-        Write captions. All of `GenerationMixin.generate`'s options work except assistant models, guidance, prompt
+        """Write captions. All of `GenerationMixin.generate`'s options work except assistant models, guidance, prompt
         lookup and custom loops. Images and prompts run once, not once per beam.
 
         Args:
@@ -148,7 +145,7 @@ class CaptionSide:
             )
         # The embedding of padding may be zero, and static caches of some releases treat zero keys as empty slots.
         input_ids = input_ids.masked_fill(mask.logical_not(), self.config.qllama_config.bos_token_id)
-        order = real_tokens_last(mask)
+        order = padding_last(mask, last=False)
         # Not the device of a weight: offloaded weights are elsewhere until they run.
         run_device = self.get_input_embeddings()(input_ids[:1, :1]).device
         rows = max(batch, len(input_ids))
@@ -158,9 +155,9 @@ class CaptionSide:
     def _decoding_arguments(
         self, generation_config: GenerationConfig | None, generate_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """
-        The generation config with all requested options, and the arguments that are not part of it, such as a streamer.
-        Lengths become numbers of new tokens: transformers' `max_length` would include the queries and the prompt.
+        """The generation config with all requested options, and the arguments that are not part of it, such as a
+        streamer. Lengths become numbers of new tokens: transformers' `max_length` would include the queries and the
+        prompt.
         """
         config, plain = deepcopy(generation_config or self.generation_config), GenerationConfig()
         lengths = (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens"))

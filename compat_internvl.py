@@ -1,5 +1,4 @@
-"""
-Differences between the supported releases of transformers, and all undocumented names of libraries.
+"""Differences between the supported releases of transformers, and all undocumented names of libraries.
 
 No other module at the root contains a version or an undocumented name. Exceptions: attributes that transformers reads
 from a class (`_tp_plan`, `_no_split_modules`, ...), and the names that sentence-transformers needs in its module.

@@ -44,9 +44,8 @@ Activation = Annotated[
 
 
 class CheckedConfig(PretrainedConfig):
-    """
-    A config with declared fields. A field is a class attribute with its type and default; `Annotated` types have a
-    [`Rule`]. Subclasses call `check` at the end of `__init__`.
+    """A config with declared fields. A field is a class attribute with its type and default; `Annotated` types have a
+    [`Rule`]. Subclasses call `check` at the end of `__init__`: a value that breaks a rule is a `ValueError`.
     """
 
     def __init__(self, **kwargs: Any):
@@ -71,8 +70,7 @@ class CheckedConfig(PretrainedConfig):
 
 
 class InternVisionConfig(CheckedConfig):
-    """
-    Sizes and options of [`InternVisionModel`]. The defaults are those of the published checkpoint
+    """Sizes and options of [`InternVisionModel`]. The defaults are those of the published checkpoint
     (docs/model.md, "Sizes").
 
     Args:
@@ -93,9 +91,6 @@ class InternVisionConfig(CheckedConfig):
         initializer_factor (`float`): initial value of the LayerScale parameters `ls1` and `ls2`.
         force_image_size (`int`, *optional*): image side that the position table of *this* checkpoint was resized to,
             if that is not `image_size`.
-
-    Raises:
-        `ValueError`: if a field is out of range; the message names it.
     """
 
     model_type = "intern_vit_6b"

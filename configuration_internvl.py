@@ -34,8 +34,7 @@ def refuse(name: str, kwargs: dict[str, Any], expected: str) -> None:
 
 
 class QLlamaConfig(CheckedConfig):
-    """
-    Sizes of QLLaMA: LLaMA's fields and those of its cross-attention to the image.
+    """Sizes of QLLaMA: LLaMA's fields and those of its cross-attention to the image.
 
     Args:
         vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads (`int`): as in LLaMA.
@@ -51,9 +50,6 @@ class QLlamaConfig(CheckedConfig):
         num_query_token (`int`): number of learnable queries before the text; [`InternVLConfig`] sets it.
         cross_attention_frequency (`int`): layers whose index is a multiple of this have a cross-attention.
         encoder_hidden_size (`int`): width of the vision tokens; [`InternVLConfig`] sets it.
-
-    Raises:
-        `ValueError`: if a field is out of range; the message names it.
     """
 
     model_type = "qllama"
@@ -101,8 +97,7 @@ class QLlamaConfig(CheckedConfig):
 
 
 class InternVLConfig(CheckedConfig):
-    """
-    Configuration of [`InternVLModel`]: both towers and the heads. The defaults are the published checkpoint's.
+    """Configuration of [`InternVLModel`]: both towers and the heads. The defaults are the published checkpoint's.
 
     Args:
         vision_config (`dict` or [`InternVisionConfig`], *optional*): the vision tower.
@@ -148,7 +143,8 @@ class InternVLConfig(CheckedConfig):
     contrastive_only: Flag = False
     initializer_range: StandardDeviation = 0.02
 
-    def __init__(self, **kwargs: Any):
+    def __init__(self, vision_config: Any = None, qllama_config: Any = None, **kwargs: Any):
+        kwargs |= {"vision_config": vision_config, "qllama_config": qllama_config}
         refuse("tie_word_embeddings", kwargs, "False: `lm_head` is its own matrix")
         # The original configs store these two; here they come from the class and the language tower.
         kwargs.pop("model_type", None)
@@ -159,7 +155,7 @@ class InternVLConfig(CheckedConfig):
             kwargs["architectures"] = None
         attn_implementation = kwargs.pop("attn_implementation", None)
         for name, config_class in self.sub_configs.items():
-            kwargs[name] = _sub_config(name, kwargs.get(name), config_class)
+            kwargs[name] = _sub_config(name, kwargs[name], config_class)
         super().__init__(tie_word_embeddings=False, **kwargs)
         self._share_with_sub_configs()
         self.check()

@@ -93,8 +93,7 @@ def read_request(data: Any) -> tuple[str, list[Image.Image], list[str], dict[str
     if not isinstance(parameters, dict):
         raise RequestError(400, f"`parameters` must be an object, got {type(parameters).__name__}.")
     task = one_of("task", parameters.get("task", "zero-shot"), tuple(PARAMETERS))
-    unknown = sorted(set(map(str, parameters)) - PARAMETERS[task] - {"task"})
-    if unknown:
+    if unknown := sorted(set(map(str, parameters)) - PARAMETERS[task] - {"task"}):
         known = ", ".join(sorted(PARAMETERS[task])) or "none"
         raise RequestError(422, f"`parameters` of task {task!r} may be {known}, got {unknown[0][:40]!r}.")
     inputs = data["inputs"] if isinstance(data["inputs"], dict) else {"images": data["inputs"]}
@@ -185,8 +184,7 @@ def read_images(value: Any) -> list[Image.Image]:
     if len(items) > MAX_IMAGES:
         raise RequestError(413, f"`images` may hold at most {MAX_IMAGES} images, got {len(items)}.")
     items = [encoded_image(item, f"images[{index}]") for index, item in enumerate(items)]
-    total = sum(len(item) for item in items if isinstance(item, bytes))
-    if total > MAX_REQUEST_BYTES:
+    if (total := sum(len(item) for item in items if isinstance(item, bytes))) > MAX_REQUEST_BYTES:
         raise RequestError(413, f"`images` may have at most {MAX_REQUEST_BYTES} bytes together, got {total}.")
     return [decoded_image(item, f"images[{index}]") for index, item in enumerate(items)]
 

@@ -1,5 +1,4 @@
-"""
-Base class of all models: weight initialisation, and strict loading in four steps: plan, read, merge, verify.
+"""Base class of all models: weight initialisation, and strict loading in four steps: plan, read, merge, verify.
 
 A plan is made of `device_map`, `max_memory`, quantisation and tensor parallelism; one that cannot work is an error
 before any file is read. Merging adds LoRA adapters to the weights of checkpoints that the original code fine-tuned.
@@ -66,8 +65,7 @@ class InternPreTrainedModel(PreTrainedModel):
         collect_tp_plan(self)
 
     def compile_layers(self, **options: Any) -> None:
-        """
-        Compile the repeated blocks in place. All layers share the compiled code, so compilation takes seconds at any
+        """Compile the repeated blocks in place. All layers share the compiled code, so compilation takes seconds at any
         depth, while `model.compile()` would compile all layers as one graph. Quantised models on the CPU need this.
 
         Args:
@@ -95,9 +93,8 @@ class InternPreTrainedModel(PreTrainedModel):
         output_loading_info: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """
-        As in transformers, but strict: missing tensors, unexpected tensors and tensors of another shape are an error.
-        transformers would log them and continue with random weights.
+        """As in transformers, but strict: missing tensors, unexpected tensors and tensors of another shape are an
+        error. transformers would log them and continue with random weights.
 
         Args:
             strict (`bool`): `False` accepts such a checkpoint, for example when fine-tuning adds new heads.
@@ -208,8 +205,7 @@ def blocks_of(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def complete_device_map(model: PreTrainedModel, device_map: dict[str, Any]) -> dict[str, Any]:
-    """
-    Expand the key "" of a device map (all the rest), which accelerate cannot mix with other keys. Parameters of the
+    """Expand the key "" of a device map (all the rest), which accelerate cannot mix with other keys. Parameters of the
     model itself stay in memory where the map says "disk", because accelerate offloads modules only.
     """
     devices = devices_by_map(model, device_map)
@@ -230,8 +226,7 @@ def is_part(name: str, whole: str) -> bool:
 
 
 def devices_by_map(model: PreTrainedModel, device_map: dict[str, Any]) -> dict[str, Any]:
-    """
-    The device of every parameter, by name. Raises a `ValueError` for a key that names no part of the model, a part
+    """The device of every parameter, by name. Raises a `ValueError` for a key that names no part of the model, a part
     without a device, or a block that is split over devices.
     """
     known = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
@@ -314,10 +309,9 @@ def read_checkpoint(checkpoint: Any, subfolder: str = "", **hub_arguments: Any) 
 
 
 def merge_adapters(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """
-    Merge the LoRA adapters (arXiv:2106.09685) of a checkpoint that the original code fine-tuned with PEFT: each weight
-    becomes W + 2 B A, since alpha = 2 r. Names lose the parts that PEFT adds, such as `base_layer` of newer releases.
-    Raises a `ValueError` for an adapter without A, B or the weight that it adapts.
+    """Merge the LoRA adapters (arXiv:2106.09685) of a checkpoint that the original code fine-tuned with PEFT: each
+    weight becomes W + 2 B A, since alpha = 2 r. Names lose the parts that PEFT adds, such as `base_layer` of newer
+    releases. Raises a `ValueError` for an adapter without A, B or the weight that it adapts.
     """
     plain: dict[str, torch.Tensor] = {}
     adapters: dict[str, dict[str, torch.Tensor]] = {}

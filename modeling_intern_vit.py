@@ -1,5 +1,4 @@
-"""
-InternViT-6B, the vision tower of InternVL-14B (InternVL paper, arXiv:2312.14238, section 3.2; docs/model.md, "Vision
+"""InternViT-6B, the vision tower of InternVL-14B (InternVL paper, arXiv:2312.14238, section 3.2; docs/model.md, "Vision
 tower").
 
 A plain pre-norm vision transformer with three particulars: RMSNorm instead of LayerNorm, an RMSNorm over *all* channels
@@ -32,8 +31,7 @@ NOT_INTERN_VIT = [r"^qllama\.", r"^clip_projector2?\.", r"^itm_head\.", r"^(quer
 
 
 def interpolate_positions(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """
-    Fit a square position table to another grid (docs/model.md, "Position interpolation").
+    """Fit a square position table to another grid (docs/model.md, "Position interpolation").
 
     Args:
         table (`torch.Tensor`): [1, 1 + G * G, C], the class position first.
@@ -178,8 +176,7 @@ class InternVisionEncoder(nn.Module):
 
 
 class InternVisionModel(InternPreTrainedModel):
-    """
-    InternViT without a head (docs/model.md, "Vision tower").
+    """InternViT without a head (docs/model.md, "Vision tower").
 
     Args:
         config ([`InternVisionConfig`]): sizes and options.
@@ -216,8 +213,7 @@ class InternVisionModel(InternPreTrainedModel):
         return self.embeddings.patch_embedding
 
     def resize_pos_embeddings(self, old_size: int, new_size: int, patch_size: int) -> None:
-        """
-        Interpolate the position table to another image size and keep it (docs/model.md, "Position interpolation").
+        """Interpolate the position table to another image size and keep it (docs/model.md, "Position interpolation").
 
         Args:
             old_size (`int`): image side in pixels that the table is made for.
@@ -247,7 +243,8 @@ class InternVisionModel(InternPreTrainedModel):
         return_dict: bool | None = None,
         pixel_embeds: torch.Tensor | None = None,
     ) -> tuple[Any, ...] | BaseModelOutputWithPooling:
-        """
+        """Turn images into vision tokens.
+
         Args:
             pixel_values (`torch.Tensor`): [B, 3, H, W], normalised by the processor; H and W are multiples of the
                 patch size, square or not. Floats of another precision are cast to the model's dtype.

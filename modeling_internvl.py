@@ -1,5 +1,4 @@
-"""
-InternVL-14B: InternViT-6B reads images, QLLaMA reads and writes text, CLIP-style heads compare both.
+"""InternVL-14B: InternViT-6B reads images, QLLaMA reads and writes text, CLIP-style heads compare both.
 
 Paper: InternVL (arXiv:2312.14238). The numbers are those of the published checkpoint (docs/model.md, "Features and
 logits"); parameter names are its format.
@@ -38,21 +37,14 @@ from .texts_internvl import TextSide, check_texts, restore_positions, without_pa
 
 MODES = ("InternVL-C", "InternVL-G")
 # Patterns of the tensors of the joint checkpoint that a part of the model does not use.
-NOT_FOR_CONTRAST = [
-    r"^query_tokens$",
-    r"^clip_projector2\.",
-    r"^itm_head\.",
-    r"^qllama\.lm_head\.",
-    r"^qllama\..*\.cross_attn\.",
-]
+NOT_FOR_CONTRAST = [r"^query_tokens$", r"^clip_projector2\.", r"^itm_head\.", r"^qllama\.(lm_head|.*\.cross_attn)\."]
 NOT_FOR_TEXT = [*NOT_FOR_CONTRAST, r"^vision_model\.", r"^clip_projector\.", r"^logit_scale$"]
 NOT_FOR_IMAGES = [*NOT_FOR_CONTRAST, r"^qllama\.", r"^text_projection$", r"^logit_scale$"]
 
 
 @dataclass
 class InternVLOutput(ModelOutput):
-    """
-    What [`InternVLModel`] returns; a field whose input was not given is None.
+    """What [`InternVLModel`] returns; a field whose input was not given is None.
 
     Attributes:
         logits_per_image (`torch.Tensor`): [images, texts], cosine similarities times `exp(logit_scale)`.
@@ -73,8 +65,7 @@ class InternVLOutput(ModelOutput):
 
 @dataclass
 class InternVLImageOutput(ModelOutput):
-    """
-    What [`InternVLVisionModelWithProjection`] returns.
+    """What [`InternVLVisionModelWithProjection`] returns.
 
     Attributes:
         image_embeds (`torch.Tensor`): [B, clip_embed_dim] in mode InternVL-C, not normalised.
@@ -89,8 +80,7 @@ class InternVLImageOutput(ModelOutput):
 
 @dataclass
 class InternVLTextOutput(ModelOutput):
-    """
-    What [`InternVLTextModelWithProjection`] returns.
+    """What [`InternVLTextModelWithProjection`] returns.
 
     Attributes:
         text_embeds (`torch.Tensor`): [B, clip_embed_dim], not normalised.
@@ -125,8 +115,7 @@ class PoolingAttention(RegistryAttention):
 
 
 class AttentionPool(nn.Module):
-    """
-    Pool tokens into one embedding: their mean attends to them (docs/model.md, "Features and logits").
+    """Pool tokens into one embedding: their mean attends to them (docs/model.md, "Features and logits").
 
     [B, N, width] -> [B, clip_embed_dim]
     """
@@ -217,7 +206,8 @@ class ImageSide:
     def embed_image(
         self, pixel_values: torch.Tensor | InternVLSeen, mode: str | None = None, normalize: bool = True
     ) -> torch.Tensor:
-        """
+        """Embed images.
+
         Args:
             pixel_values (`torch.Tensor` or [`InternVLSeen`]): [B, 3, H, W], normalised by the processor.
             mode (`str`, *optional*): "InternVL-C" or "InternVL-G"; defaults to the class's `default_mode`.
@@ -234,20 +224,15 @@ class ImageSide:
 
     @with_accelerate_hook
     def encode_image(self, image: torch.Tensor, mode: str | None = None) -> torch.Tensor:
-        """
-        The original call: [B, 3, H, W] -> [B, clip_embed_dim], not normalised. In mode InternVL-G it is the sum of two
-        embeddings of unit length (docs/model.md, "Features and logits").
+        """The original call: [B, 3, H, W] -> [B, clip_embed_dim], not normalised. In mode InternVL-G it is the sum of
+        two embeddings of unit length (docs/model.md, "Features and logits").
         """
         return self._image_embeds(image, mode)
 
 
 class InternVLTextModelWithProjection(InternVLPreTrainedModel, TextSide):
-    """
-    The text encoder of the joint model, loaded from its checkpoint: QLLaMA without cross-attentions and language head,
-    and `text_projection`. It has 6.7 of the 13.8 billion parameters and gives the joint model's values.
-
-    Args:
-        config ([`InternVLConfig`]): config of the joint model.
+    """The text encoder of the joint model, loaded from its checkpoint: QLLaMA without cross-attentions and language
+    head, and `text_projection`. It has 6.7 of the 13.8 billion parameters and gives the joint model's values.
     """
 
     main_input_name = "input_ids"
@@ -260,12 +245,10 @@ class InternVLTextModelWithProjection(InternVLPreTrainedModel, TextSide):
         ignore_in_checkpoint(self, NOT_FOR_TEXT)
 
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        return_dict: bool | None = None,
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, return_dict: bool | None = None
     ) -> tuple[Any, ...] | InternVLTextOutput:
-        """
+        """Embed texts.
+
         Args:
             input_ids (`torch.Tensor`): [B, L] ids of `<s> summarize:TEXT </s>`, padded on either side.
             attention_mask (`torch.Tensor`, *optional*): [B, L]; without it every id but 0 is real.
@@ -284,12 +267,8 @@ class InternVLTextModelWithProjection(InternVLPreTrainedModel, TextSide):
 
 
 class InternVLVisionModelWithProjection(InternVLPreTrainedModel, ImageSide):
-    """
-    The image encoder of mode InternVL-C, loaded from the joint model's checkpoint: InternViT and `clip_projector`. It
-    has 5.9 of the 13.8 billion parameters and gives the joint model's values.
-
-    Args:
-        config ([`InternVLConfig`]): config of the joint model.
+    """The image encoder of mode InternVL-C, loaded from the joint model's checkpoint: InternViT and `clip_projector`.
+    It has 5.9 of the 13.8 billion parameters and gives the joint model's values.
     """
 
     def __init__(self, config: InternVLConfig):
@@ -305,7 +284,8 @@ class InternVLVisionModelWithProjection(InternVLPreTrainedModel, ImageSide):
     def forward(
         self, pixel_values: torch.Tensor, output_hidden_states: bool | None = None, return_dict: bool | None = None
     ) -> tuple[Any, ...] | InternVLImageOutput:
-        """
+        """Embed images.
+
         Args:
             pixel_values (`torch.Tensor`): [B, 3, H, W], normalised by the processor.
             output_hidden_states (`bool`, *optional*): also return the embeddings and the output of every layer.
@@ -324,8 +304,7 @@ class InternVLVisionModelWithProjection(InternVLPreTrainedModel, ImageSide):
 
 
 class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, CaptionSide, GenerationMixin):
-    """
-    The joint model: embeds images and texts, compares them, matches them and writes captions.
+    """The joint model: embeds images and texts, compares them, matches them and writes captions.
 
     Args:
         config ([`InternVLConfig`]): sizes and options. With `contrastive_only` the model has only the parts of
@@ -420,8 +399,7 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, CaptionSide, G
 
     @with_accelerate_hook
     def look_at(self, pixel_values: torch.Tensor, queries: bool = True) -> InternVLSeen:
-        """
-        Run images once for several calls, which take the result in place of `pixel_values`.
+        """Run images once for several calls, which take the result in place of `pixel_values`.
 
         Args:
             pixel_values (`torch.Tensor`): [B, 3, H, W], normalised by the processor.
@@ -430,6 +408,8 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, CaptionSide, G
         Raises:
             `ValueError`, `TypeError`: pixels of a wrong shape or type, or a model loaded without queries.
         """
+        if not isinstance(pixel_values, torch.Tensor):
+            raise TypeError(f"`pixel_values` must be a tensor, got {type(pixel_values).__name__}.")
         image_states = self.vision_model(pixel_values).last_hidden_state
         if not queries:
             return InternVLSeen(image_states)
@@ -445,8 +425,7 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, CaptionSide, G
         attention_mask: torch.Tensor | None = None,
         all_pairs: bool = False,
     ) -> torch.Tensor:
-        """
-        Does the text match the image? QLLaMA reads both together: more accurate than a cosine, and slower, so meant
+        """Does the text match the image? QLLaMA reads both together: more accurate than a cosine, and slower, so meant
         for re-ranking a short list (docs/model.md, "Matching").
 
         Args:
@@ -496,8 +475,7 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, CaptionSide, G
         text: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
     ) -> tuple[Any, ...] | InternVLOutput:
-        """
-        Compare images and texts, or embed one of them.
+        """Compare images and texts, or embed one of them.
 
         Args:
             input_ids (`torch.Tensor`, *optional*): [T, L] ids of `<s> summarize:TEXT </s>`.

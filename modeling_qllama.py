@@ -1,5 +1,4 @@
-"""
-QLLaMA, the language tower of InternVL-14B (InternVL paper, arXiv:2312.14238, section 3.2; docs/model.md, "QLLaMA").
+"""QLLaMA, the language tower of InternVL-14B (InternVL paper, arXiv:2312.14238, section 3.2; docs/model.md, "QLLaMA").
 
 A LLaMA decoder with cross-attention in its even layers: a sequence may start with learnable queries, and only those
 queries cross-attend to the vision tower's tokens. The three ways to run it need no special attention mask:
@@ -46,8 +45,7 @@ def attention_mask_for(
     past_key_values: Cache | None,
     bidirectional: bool,
 ) -> Any:
-    """
-    Build the mask that the configured attention function expects, or None if it needs none.
+    """Build the mask that the configured attention function expects, or None if it needs none.
 
     Args:
         hidden_states (`torch.Tensor`): [B, L, C], the input of the first layer.
@@ -67,8 +65,7 @@ def attention_mask_for(
 
 
 def rotary_angles(config: QLlamaConfig, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """
-    Cosines and sines of the rotary positions (RoFormer, arXiv:2104.09864).
+    """Cosines and sines of the rotary positions (RoFormer, arXiv:2104.09864).
 
     Args:
         position_ids (`torch.Tensor`): [1 or B, L]
@@ -211,8 +208,7 @@ class QLlamaPreTrainedModel(InternPreTrainedModel):
 
 
 class QLlamaModel(QLlamaPreTrainedModel):
-    """
-    QLLaMA without its language head.
+    """QLLaMA without its language head.
 
     Args:
         config ([`QLlamaConfig`]): sizes and options.
@@ -262,7 +258,8 @@ class QLlamaModel(QLlamaPreTrainedModel):
         num_bidirectional: int = 0,
         cache: Cache | None = None,
     ) -> tuple[Any, ...] | BaseModelOutputWithPast:
-        """
+        """Run queries, text or both through all layers.
+
         Args:
             input_ids (`torch.Tensor`): [B, L] token ids, or `inputs_embeds` [B, L, C] instead.
             attention_mask (`torch.Tensor`, *optional*): [B, past + L], 1 for real tokens, 0 for padding. Not needed
@@ -350,7 +347,8 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...] | CausalLMOutputWithPast:
-        """
+        """Run [`QLlamaModel`] and the language head.
+
         Args:
             logits_to_keep (`int`): number of last positions to compute logits for; 0 for all.
             others: see [`QLlamaModel.forward`]. `generate` looks in this signature for those that are named here.

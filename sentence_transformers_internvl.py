@@ -34,9 +34,6 @@ HUB_OPTIONS = ("token", "revision", "local_files_only", "trust_remote_code")
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tiff", ".webp")
 
 
-# Inputs
-
-
 def _kind_and_value(item: Any, name: str) -> tuple[str, Any]:
     """The kind of an input, "text" or "image", and the text or image itself."""
     value = _unwrapped(item)
@@ -89,9 +86,6 @@ def _distinct(images: Sequence[Any]) -> tuple[list[Any], list[int]]:
     kept = dict(zip(keys, images))
     places = {key: place for place, key in enumerate(kept)}
     return list(kept.values()), [places[key] for key in keys]
-
-
-# Modules
 
 
 class InternVLModule(InputModule):

@@ -1,5 +1,4 @@
-"""
-Text side of the model: check and batch token ids, run them through QLLaMA, embed them.
+"""Text side of the model: check and batch token ids, run them through QLLaMA, embed them.
 
 Padding may be on either side. Real tokens are moved to the left before QLLaMA runs, so causal attention needs no mask,
 and columns that are padding in all rows are not computed.
@@ -54,8 +53,7 @@ def read_text_facts(input_ids: torch.Tensor, mask: torch.Tensor, config: Any) ->
 
 
 def check_texts(name: str, input_ids: Any, attention_mask: Any, config: Any) -> tuple[torch.Tensor, TextFacts]:
-    """
-    Check that `input_ids` is a batch of token ids. Messages call it `name`.
+    """Check that `input_ids` is a batch of token ids. Messages call it `name`.
 
     Returns:
         The padding mask, bool [B, L], and the facts. Without `attention_mask`, every id but 0 is real (docs/model.md,
@@ -82,21 +80,16 @@ def check_texts(name: str, input_ids: Any, attention_mask: Any, config: Any) -> 
     return mask, facts
 
 
-def real_tokens_first(mask: torch.Tensor) -> torch.Tensor:
-    """The order [B, L] that moves each row's real tokens to the left; needs no device synchronisation."""
-    return torch.argsort(mask.logical_not().byte(), dim=1, stable=True)
-
-
-def real_tokens_last(mask: torch.Tensor) -> torch.Tensor:
-    """The order [B, L] that moves each row's real tokens to the right."""
-    return torch.argsort(mask.byte(), dim=1, stable=True)
+def padding_last(mask: torch.Tensor, last: bool = True) -> torch.Tensor:
+    """The order [B, L] that moves each row's padding to the right, or to the left; needs no device synchronisation."""
+    return torch.argsort(mask.byte(), dim=1, stable=True, descending=last)
 
 
 def without_padding(
     input_ids: torch.Tensor, mask: torch.Tensor, longest: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask [B, longest], or [B, L] if that is None, with the real tokens first in every row."""
-    order = real_tokens_first(mask)[:, :longest]
+    order = padding_last(mask)[:, :longest]
     return input_ids.gather(1, order), mask.gather(1, order)
 
 
@@ -107,9 +100,8 @@ def restore_positions(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def batches_of_similar_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """
-    Yield batches of text indices, longest text first. A batch has at most `max_tokens` tokens including padding, unless
-    it is a single text, and at most `MAX_PADDING` times as much padding as real tokens.
+    """Yield batches of text indices, longest text first. A batch has at most `max_tokens` tokens including padding,
+    unless it is a single text, and at most `MAX_PADDING` times as much padding as real tokens.
     """
     batch: list[int] = []
     real = 0
@@ -138,8 +130,7 @@ class TextSide:
     text_projection: nn.Parameter
 
     def check_processor(self, processor: Any) -> None:
-        """
-        Check that a processor belongs to this checkpoint. Otherwise its inputs would be accepted, and the embeddings
+        """Check that a processor belongs to this checkpoint. Otherwise its inputs would be accepted, and the embeddings
         would be wrong.
 
         Raises:
@@ -208,7 +199,8 @@ class TextSide:
     def embed_text(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, normalize: bool = True
     ) -> torch.Tensor:
-        """
+        """Embed texts.
+
         Args:
             input_ids (`torch.Tensor`): [B, L] ids of `<s> summarize:TEXT </s>`, padded on either side.
             attention_mask (`torch.Tensor`, *optional*): [B, L]; without it every id but 0 is real.
@@ -226,8 +218,7 @@ class TextSide:
     def embed_classes(
         self, processor: Any, names: Sequence[str], templates: Sequence[str] = ("{}",), max_tokens: int = 4096
     ) -> torch.Tensor:
-        """
-        Class embeddings for zero-shot classification, computed once for any number of images: the cosines are
+        """Class embeddings for zero-shot classification, computed once for any number of images: the cosines are
         `image_embeds @ classes.T`.
 
         Args:
@@ -262,9 +253,8 @@ class TextSide:
     def embed_texts(
         self, input_ids: Sequence[Sequence[int]], max_tokens: int = 4096, normalize: bool = True
     ) -> torch.Tensor:
-        """
-        As [`embed_text`], for any number of texts of any length. Texts are read in batches of similar length, so there
-        is little padding, and memory holds one batch.
+        """As [`embed_text`], for any number of texts of any length. Texts are read in batches of similar length, so
+        there is little padding, and memory holds one batch.
 
         Args:
             input_ids (sequence of sequences of `int`): the ids of each text, `<s> summarize:TEXT </s>`, without

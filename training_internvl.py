@@ -1,5 +1,4 @@
-"""
-Training objectives of InternVL-14B: stage 2 (matching, contrast and captions) and retrieval fine-tuning
+"""Training objectives of InternVL-14B: stage 2 (matching, contrast and captions) and retrieval fine-tuning
 (InternVL paper, arXiv:2312.14238, section 3.3; docs/model.md, "Training objectives").
 """
 
@@ -13,13 +12,12 @@ from transformers.utils import ModelOutput
 
 from .compat_internvl import refuse_known_bad
 from .modeling_internvl import InternVLModel
-from .texts_internvl import check_texts, concatenate_padded, has_values, real_tokens_first
+from .texts_internvl import check_texts, concatenate_padded, has_values, padding_last
 
 
 @dataclass
 class InternVLTrainingOutput(ModelOutput):
-    """
-    Losses of a training step, scalars; `loss` is their sum.
+    """Losses of a training step, scalars; `loss` is their sum.
 
     Attributes:
         loss_itm (`torch.Tensor`): image-text matching.
@@ -105,15 +103,14 @@ class InternVLTrainingModel(InternVLModel):
         if len(input_ids) != batch:
             raise ValueError(f"`{name}` must have one row per image ({batch}), got {len(input_ids)}.")
         # Labels may count at padding, so texts with labels keep all columns.
-        order = real_tokens_first(mask)[:, : None if others else facts.longest]
+        order = padding_last(mask)[:, : None if others else facts.longest]
         return tuple(tensor.gather(1, order) for tensor in (input_ids, mask, *others))
 
 
 class InternVLForPreTraining(InternVLTrainingModel):
-    """
-    Stage 2 of the original's training: matching, contrast and captions (paper, section 3.3; docs/model.md, "Stage 2").
-    The contrast takes its queries from the captioning pass, where they attend only to themselves and the image. Only
-    the matching pass needs a mask.
+    """Stage 2 of the original's training: matching, contrast and captions (paper, section 3.3; docs/model.md, "Stage
+    2"). The contrast takes its queries from the captioning pass, where they attend only to themselves and the image.
+    Only the matching pass needs a mask.
     """
 
     def forward(  # type: ignore[override]
@@ -129,7 +126,8 @@ class InternVLForPreTraining(InternVLTrainingModel):
         attention_mask: torch.Tensor | None,
         labels: torch.Tensor,
     ) -> InternVLTrainingOutput:
-        """
+        """Compute the losses of one batch.
+
         Args:
             pixel_values (`torch.Tensor`): [B, 3, H, W]; every rank has the same B.
             positive_input_ids, negative_input_ids (`torch.Tensor`): [B, L] ids of texts `<s> TEXT </s>` that match and
@@ -208,7 +206,8 @@ class InternVLForRetrieval(InternVLTrainingModel):
         labels: torch.Tensor | None = None,
         image_ids: torch.Tensor | None = None,
     ) -> InternVLTrainingOutput:
-        """
+        """Compute the losses of one batch.
+
         Args:
             image_ids (`torch.Tensor`, *optional*): [B]; all pairs of rows with the same number, on any rank, are
                 positives. By default every row has a number of its own.
