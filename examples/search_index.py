@@ -6,15 +6,10 @@
     Searcher(index, embedder).search(words="熊猫", k=5)
 
 * The index is a LanceDB table with one row per path: the embeddings of both modes, or the reason why there are none.
-  Each write is one merge by path and one atomic commit. A killed run leaves whole rows and no duplicates; the next run
-  adds what is missing.
-* One process writes at a time: it holds a lock, which the system releases when the process dies. Any number of processes
-  may search meanwhile; they see what is committed.
-* A file is read again if its size or one of its times changed, and embedded again only if its bytes changed: an image
-  that was moved or touched takes over the row of its old bytes.
-* The table's schema records the model and its settings. Embeddings of another model cannot be compared, so the index
-  refuses it.
-* A search compares with every embedding. It is exact and takes milliseconds for 10,000 images (benchmarks/search.json).
+  Every write is one merge by path and one atomic commit, so a killed run leaves whole rows and no duplicates.
+* One process writes at a time: it holds a lock, which the system releases when the process dies. Others may search.
+* A file is read again if its size or one of its times changed, and embedded again only if its bytes changed.
+* The table's schema records the model and its settings, because embeddings of two models cannot be compared.
 """
 
 import hashlib

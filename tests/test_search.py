@@ -357,7 +357,10 @@ REFUSED = {
     "text.png": (lambda: b"This is a text.\n" * 99, "no image of a format that Pillow reads"),
     "bomb.png": (big_header, "has more pixels than the 89,478,485 that Pillow takes for safe"),
     "95-million.gif": (lambda: saved(Image.new("1", (9800, 9800)), "GIF"), "has more pixels than the 89,478,485"),
-    "needle.png": (lambda: saved(Image.new("L", (1, 4000)), "PNG"), "1 x 4000 pixels; one side may be at most 50 times"),
+    "needle.png": (
+        lambda: saved(Image.new("L", (1, 4000)), "PNG"),
+        "1 x 4000 pixels; one side may be at most 50",
+    ),
     "hdr.tiff": (lambda: saved(Image.fromarray(np.full((9, 9), 7e4, np.float32)), "TIFF"), "must be in [0, 255]"),
     "header.webp": (lambda: b"RIFF\x24\x00\x00\x00WEBPVP8 ", "damaged: "),
 }
