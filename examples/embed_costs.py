@@ -43,21 +43,11 @@ def estimate(shards: list[dict], batches: list[dict], options: argparse.Namespac
     decode_rate = rows / sum(batch["decoded"] for batch in batches)
     total, is_counted = total_rows(shards, batches)
     rate = min(model_rate * options.pool, decode_rate * options.tasks)
-    return {
-        "sample": rows,
-        "errors": len(errors),
-        "reasons": reasons,
-        "rows": total,
-        "is_counted": is_counted,
-        "is_warm": bool(warm),
-        "model_rate": model_rate,
-        "models": options.pool,
-        "decode_rate": decode_rate,
-        "decoders": options.tasks,
-        "rate": rate,
-        "hours": total / rate / 3600,
-        "output_bytes": total * sum(len(batch["table"]) for batch in batches) / rows,
-    }
+    sizes = {"rows": total, "output_bytes": total * sum(len(batch["table"]) for batch in batches) / rows}
+    rates = {"model_rate": model_rate, "decode_rate": decode_rate, "rate": rate, "hours": total / rate / 3600}
+    flags = {"is_counted": is_counted, "is_warm": bool(warm)}
+    counts = {"sample": rows, "errors": len(errors), "models": options.pool, "decoders": options.tasks}
+    return {"reasons": reasons, **sizes, **rates, **flags, **counts}
 
 
 def total_rows(shards: list[dict], batches: list[dict]) -> tuple[int, bool]:

@@ -280,20 +280,11 @@ def batches_of(shards: list[dict], options: argparse.Namespace) -> Iterator[dict
     dataset = ray.data.from_items(shards, override_num_blocks=min(len(shards), MAX_TASKS))
     # Ray fuses steps with the same requirements, and then the actors would decode. `max_calls` prevents that, and
     # restarts processes whose libraries may leak memory.
-    dataset = dataset.flat_map(
-        embed_stages.decode,
-        fn_kwargs={"options": options},
-        compute=TaskPoolStrategy(size=options.tasks),
-        num_cpus=1,
-        max_calls=MAX_CALLS,
-    )
-    dataset = dataset.map(
-        embed_stages.Embed,
-        fn_constructor_args=(options,),
-        compute=ActorPoolStrategy(size=options.pool),
-        num_cpus=options.cpus_per_model,
-        num_gpus=options.gpus_per_model,
-    )
+    tasks = {"compute": TaskPoolStrategy(size=options.tasks), "num_cpus": 1, "max_calls": MAX_CALLS}
+    dataset = dataset.flat_map(embed_stages.decode, fn_kwargs={"options": options}, **tasks)
+    actors = {"compute": ActorPoolStrategy(size=options.pool)}
+    actors |= {"num_cpus": options.cpus_per_model, "num_gpus": options.gpus_per_model}
+    dataset = dataset.map(embed_stages.Embed, fn_constructor_args=(options,), **actors)
     for batch in dataset.iter_rows():
         watch.batch()
         yield batch

@@ -128,14 +128,11 @@ def lora_config(arguments: Arguments) -> LoraConfig:
     """Adapters as in the original: alpha is twice the rank, dropout 0.05."""
     wanted = {VISION_TARGETS: arguments.lora_vision, QLLAMA_TARGETS: arguments.lora_qllama}
     ranks = {targets: rank for targets, rank in wanted.items() if rank}
-    return LoraConfig(
-        r=max(ranks.values()),
-        lora_alpha=2 * max(ranks.values()),
-        lora_dropout=0.05,
-        target_modules="|".join(ranks),
-        rank_pattern=ranks,
-        alpha_pattern={targets: 2 * rank for targets, rank in ranks.items()},
-    )
+    alphas = {targets: 2 * rank for targets, rank in ranks.items()}
+    # The patterns give every target its own rank and alpha; `r` must be set nevertheless.
+    largest, targets = max(ranks.values()), "|".join(ranks)
+    how = {"r": largest, "lora_alpha": 2 * largest, "lora_dropout": 0.05, "target_modules": targets}
+    return LoraConfig(**how, rank_pattern=ranks, alpha_pattern=alphas)
 
 
 def copy_companions(arguments: Arguments, folder: str) -> None:

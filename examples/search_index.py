@@ -89,20 +89,12 @@ def printable(path: str | Path) -> str:
 
 @dataclass
 class Found:
-    """
-    The content of a folder.
+    """The content of a folder."""
 
-    Attributes:
-        files: path and status of every possible image.
-        problems: paths that cannot be read or are skipped, and why.
-        unseen: folders that cannot be read, so that their rows must stay.
-        others: number of files that are no images, by the endings of their names.
-    """
-
-    files: dict[str, os.stat_result] = field(default_factory=dict)
-    problems: dict[str, str] = field(default_factory=dict)
-    unseen: list[str] = field(default_factory=list)
-    others: Counter[str] = field(default_factory=Counter)
+    files: dict[str, os.stat_result] = field(default_factory=dict)  # possible images
+    problems: dict[str, str] = field(default_factory=dict)  # paths that cannot be read or are skipped, and why
+    unseen: list[str] = field(default_factory=list)  # folders that cannot be read, so that their rows must stay
+    others: Counter[str] = field(default_factory=Counter)  # number of other files by the endings of their names
 
 
 def find_files(folder: Path, excluded: Path) -> Found:
@@ -144,10 +136,7 @@ def is_image(path: str) -> bool:
 
 
 def read_bytes(path: str) -> bytes:
-    """
-    Raises:
-        SearchError: the file is too large or cannot be read.
-    """
+    """The content of a file. Raises `SearchError` if it is too large or cannot be read."""
     try:
         if os.path.getsize(path) > MAX_BYTES:
             raise SearchError(f"has {os.path.getsize(path):,} bytes; the limit is {MAX_BYTES:,}")
@@ -208,12 +197,7 @@ class Embedder:
         return digest.hexdigest()
 
     def decode(self, data: bytes) -> Image.Image:
-        """
-        The bytes of a file as a viewer shows them: RGB, upright, opaque on white.
-
-        Raises:
-            ValueError: why they cannot be decoded.
-        """
+        """An RGB image, upright and opaque on white. Raises `ValueError` if the data cannot be decoded."""
         return self.load_images(decoding.decode(data, FORMATS))[0]
 
     def pixels(self, image: Image.Image) -> torch.Tensor:
@@ -245,8 +229,13 @@ class Embedder:
         return logits.float().log_softmax(-1)[:, 1].cpu()
 
     def classes(self, labels: list[str]) -> torch.Tensor:
-        """[labels, width], of length 1"""
-        return self._unit(self.model.embed_classes(self.processor, labels))
+        """[labels, width], of length 1. Raises `SearchError` for labels that cannot be classes."""
+        if len(labels) < 2 or not all(label.strip() for label in labels):
+            raise SearchError(f"`labels` must be at least two, none of them empty, got {labels}.")
+        try:
+            return self._unit(self.model.embed_classes(self.processor, labels))
+        except ValueError as error:  # for example a label that is too long
+            raise SearchError(f"`labels`: {error}") from error
 
     def _unit(self, embeds: torch.Tensor) -> torch.Tensor:
         """Normalise in float32: in half precision the length is only nearly 1."""
@@ -258,40 +247,24 @@ class Embedder:
 
 @dataclass
 class Report:
-    """
-    The result of an update.
-
-    Attributes:
-        embedded, taken_over, unchanged, dropped, problems: numbers of files.
-        others: number of files that are no images, by the endings of their names.
-    """
+    """The numbers of files in an update."""
 
     embedded: int = 0
-    taken_over: int = 0
+    taken_over: int = 0  # moved or touched: the index already had the embeddings of the same bytes
     unchanged: int = 0
     dropped: int = 0
     problems: int = 0
-    others: Counter[str] = field(default_factory=Counter)
+    others: Counter[str] = field(default_factory=Counter)  # no images, by the endings of their names
 
 
 class Index:
-    """
-    The table of images on disk.
-
-    Args:
-        folder: of the table; the first `update` creates it.
-    """
+    """The table of images in `folder`, which the first `update` creates."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(os.path.abspath(folder))
 
     def open(self) -> Any:
-        """
-        The table, which always shows the latest commit.
-
-        Raises:
-            SearchError: nothing was indexed here yet.
-        """
+        """The table, which always shows the latest commit. Raises `SearchError` if there is none."""
         table = self._open()
         if table is None:
             raise SearchError(f"There is no index in {self.folder}: make one with `index FOLDER`, or name it: --index.")
@@ -304,10 +277,7 @@ class Index:
         return lancedb.connect(self.folder, read_consistency_interval=timedelta(0)).open_table(TABLE)
 
     def check(self, embedder: Embedder) -> None:
-        """
-        Raises:
-            SearchError: the index was made by another model or with another crop.
-        """
+        """Raise `SearchError` if the index was made by another model or with another crop."""
         made_by = json.loads(self.open().schema.metadata[b"made_by"])
         given = {**embedder.about, "format": FORMAT}
         if all(made_by.get(name) == given[name] for name in ("fingerprint", "crop", "format")):
@@ -538,37 +508,21 @@ class Update:
 
 @dataclass
 class Result:
-    """
-    An image that was found.
-
-    Attributes:
-        path: of its file.
-        score: orders the results: the cosine, or after re-ranking the logit of the cosine plus `MATCH_WEIGHT` times the
-            log-probability of a match.
-        cosine: between the query and the image.
-        match: probability that the words match the image; None without re-ranking, or if the file cannot be read.
-        caption: the model's caption; None if the index has no captions.
-        label, share: the most likely label and its probability; None without labels.
-        gone: whether the file no longer exists.
-        thumbnail: a small copy, as WebP.
-    """
+    """An image that was found."""
 
     path: str
-    score: float
-    cosine: float
-    match: float | None
-    caption: str | None
-    label: str | None
-    share: float | None
-    gone: bool
-    thumbnail: bytes
+    score: float  # orders the results: the cosine, or with re-ranking its logit + MATCH_WEIGHT * log(match)
+    cosine: float  # between the query and the image
+    match: float | None  # probability that the words match; None without re-ranking or if the file cannot be read
+    caption: str | None  # None if the index has no captions
+    label: str | None  # the most likely one
+    share: float | None  # its probability
+    gone: bool  # whether the file no longer exists
+    thumbnail: bytes  # WebP
 
 
 def check_question(words: str, picture: str, rerank: bool) -> None:
-    """
-    Raises:
-        SearchError: both words and an image, or neither; re-ranking without words.
-    """
+    """Raise `SearchError` for both words and an image, for neither, and for re-ranking without words."""
     if bool(words.strip()) == bool(picture):
         raise SearchError("Ask with words or with an image, one of them.")
     if rerank and picture:
@@ -576,12 +530,7 @@ def check_question(words: str, picture: str, rerank: bool) -> None:
 
 
 class Searcher:
-    """
-    Answers queries, from any number of threads.
-
-    Raises:
-        SearchError: there is no index, or it is of another model.
-    """
+    """Answers queries, from any number of threads. Raises `SearchError` without an index of the same model."""
 
     def __init__(self, index: Index, embedder: Embedder):
         index.check(embedder)
@@ -616,12 +565,18 @@ class Searcher:
             raise SearchError(f"`mode` must be one of {', '.join(COLUMNS)}, got {mode!r}.")
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise SearchError(f"`k` must be a positive integer, got {k!r}.")
-        classes = None if labels is None else self.classes(labels)
+        classes = None if labels is None else self.embedder.classes(labels)
         vector, column = self.vector(words, picture, mode), COLUMNS[mode]
         query = self.table.search(vector.numpy(), vector_column_name=column).distance_type("cosine")
         query = query.where("problem = ''").select(["uri", "caption", "thumbnail", column, "_distance"])
-        rows = query.limit(max(k, SHORTLIST) if rerank else k).to_list()
-        results = [self.result(row, row[column], labels, classes) for row in rows]
+        results = []
+        for row in query.limit(max(k, SHORTLIST) if rerank else k).to_list():
+            path, cosine, label, share = path_of(row["uri"]), 1 - row["_distance"], None, None
+            if labels:
+                share, best = self.shares(torch.tensor(row[column]), classes).max(0)
+                label, share = labels[best], float(share)
+            gone, thumbnail = not os.path.exists(path), row["thumbnail"]
+            results.append(Result(path, cosine, cosine, None, row["caption"], label, share, gone, thumbnail))
         return (self.reranked(results, words) if rerank else results)[:k]
 
     def vector(self, words: str, picture: str, mode: str) -> torch.Tensor:
@@ -637,28 +592,11 @@ class Searcher:
 
     def classify(self, picture: str, labels: list[str], mode: str = "InternVL-C") -> list[tuple[str, float]]:
         """Labels for the image at a path and their probabilities, the most likely first."""
-        shares = self.shares(self.vector("", picture, mode), self.classes(labels))
+        shares = self.shares(self.vector("", picture, mode), self.embedder.classes(labels))
         return sorted(zip(labels, shares.tolist()), key=lambda pair: -pair[1])
 
     def shares(self, vector: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         return (self.embedder.scale * classes @ vector).softmax(0)
-
-    def classes(self, labels: list[str]) -> torch.Tensor:
-        if len(labels) < 2 or not all(label.strip() for label in labels):
-            raise SearchError(f"`labels` must be at least two, none of them empty, got {labels}.")
-        try:
-            return self.embedder.classes(labels)
-        except ValueError as error:  # what the processor refuses
-            raise SearchError(f"`labels`: {error}") from error
-
-    def result(self, row: dict, vector: list[float], labels: list[str] | None, classes: torch.Tensor | None) -> Result:
-        path, cosine = path_of(row["uri"]), 1 - row["_distance"]
-        label, share = None, None
-        if labels is not None and classes is not None:
-            shares = self.shares(torch.tensor(vector), classes)
-            label, share = labels[int(shares.argmax())], float(shares.max())
-        gone = not os.path.exists(path)
-        return Result(path, cosine, cosine, None, row["caption"], label, share, gone, row["thumbnail"])
 
     def reranked(self, results: list[Result], words: str) -> list[Result]:
         """Results in the order of their scores with matching; those whose files cannot be read come last."""

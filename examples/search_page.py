@@ -102,8 +102,9 @@ def make_answer(searcher: Searcher):
                 small = make_thumbnail(searcher.embedder.decode(read_bytes(picture)))
                 image = image_html(small, "the image of this query")
                 about += "; not re-ranked, which needs words" if rerank else ""
-                shares = searcher.classify(picture, names, mode) if names else []
-                about += "; this image: " * bool(shares) + ", ".join(f"{name} {share:.0%}" for name, share in shares)
+            if picture and names:
+                shares = searcher.classify(picture, names, mode)
+                about += "; this image: " + ", ".join(f"{name} {share:.0%}" for name, share in shares)
         except SearchError as error:
             return f"<p role='alert'>⚠ {html.escape(str(error))}</p>"
         line = f"<div class='asked'>{image}<p role='status'>{html.escape(about)}</p></div>"
@@ -118,13 +119,8 @@ def make_page(searcher: Searcher) -> gr.Blocks:
     # Uploaded images are deleted after an hour.
     with gr.Blocks(title="Search your images", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         with gr.Row(equal_height=True):
-            words = gr.Textbox(
-                label=f"Search {searcher.index.count():,} images",
-                placeholder="Words in any language, then Enter",
-                autofocus=True,
-                scale=4,
-                elem_id="words",
-            )
+            label, hint = f"Search {searcher.index.count():,} images", "Words in any language, then Enter"
+            words = gr.Textbox(label=label, placeholder=hint, autofocus=True, scale=4, elem_id="words")
             button = gr.Button("Search", variant="primary", scale=1, min_width=100)
         with gr.Row():
             picture = gr.File(label="or with an image: drop it here", height=150, scale=1, elem_id="picture")
@@ -144,10 +140,8 @@ def make_page(searcher: Searcher) -> gr.Blocks:
         gr.on([words.submit, button.click], None, [words, *switches], found, js=BY_WORDS, trigger_mode="multiple")
         # This also empties the field, so that the next image can be dropped.
         picture.upload(None, [picture, *switches], [found, words, picture], js=BY_PICTURE, trigger_mode="multiple")
-        gr.on(
-            [mode.change, rerank.change, labels.submit, k.release],
-            None, [words, *switches], found, js=AGAIN, trigger_mode="multiple",
-        )  # fmt: skip
+        changes = [mode.change, rerank.change, labels.submit, k.release]
+        gr.on(changes, None, [words, *switches], found, js=AGAIN, trigger_mode="multiple")
     return page
 
 
