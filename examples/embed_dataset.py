@@ -31,6 +31,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ from transformers.utils import logging as transformers_logging
 MAX_TASKS = 10_000  # with more shards a task reads several
 MAX_CALLS = 1000  # of a worker process
 SAMPLED_SHARDS = 4
+say = partial(print, flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------- options
@@ -103,10 +105,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def json_object(text: str) -> dict:
-    found = json.loads(text)
-    if not isinstance(found, dict):
-        raise ValueError(text)
-    return found
+    return dict(json.loads(text))
 
 
 def complete(options: argparse.Namespace) -> argparse.Namespace:
@@ -119,10 +118,8 @@ def complete(options: argparse.Namespace) -> argparse.Namespace:
     check_numbers(options)
     if options.measured and options.mfu:
         raise ValueError("`--mfu` is an assumption and `--measured` a measurement: give one of them.")
-    if options.h100 and not options.measured and (options.mfu is None or options.mfu > 1):
-        raise ValueError(
-            f"`--h100` needs an assumption, `--mfu` of at most 1, got {options.mfu}; or `--measured FILE`."
-        )
+    if options.h100 and not options.measured and not 0 < (options.mfu or 0) <= 1:
+        raise ValueError(f"`--h100` needs an assumption, `--mfu` of at most 1, got {options.mfu}; or `--measured`.")
     options.card = embed_costs.measured_card(options.measured, set(options.mode)) if options.measured else None
     if options.address and options.object_store_gb:
         raise ValueError("`--object-store-gb` is for this machine's Ray; set a cluster's when you start it.")
@@ -323,10 +320,6 @@ def embed_all(shards: list[dict], options: argparse.Namespace, output: Output, t
             say(f"{reason}\nStarting again on what is left of the cluster.")
         finally:
             writer.finish()
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------ the result

@@ -129,10 +129,8 @@ def lora_config(arguments: Arguments) -> LoraConfig:
     wanted = {VISION_TARGETS: arguments.lora_vision, QLLAMA_TARGETS: arguments.lora_qllama}
     ranks = {targets: rank for targets, rank in wanted.items() if rank}
     alphas = {targets: 2 * rank for targets, rank in ranks.items()}
-    # The patterns give every target its own rank and alpha; `r` must be set nevertheless.
-    largest, targets = max(ranks.values()), "|".join(ranks)
-    how = {"r": largest, "lora_alpha": 2 * largest, "lora_dropout": 0.05, "target_modules": targets}
-    return LoraConfig(**how, rank_pattern=ranks, alpha_pattern=alphas)
+    how = {"target_modules": "|".join(ranks), "rank_pattern": ranks, "alpha_pattern": alphas, "lora_dropout": 0.05}
+    return LoraConfig(r=max(ranks.values()), lora_alpha=max(alphas.values()), **how)
 
 
 def copy_companions(arguments: Arguments, folder: str) -> None:
@@ -329,12 +327,9 @@ def make_trainer(arguments: Arguments) -> FineTuner:
     with arguments.main_process_first(desc="the data"):
         rows, held_out = load_rows(arguments)
     processor, model = load_processor_and_model(arguments)
+    train, held_out = (None if part is None else Captions(part, arguments) for part in (rows, held_out))
     return FineTuner(
-        model=model,
-        args=arguments,
-        train_dataset=Captions(rows, arguments),
-        eval_dataset=None if held_out is None else Captions(held_out, arguments),
-        processing_class=processor,
+        model=model, args=arguments, train_dataset=train, eval_dataset=held_out, processing_class=processor
     )
 
 

@@ -8,13 +8,10 @@
     python examples/search.py page                          # the same in a browser, on this machine only
 
 The default model is the tiny checkpoint of this repository, which knows emoji; for the published 14B add
-`--model PATH_OR_ID`. The index is in `.cache/search` of the clone, or in `--index`, and can hold any number of folders.
-The folders themselves are only read. A file is an image by its name or its first bytes; of an animation the first frame
-counts.
-
-An interrupted or killed run loses at most the last ten seconds of work; the same command continues. Files that are
-damaged, too large or no images do not stop it: `problems` lists them with the reason. An index belongs to one model and
-one `--crop`; search_index.py says how it is kept.
+`--model PATH_OR_ID`. The index is in `.cache/search` of the clone, or in `--index`; it can hold any number of folders,
+but only one model and one `--crop`. The folders themselves are only read. A file is an image by its name or its first
+bytes; of an animation the first frame counts. An interrupted run loses at most the last ten seconds of work; the same
+command continues. Files that cannot be read do not stop it: `problems` lists them with the reason.
 """
 
 import argparse
