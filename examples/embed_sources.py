@@ -1,4 +1,4 @@
-"""Lists and reads the input of embed_dataset.py: folders, Parquet files and WebDataset tars, in shards of bounded size.
+"""Reads the input of embed_dataset.py: folders, Parquet files and WebDataset tars, in shards of bounded size.
 
 A shard is a range of rows of a Parquet file, or a whole tar. A folder is listed in a Parquet file of paths, written
 once, so that a resumed run reads the same rows. All paths are fsspec URLs, also on the local disk: `file:///...`.

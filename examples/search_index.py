@@ -1,4 +1,4 @@
-"""Indexes and searches images, for search.py; other programs may import it.
+"""Keeps the searchable index of search.py; other programs may import it.
 
     index = Index(".cache/search")
     embedder = Embedder(".", "tiny")
