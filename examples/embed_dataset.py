@@ -138,14 +138,11 @@ def check_numbers(options: argparse.Namespace) -> None:
     def option(name: str) -> str:
         return f"`--{name.replace('_', '-')}`"
 
-    for name in ("batch_size", "shard_rows", "cpus_per_model", "models", "decoders", "max_new_tokens", "num_beams",
-                 "sample_rows", "gpus_per_model"):  # fmt: skip
-        value, least = getattr(options, name), 0 if name == "gpus_per_model" else 1
-        if value is not None and value < least:
+    for name, value in vars(options).items():
+        least = 0 if name == "gpus_per_model" else 1
+        if type(value) is int and value < least:  # not a bool
             raise ValueError(f"{option(name)} must be at least {least}, got {value}.")
-    for name in ("object_store_gb", "stall_minutes", "price_per_hour", "mfu", "price_per_gpu_hour"):
-        value = getattr(options, name)
-        if value is not None and not 0 < value < math.inf:
+        if isinstance(value, float) and not 0 < value < math.inf:
             raise ValueError(f"{option(name)} must be a positive number, got {value}.")
     for name, other in (("price_per_hour", "dry_run"), ("h100", "dry_run"), ("mfu", "h100"), ("measured", "h100"),
                         ("price_per_gpu_hour", "h100")):  # fmt: skip

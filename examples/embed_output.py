@@ -16,6 +16,7 @@ import embed_sources
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 from transformers import AutoConfig
 
 SETTINGS = (
@@ -34,7 +35,7 @@ class Output:
     def __init__(self, url: str, storage_options: dict):
         self.url = url.rstrip("/")
         self.system, self.root = fsspec.core.url_to_fs(self.url, **storage_options)
-        self.is_local = isinstance(self.system, fsspec.implementations.local.LocalFileSystem)
+        self.is_local = isinstance(self.system, LocalFileSystem)
 
     def write(self, name: str, data: bytes) -> None:
         path = f"{self.root}/{name}"

@@ -63,7 +63,7 @@ def list_input(options: Any) -> Listing:
     system, root = fsspec.core.url_to_fs(options.data, **options.storage_options)
     infos = system.glob(root, detail=True) if "*" in root else system.find(root, detail=True)
     # fsspec describes a single file on the web by an empty dict.
-    sizes = {path: info.get("size") or 0 for path, info in sorted(infos.items()) if info.get("type", "file") == "file"}
+    sizes = {path: info.get("size") or 0 for path, info in sorted(infos.items()) if info.get("type") != "directory"}
     if not sizes:
         raise ValueError(f"`--data` must be a file, a folder or a pattern with `*`, got nothing in {options.data!r}.")
     source = options.source if options.source != "auto" else guess_source(list(sizes), options.data)

@@ -652,8 +652,10 @@ def test_the_version_of_a_folder_is_that_of_the_models_own_files(options, traine
     before = embed_output.model_version(given)
     (folder / "my_script.py").write_text("1")
     assert embed_output.model_version(given) == before
-    (folder / "modeling_internvl.py").write_text("1")
-    assert embed_output.model_version(given) != before
+    for name in ("modeling_internvl.py", "images_internvl.py", "modeling_qllama.py", "configuration_intern_vit.py"):
+        (folder / name).write_text("1")
+        assert embed_output.model_version(given) != before
+        before = embed_output.model_version(given)
 
 
 def test_rows_of_tars_are_estimated_from_how_far_was_read(options, tmp_path):
