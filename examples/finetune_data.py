@@ -125,7 +125,7 @@ class Collator:
 
     def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
         own, first = examples[self.own], {}
-        things = torch.tensor([first.setdefault(example.text, row) for row, example in enumerate(examples)])
+        groups = torch.tensor([first.setdefault(example.text, row) for row, example in enumerate(examples)])
         if len(first) == 1:
             raise ValueError(f"A batch must hold two different texts, got {len(examples)} times {own[0].text!r}.")
         texts = self.processor(text=[example.text for example in examples], task="match")
@@ -140,11 +140,11 @@ class Collator:
             "summarize_attention_mask": summaries.attention_mask,
             "all_input_ids": texts.input_ids,
             "all_attention_mask": texts.attention_mask,
-            "scores": self.noise(own, len(examples)).masked_fill(things[self.own, None] == things, -torch.inf),
+            "scores": self.noise(own, len(examples)).masked_fill(groups[self.own, None] == groups, -torch.inf),
             "caption_share": lengths[self.own].sum() / lengths.sum() * self.arguments.world_size,
             **self.caption_tokens(own, batch_ids=texts.input_ids[self.own], lengths=lengths[self.own]),
         }
-        return batch | ({"image_ids": things[self.own]} if self.arguments.objective == "retrieval" else {})
+        return batch | ({"image_ids": groups[self.own]} if self.arguments.objective == "retrieval" else {})
 
     def caption_tokens(self, own: list[Example], batch_ids: torch.Tensor, lengths: torch.Tensor) -> dict:
         """`<s> PROMPT TEXT </s>`, with labels for the text and `</s>`."""
