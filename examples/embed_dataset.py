@@ -31,7 +31,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,6 @@ from transformers.utils import logging as transformers_logging
 MAX_TASKS = 10_000  # with more shards a task reads several
 MAX_CALLS = 1000  # of a worker process
 SAMPLED_SHARDS = 4
-say = partial(print, flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------- options
@@ -317,6 +315,10 @@ def embed_all(shards: list[dict], options: argparse.Namespace, output: Output, t
             say(f"{reason}\nStarting again on what is left of the cluster.")
         finally:
             writer.finish()
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------ the result
