@@ -1,6 +1,6 @@
 """Fine-tune InternVL on images with captions, with transformers' Trainer.
 
-    python examples/finetune.py --model . --subfolder tiny --data FOLDER --output_dir out --bf16 --train lora
+    python examples/finetune.py --model . --subfolder tiny --data FOLDER --output_dir out --bf16 --train heads
     accelerate launch examples/finetune.py ...                                      # several GPUs (DDP)
     accelerate launch --config_file examples/fsdp2.yaml examples/finetune.py ...    # sharded weights (FSDP2)
 

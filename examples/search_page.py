@@ -127,7 +127,7 @@ def make_page(searcher: Searcher) -> gr.Blocks:
             with gr.Column(scale=2):
                 with gr.Row():
                     mode = gr.Radio(MODES, value=MODES[0], label="Mode", elem_id="mode")
-                    rerank = gr.Checkbox(label="Re-rank: compare the best with the words", elem_id="rerank")
+                    rerank = gr.Checkbox(label="Re-rank the best", elem_id="rerank")
                 with gr.Row():
                     labels = gr.Textbox(label="Labels, then Enter", placeholder="panda, 狐狸, すし", elem_id="labels")
                     k = gr.Slider(1, 60, value=12, step=1, label="How many", elem_id="k")
