@@ -129,17 +129,16 @@ class Embed:
     def __call__(self, batch: dict) -> dict:
         start = time.perf_counter()
         errors = [error | {"source": batch["source"]} for error in json.loads(batch["errors"])]
-        table, embedded = b"", 0
+        encoded = b""
         if batch["inputs"]:
-            columns = self.columns(safetensors.torch.load(batch["inputs"]))
-            columns = {"id": list(batch["ids"]), "source": [batch["source"]] * len(batch["ids"]), **columns}
+            columns = {"id": list(batch["ids"]), "source": [batch["source"]] * len(batch["ids"])}
+            columns |= self.columns(safetensors.torch.load(batch["inputs"]))
             table, bad = table_of(columns, FLOATS[self.options.embeddings])
-            errors, embedded, table = errors + bad, len(table), as_bytes(table)
+            errors, encoded = errors + bad, as_bytes(table)
         end = time.perf_counter()
         waited, self.ended = None if self.ended is None else start - self.ended, end
         found = {name: batch[name] for name in ("shard", "chunk", "rows", "end", "decoded")}
-        found |= {"embedded": embedded, "table": table, "errors": json.dumps(errors)}
-        return found | {"waited": waited, "worked": end - start}
+        return found | {"table": encoded, "errors": json.dumps(errors), "waited": waited, "worked": end - start}
 
     @torch.inference_mode()
     def columns(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
