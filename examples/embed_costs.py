@@ -1,6 +1,6 @@
-"""What a run of examples/embed_dataset.py will take: from a sample on these machines, and by arithmetic on H100s.
+"""Estimates what a run of embed_dataset.py takes: from a sample on these machines, and by arithmetic on H100s.
 
-benchmarks/embed_dataset.py imports this module too.
+Other programs may import it; benchmarks/embed_dataset.py does.
 """
 
 import argparse
@@ -23,8 +23,11 @@ H100_FLOPS = 989e12
 def estimate(shards: list[dict], batches: list[dict], options: argparse.Namespace) -> dict[str, Any]:
     """
     Args:
-        shards: the whole input.
-        batches: what became of the rows of the sample.
+        shards: of the whole input.
+        batches: the results of the sample.
+
+    Raises:
+        ValueError: the sample has no rows, or only errors.
     """
     rows = sum(batch["rows"] for batch in batches)
     if not rows:
@@ -33,35 +36,25 @@ def estimate(shards: list[dict], batches: list[dict], options: argparse.Namespac
     reasons = [f"{number} times: {reason[:120]}" for reason, number in Counter(errors).most_common(5)]
     if len(errors) == rows:
         raise ValueError(f"Nothing in the sample of {rows} rows can be embedded: {'; '.join(reasons)}.")
-    # An actor's first batch also warms it up, and if it is all there is, that is said by `warm`.
-    warm = [batch for batch in batches if batch["waited"] is not None and batch["rows"]]
-    steady = warm or [batch for batch in batches if batch["rows"]]
-    model_rate = sum(batch["rows"] for batch in steady) / sum(batch["worked"] for batch in steady)
+    # The first batch of an actor includes its warm-up; a small sample may have no other.
+    filled = [batch for batch in batches if batch["rows"]]
+    warm = [batch for batch in filled if batch["waited"] is not None]
+    model_rate = sum(batch["rows"] for batch in warm or filled) / sum(batch["worked"] for batch in warm or filled)
     decode_rate = rows / sum(batch["decoded"] for batch in batches)
     total, is_counted = total_rows(shards, batches)
     rate = min(model_rate * options.pool, decode_rate * options.tasks)
-    return {
-        "sample": rows,
-        "errors": len(errors),
-        "reasons": reasons,
-        "rows": total,
-        "is_counted": is_counted,
-        "is_warm": bool(warm),
-        "model_rate": model_rate,
-        "models": options.pool,
-        "decode_rate": decode_rate,
-        "decoders": options.tasks,
-        "rate": rate,
-        "hours": total / rate / 3600,
-        "output_bytes": total * sum(len(batch["table"]) for batch in batches) / rows,
-    }
+    sizes = {"rows": total, "output_bytes": total * sum(len(batch["table"]) for batch in batches) / rows}
+    rates = {"model_rate": model_rate, "decode_rate": decode_rate, "rate": rate, "hours": total / rate / 3600}
+    flags = {"is_counted": is_counted, "is_warm": bool(warm)}
+    counts = {"sample": rows, "errors": len(errors), "models": options.pool, "decoders": options.tasks}
+    return {"reasons": reasons, **sizes, **rates, **flags, **counts}
 
 
 def total_rows(shards: list[dict], batches: list[dict]) -> tuple[int, bool]:
-    """Counted where files say how many rows they have; for tars by their bytes, as many to a row as in the sample."""
+    """The number of rows, and whether it is exact; for tars it follows from their bytes and the sample's rows."""
     if all(shard["stop"] is not None for shard in shards):
         return sum(shard["stop"] - shard["start"] for shard in shards), True
-    read: dict[int, int] = {}  # how far into each tar
+    read: dict[int, int] = {}  # bytes of each tar
     for batch in batches:
         read[batch["shard"]] = max(read.get(batch["shard"], 0), batch["end"])
     rows = sum(batch["rows"] for batch in batches)
@@ -70,18 +63,17 @@ def total_rows(shards: list[dict], batches: list[dict]) -> tuple[int, bool]:
 
 def lines(found: dict[str, Any], options: argparse.Namespace) -> list[str]:
     how = "counted" if found["is_counted"] else "estimated from the bytes of the sample; compressed tars have more"
-    warm = "" if found["is_warm"] else ", warming up included"
+    warm = "" if found["is_warm"] else ", including warm-up"
     if warm and found["sample"] < found["rows"]:
-        warm += ": take a larger `--sample-rows`"
+        warm += ": use a larger `--sample-rows`"
+    limit = "models" if found["rate"] == found["model_rate"] * found["models"] else "decoders"
     text = [
         f"sample: {found['sample']} rows, {found['errors']} of them errors",
         *(f"  {reason}" for reason in found["reasons"]),
         f"rows: {found['rows']:,} ({how})",
         f"model: {found['model_rate']:.1f} rows/s each, {found['models']} of them{warm}",
-        f"reading and decoding: {found['decode_rate']:.1f} rows/s each CPU, {found['decoders']} of them",
-        f"time: {found['hours']:.2f} hours at {found['rate']:.1f} rows/s, which the "
-        + ("models" if found["rate"] == found["model_rate"] * found["models"] else "decoders")
-        + " allow",
+        f"reading and decoding: {found['decode_rate']:.1f} rows/s per CPU, {found['decoders']} CPUs",
+        f"time: {found['hours']:.2f} hours at {found['rate']:.1f} rows/s, which the {limit} allow",
         f"output: {found['output_bytes'] / 1e9:.3f} GB before compression",
     ]
     if options.price_per_hour:
@@ -91,8 +83,8 @@ def lines(found: dict[str, Any], options: argparse.Namespace) -> list[str]:
 
 
 def on_h100s(modes: list[str], mfu: float, embeddings: str) -> dict[str, float]:
-    """The arithmetic for a billion pictures in the published model; `mfu` is an assumption."""
-    flops = picture_flops(modes)
+    """The arithmetic for a billion images with the published model; `mfu` is an assumption."""
+    flops = image_flops(modes)
     rate = H100_FLOPS * mfu / flops
     hours = BILLION / rate / 3600
     return {"flops": flops, "rate": rate, "hours": hours, "bytes": embedding_bytes(modes, embeddings) * BILLION}
@@ -101,7 +93,7 @@ def on_h100s(modes: list[str], mfu: float, embeddings: str) -> dict[str, float]:
 def measured_card(file: Path, modes: set[str]) -> tuple[str, float]:
     """
     The name of the card that benchmarks/gpu.py measured, and the most images a second that it embedded. Of two modes
-    InternVL-G counts: it runs the vision tower too, and what InternVL-C adds is a head of less than 1 %.
+    InternVL-G counts: it also runs the vision tower, and the head that InternVL-C adds is less than 1 % of the work.
 
     Raises:
         ValueError: a file of another kind, of a small or simulated run, or without such images.
@@ -110,8 +102,8 @@ def measured_card(file: Path, modes: set[str]) -> tuple[str, float]:
     try:
         results = json.loads(file.read_text("utf-8"))
         machine, rows = results["machine"], results["steps"]["images"]["rows"]
-        rates = [row["a second"] for row in rows if row["work"] == mode and "transformers" not in row["way"]
-                 and "a second" in row]  # fmt: skip
+        rows = [row for row in rows if row["work"] == mode and "transformers" not in row["way"]]
+        rates = [row["a second"] for row in rows if "a second" in row]
         if machine["tiny"] or machine["simulated"] or not rates:
             raise ValueError(f"it has no images of {mode} at full size")
         return machine["device"], max(rates)
@@ -121,35 +113,33 @@ def measured_card(file: Path, modes: set[str]) -> tuple[str, float]:
 
 
 def h100_lines(decode_rate: float, options: argparse.Namespace) -> list[str]:
-    """A billion pictures on cards: as measured, or by arithmetic with all that it assumes."""
+    """A billion images: as measured on a card, or by arithmetic with all its assumptions."""
     modes = " and ".join(options.mode)
     if options.card:
         name, rate = options.card
         text = [
-            f"a billion pictures with the published 14B on {name}s, modes {modes}, as measured on one:",
-            f"  {rate:.0f} pictures/s on a GPU ({options.measured}; the best batch of {max(options.mode)})",
+            f"a billion images with the published 14B on {name}s, modes {modes}, as measured on one:",
+            f"  {rate:.0f} images/s on a GPU ({options.measured}; the best batch of {max(options.mode)})",
         ]
     else:
         found = on_h100s(options.mode, options.mfu, options.embeddings)
         tera, rate = found["flops"] / 1e12, found["rate"]
         text = [
-            f"a billion pictures with the published 14B on H100s, modes {modes}, by arithmetic:",
-            f"  {tera:.2f} TFLOP a picture of 224 x 224, counted in one pass of the published config",
+            f"a billion images with the published 14B on H100s, modes {modes}, by arithmetic:",
+            f"  {tera:.2f} TFLOP per image of 224 x 224, counted in one pass with the published config",
             f"  {H100_FLOPS / 1e12:.0f} TFLOPS (data sheet, bfloat16, dense) x {options.mfu:g} (`--mfu`, your "
-            f"assumption) / {tera:.2f} TFLOP = {rate:.0f} pictures/s on a GPU",
+            f"assumption) / {tera:.2f} TFLOP = {rate:.0f} images/s on a GPU",
         ]
     hours = BILLION / rate / 3600
     text += [
-        f"  1e9 / {rate:.0f} pictures/s = {hours:,.0f} GPU-hours: {hours / 8 / 24:.1f} days on 8, "
+        f"  1e9 / {rate:.0f} images/s = {hours:,.0f} GPU-hours: {hours / 8 / 24:.1f} days on 8, "
         f"{hours / 64 / 24:.1f} on 64",
-        f"  {rate / decode_rate:.1f} CPUs like these decode for one GPU",
+        f"  one GPU needs {rate / decode_rate:.1f} CPUs like these to decode",
         f"  output: {embedding_bytes(options.mode, options.embeddings) * BILLION / 1e12:.2f} TB of embeddings",
     ]
     if options.price_per_gpu_hour:
-        price = options.price_per_gpu_hour
-        text.append(
-            f"  cost: {hours:,.0f} GPU-hours x {price:g} = {hours * price:,.0f}, without CPUs, storage, transfer"
-        )
+        cost = f"{hours:,.0f} GPU-hours x {options.price_per_gpu_hour:g} = {hours * options.price_per_gpu_hour:,.0f}"
+        text.append(f"  cost: {cost}, without CPUs, storage and transfer")
     return text
 
 
@@ -158,8 +148,8 @@ def embedding_bytes(modes: list[str], embeddings: str) -> int:
     return width * len(modes) * (2 if embeddings == "float16" else 4)
 
 
-def picture_flops(modes: list[str]) -> int:
-    """Of matrix products and convolutions for a picture, counted without weights; modes share the vision tower."""
+def image_flops(modes: list[str]) -> int:
+    """FLOPs of the matrix products and convolutions for an image, counted without weights; modes share a tower."""
     config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
     config.vision_config.use_flash_attn = False
     size = config.vision_config.image_size

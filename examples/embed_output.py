@@ -1,4 +1,4 @@
-"""What examples/embed_dataset.py writes: parts that are there whole or not at all, and the manifest of the run."""
+"""Writes the output of embed_dataset.py: parts that are there whole or not at all, and the manifest of all runs."""
 
 import argparse
 import hashlib
@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -16,42 +16,43 @@ import embed_sources
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 from transformers import AutoConfig
 
 SETTINGS = (
     "model", "subfolder", "model_version", "dtype", "embed", "mode", "crop", "embeddings", "truncate", "batch_size",
     "prompt", "max_new_tokens", "num_beams", "data", "source", "shard_rows", "image_column", "text_column", "id_column",
 )  # fmt: skip
-MODULES = ("configuration", "modeling", "processing", "tokenization")  # what the names of a model's files begin with
+MODULES = ("*_internvl.py", "*_intern_vit.py", "*_qllama.py")
 PACKAGES = ("torch", "transformers", "ray", "pyarrow", "pillow", "safetensors")
 ERRORS = pa.schema([("id", pa.string()), ("source", pa.string()), ("reason", pa.string())])
 WRITERS = 8
 
 
-# ---------------------------------------------------------------------------------------------------------- output
-
-
 class Output:
-    """The folder that is written. A file is there whole or not at all."""
+    """The output folder. A file is there whole or not at all."""
 
     def __init__(self, url: str, storage_options: dict):
         self.url = url.rstrip("/")
         self.system, self.root = fsspec.core.url_to_fs(self.url, **storage_options)
-        self.is_local = "file" in (self.system.protocol if isinstance(self.system.protocol, tuple) else ())
+        self.is_local = isinstance(self.system, LocalFileSystem)
 
     def write(self, name: str, data: bytes) -> None:
         path = f"{self.root}/{name}"
         if not self.is_local:
-            self.system.pipe_file(path, data)  # an object store shows an object when all of it has come
+            self.system.pipe_file(path, data)  # an object store shows an object when it is complete
             return
         folder, _, base = path.rpartition("/")
         os.makedirs(folder, exist_ok=True)
-        hidden = f"{folder}/.{base}.{uuid.uuid4().hex}.tmp"  # what readers of folders of Parquet files leave out
+        hidden = f"{folder}/.{base}.{uuid.uuid4().hex}.tmp"  # readers of folders of Parquet files skip hidden files
         with open(hidden, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(hidden, path)
+
+    def write_json(self, name: str, content: dict) -> None:
+        self.write(name, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
     def write_table(self, name: str, table: pa.Table, **how: Any) -> None:
         sink = pa.BufferOutputStream()
@@ -81,28 +82,28 @@ class Output:
             self.system.rm_file(f"{self.root}/{name}")
 
     def footer(self, name: str) -> tuple[int, dict[str, int]]:
-        """How many rows a part has, and the counts that were written with it."""
+        """The number of rows of a part, and the counts that were written with it."""
         with self.system.open(f"{self.root}/{name}", "rb") as file:
             metadata = pq.ParquetFile(file).metadata
         counts = (metadata.metadata or {}).get(b"counts", b"{}")
         return metadata.num_rows, json.loads(counts)
 
     def remove_leftovers(self) -> None:
-        """Hidden files of runs that were killed while they wrote."""
+        """Remove the hidden files of runs that were killed while writing."""
         for kind in ("", "embeddings", "errors") if self.is_local else ():
             for path in Path(self.root, kind).glob(".*.tmp"):
                 path.unlink()
+
+
+# ----------------------------------------------------------------------------------------------------------- parts
 
 
 def part(kind: str, shard: int) -> str:
     return f"{kind}/part-{shard:08}.parquet"
 
 
-# ------------------------------------------------------------ the parts
-
-
 class Writer:
-    """Collects the batches of each shard, which come in any order, and writes it when all are there."""
+    """Collects the batches of each shard, which arrive in any order, and writes the shard when it is complete."""
 
     def __init__(self, output: Output, schema: pa.Schema):
         self.output, self.schema, self.open, self.pool = output, schema, {}, ThreadPoolExecutor(WRITERS)
@@ -119,38 +120,39 @@ class Writer:
         in_order = [batches[chunk] for chunk in range(last)]
         self.pending.append(self.pool.submit(write_part, self.output, self.schema, batch["shard"], in_order))
         while len(self.pending) > 2 * WRITERS or (self.pending and self.pending[0].done()):
-            self.pending.pop(0).result()
-            self.written += 1
+            self.finish_first()
+
+    def finish_first(self) -> None:
+        self.pending.pop(0).result()
+        self.written += 1
 
     def finish(self) -> None:
         self.pool.shutdown()
-        for future in self.pending:
-            future.result()
-            self.written += 1
-        self.pending = []
+        while self.pending:
+            self.finish_first()
 
 
 def write_part(output: Output, schema: pa.Schema, shard: int, batches: list[dict]) -> None:
-    """Errors first: with the embeddings the shard is done."""
+    """Write the errors first, because the embeddings mark the shard as done."""
     tables = [pa.ipc.open_stream(batch["table"]).read_all() for batch in batches if batch["table"]]
     errors = [error for batch in batches for error in json.loads(batch["errors"])]
-    table = pa.concat_tables([schema.empty_table(), *tables])  # with its columns, even if all rows are errors
+    table = pa.concat_tables([schema.empty_table(), *tables])  # has its columns even if all rows are errors
     counts = {"rows": sum(batch["rows"] for batch in batches), "errors": len(errors)}
     if len(table) + len(errors) != counts["rows"]:
         raise RuntimeError(f"Shard {shard}: {len(table)} rows and {len(errors)} errors of {counts['rows']} rows.")
     if errors:
         output.write_table(part("errors", shard), pa.Table.from_pylist(errors, ERRORS))
     else:
-        output.remove(part("errors", shard))  # of an attempt that had some
+        output.remove(part("errors", shard))  # of an earlier attempt
     output.write_table(part("embeddings", shard), table.replace_schema_metadata({"counts": json.dumps(counts)}))
 
 
-def check_counts(shards: list[dict], output: Output) -> dict:
+def check_counts(shards: list[dict], output: Output) -> dict[str, int]:
     """
-    Read the footers of all parts.
+    Count the rows in the footers of all parts.
 
     Raises:
-        RuntimeError: a part is missing or one too many, or rows in are not rows out and errors.
+        RuntimeError: parts are missing or too many, or input rows differ from output rows + errors.
     """
     wanted, parts, errors = {s["shard"]: s for s in shards}, output.parts("embeddings"), output.parts("errors")
     if parts != set(wanted) or not errors <= parts:
@@ -158,7 +160,7 @@ def check_counts(shards: list[dict], output: Output) -> dict:
             f"{output.url} must have {len(wanted)} parts, got others: {sorted(parts ^ set(wanted))[:5]}."
         )
 
-    def of_part(shard: int) -> tuple[int, int, int]:
+    def count(shard: int) -> tuple[int, int, int]:
         out, counts = output.footer(part("embeddings", shard))
         bad = output.footer(part("errors", shard))[0] if shard in errors else 0
         rows = known_rows([wanted[shard]])
@@ -168,11 +170,11 @@ def check_counts(shards: list[dict], output: Output) -> dict:
         return rows, out, bad
 
     with ThreadPoolExecutor(WRITERS) as pool:
-        totals = [sum(column) for column in zip(*pool.map(of_part, wanted))]
+        totals = [sum(column) for column in zip(*pool.map(count, wanted))]
     return dict(zip(("rows", "embedded", "errors"), totals))
 
 
-def reasons(output: Output, most: int = 5) -> Iterable[str]:
+def first_errors(output: Output, most: int = 5) -> Iterator[str]:
     for shard in sorted(output.parts("errors"))[:1]:
         for row in output.read_table(part("errors", shard)).slice(0, most).to_pylist():
             yield f"  {row['id']}: {row['reason'][:120]}"
@@ -182,7 +184,7 @@ def reasons(output: Output, most: int = 5) -> Iterable[str]:
 
 
 def model_version(options: argparse.Namespace) -> str:
-    """The commit of an id on the Hub; of a folder a hash of its weights, settings and modules."""
+    """The commit of a Hub id; for a folder a hash of its weights, settings and modules."""
     folder = Path(options.model)
     if not folder.is_dir():
         where = {"revision": options.revision, "subfolder": options.subfolder, "trust_remote_code": True}
@@ -193,11 +195,10 @@ def model_version(options: argparse.Namespace) -> str:
     if options.revision:
         raise ValueError(f"`--revision` is for an id on the Hub, got it with the folder {options.model!r}.")
     whole = hashlib.sha256()
-    files = [
-        path for path in (folder / options.subfolder).iterdir() if path.suffix in (".safetensors", ".json", ".model")
-    ]
-    # In a clone scripts of one's own may lie beside the model's modules.
-    modules = [path for kind in MODULES for path in folder.glob(f"{kind}_*.py")]
+    kinds = (".safetensors", ".json", ".model")
+    files = [path for path in (folder / options.subfolder).iterdir() if path.suffix in kinds]
+    # A clone may also hold the user's own scripts, which are not the model's.
+    modules = [path for pattern in MODULES for path in folder.glob(pattern)]
     for path in sorted([*files, *modules]):
         with path.open("rb") as file:
             whole.update(f"{path.relative_to(folder)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
@@ -216,56 +217,44 @@ def hash_of(*tables: pa.Table | None) -> str:
 
 
 def begin(options: argparse.Namespace, output: Output) -> tuple[dict, list[dict]]:
-    """The manifest and all shards: those of the run that was begun in this folder, or of a new one."""
+    """The manifest and all shards: of the earlier run in this folder, or of a new one."""
     settings = {name: getattr(options, name) for name in SETTINGS}
     written = output.read("manifest.json")
-    if written is None:
-        listing = embed_sources.list_input(options)
-        manifest = {
-            "settings": settings | {"source": listing.source},
-            "input": {
-                "shards": len(listing.shards),
-                "rows": known_rows(listing.shards.to_pylist()),
-                "left_out": listing.left_out,
-                "sha256": hash_of(listing.shards, listing.files),
-            },
-            "runs": [],
-        }
-        shards = listing.shards.to_pylist()
-        if not options.dry_run:
-            if output.parts("embeddings"):
-                raise ValueError(f"`--output` must be empty or a run's, got parts without a manifest: {output.url!r}.")
-            if listing.files is not None:
-                output.write_table("files.parquet", listing.files, row_group_size=options.shard_rows)
-            output.write_table("shards.parquet", listing.shards)
-            write_manifest(output, manifest)
-        elif listing.files is not None:  # the sample's part of the list travels with it
-            options.files = listing.files
-    else:
+    if written is not None:
         manifest = json.loads(written)
-        settings["source"] = manifest["settings"]["source"] if options.source == "auto" else options.source
-        check_same(manifest["settings"], settings, output)
-        shards = output.read_table("shards.parquet")
-        files = output.read_table("files.parquet") if settings["source"] == "folder" else None
-        if hash_of(shards, files) != manifest["input"]["sha256"]:
-            raise ValueError(f"`--output` has a listing that is not its manifest's: {output.url!r}.")
-        shards = shards.to_pylist()
-    options.kind = manifest["settings"]["source"]
+        options.kind = manifest["settings"]["source"]
+        settings["source"] = options.kind if options.source == "auto" else options.source
+        check_same(manifest["settings"], settings)
+        names = ("shards.parquet", "files.parquet") if options.kind == "folder" else ("shards.parquet",)
+        tables = [output.read_table(name) for name in names]
+        if hash_of(*tables) != manifest["input"]["sha256"]:
+            raise ValueError(f"`--output` has a listing that does not belong to its manifest: {output.url!r}.")
+        return manifest, tables[0].to_pylist()
+    listing = embed_sources.list_input(options)
+    options.kind, shards = listing.source, listing.shards.to_pylist()
+    about = {"shards": len(shards), "rows": known_rows(shards), "left_out": listing.left_out}
+    about["sha256"] = hash_of(listing.shards, listing.files)
+    manifest = {"settings": settings | {"source": listing.source}, "input": about, "runs": []}
+    if options.dry_run:
+        options.files = listing.files
+        return manifest, shards
+    if output.parts("embeddings"):
+        raise ValueError(f"`--output` must be empty or a run's, got parts without a manifest: {output.url!r}.")
+    if listing.files is not None:
+        output.write_table("files.parquet", listing.files, row_group_size=options.shard_rows)
+    output.write_table("shards.parquet", listing.shards)
+    output.write_json("manifest.json", manifest)
     return manifest, shards
 
 
-def check_same(before: dict, now: dict, output: Output) -> None:
-    same = [name for name in SETTINGS if name != "model"]  # which may lie elsewhere: its version counts
+def check_same(before: dict, now: dict) -> None:
+    same = [name for name in SETTINGS if name != "model"]  # a model may move: its version counts
     different = [name for name in same if before[name] != now[name]]
     if different:
         changes = "; ".join(f"{name}: {before[name]!r}, now {now[name]!r}" for name in different)
-        raise ValueError(f"`--output` was begun with other settings, go on with the same or take another: {changes}.")
-
-
-def write_manifest(output: Output, manifest: dict) -> None:
-    output.write("manifest.json", (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+        raise ValueError(f"`--output` was begun with other settings; use the same, or another folder: {changes}.")
 
 
 def known_rows(shards: list[dict]) -> int | None:
-    """How many rows there are; nobody knows of tars."""
+    """The number of rows; None with tars, where it is unknown."""
     return None if any(shard["stop"] is None for shard in shards) else sum(s["stop"] - s["start"] for s in shards)

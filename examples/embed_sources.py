@@ -1,16 +1,13 @@
-"""What examples/embed_dataset.py reads: folders, Parquet files and WebDataset tars, in shards of bounded size.
+"""Reads the input of embed_dataset.py: folders, Parquet files and WebDataset tars, in shards of bounded size.
 
-A shard is a range of rows of a Parquet file, or a whole tar. A folder becomes a Parquet file too, of paths, which is
-written once: whoever resumes reads the same rows. All paths are URLs of fsspec, on the disk too: `file:///...`.
+A shard is a range of rows of a Parquet file, or a whole tar. A folder is listed in a Parquet file of paths, written
+once, so that a resumed run reads the same rows. All paths are fsspec URLs, also on the local disk: `file:///...`.
 """
 
-import io
 import json
 import re
-import struct
 import tarfile
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,31 +15,23 @@ from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
+import decoding
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, UnidentifiedImageError
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 ENDINGS = {"parquet": (".parquet", ".pq"), "webdataset": (".tar", ".tar.gz", ".tgz")}
-# What the readers of pictures, tars and pages raise for damaged ones.
-DAMAGED = (
-    OSError, ValueError, ArithmeticError, EOFError, LookupError, MemoryError, RuntimeError, SyntaxError, TypeError,
-    struct.error, zlib.error, tarfile.TarError, Image.DecompressionBombError,
-)  # fmt: skip
-MAX_PIXELS, MAX_ASPECT = 178_000_000, 50  # a narrow picture grows without bound when its shorter side is resized
+DAMAGED = (*decoding.DAMAGED, tarfile.TarError)
 ATTEMPTS, CONNECTIONS = 3, 16
-GONE = (FileNotFoundError, PermissionError, IsADirectoryError)  # trying again does not help
+PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError)  # trying again does not help
 SHARDS = pa.schema([("shard", pa.int64()), ("path", pa.string()), ("name", pa.string()), ("start", pa.int64()),
                     ("stop", pa.int64()), ("bytes", pa.int64())])  # fmt: skip
 FILES = pa.schema([("id", pa.string()), ("image", pa.string()), ("text", pa.string())])
 
 
 class Row(NamedTuple):
-    """
-    What was read of a row. `image` is encoded, or the place where it is; `error` says why there is nothing; `end` is
-    the byte of the tar behind it.
-    """
+    """An input row. `image` is encoded, or a URL; `error` says what went wrong; `end` is the byte after it in a tar."""
 
     id: str
     image: Any = None
@@ -52,7 +41,7 @@ class Row(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """The input: its kind, its shards, for a folder its files, and which files are no input, by their ending."""
+    """The input: its kind, its shards, the files of a folder, and how many other files there are by their ending."""
 
     source: str
     shards: pa.Table
@@ -66,98 +55,78 @@ class Listing(NamedTuple):
 def list_input(options: Any) -> Listing:
     """
     Args:
-        options: of examples/embed_dataset.py.
+        options: of embed_dataset.py.
 
     Raises:
-        ValueError: nothing there, several kinds of files, or a column that is missing or of a wrong type.
+        ValueError: there is no input, several kinds of files, or a column is missing or of the wrong type.
     """
     system, root = fsspec.core.url_to_fs(options.data, **options.storage_options)
-    found = {path: info["size"] or 0 for path, info in sorted(find(system, root).items())}
-    if not found:
+    infos = system.glob(root, detail=True) if "*" in root else system.find(root, detail=True)
+    # fsspec describes a single file on the web by an empty dict.
+    sizes = {path: info.get("size") or 0 for path, info in sorted(infos.items()) if info.get("type") != "directory"}
+    if not sizes:
         raise ValueError(f"`--data` must be a file, a folder or a pattern with `*`, got nothing in {options.data!r}.")
-    source = options.source if options.source != "auto" else guess(list(found), options.data)
+    source = options.source if options.source != "auto" else guess_source(list(sizes), options.data)
+    if source != "folder":
+        endings = ENDINGS[source]
+    else:
+        endings = tuple(f".{each}" for each in IMAGES) if options.needs_images else (".txt",)
+    chosen = [path for path in sizes if path.lower().endswith(endings)]
+    if not chosen:
+        raise ValueError(f"`--data` must hold {' or '.join(endings)} files, got none in {options.data!r}.")
     base = root if system.isdir(root) else root.rpartition("/")[0]
     base = base.partition("*")[0].rpartition("/")[0] if "*" in base else base
-
-    def name(path: str) -> str:
-        return path.removeprefix(base).lstrip("/")
-
+    names = {path: path.removeprefix(base).lstrip("/") for path in chosen}
+    used, files = set(chosen), None
     if source == "folder":
-        return list_folder(system, found, name, options)
-    chosen = [path for path in found if path.lower().endswith(ENDINGS[source])]
-    if not chosen:
-        raise ValueError(f"`--data` must hold {' or '.join(ENDINGS[source])} files, got none in {options.data!r}.")
-    with ThreadPoolExecutor(CONNECTIONS) as pool:
-        count = (lambda path: count_rows(system, path, options)) if source == "parquet" else (lambda path: None)
-        counts = list(pool.map(count, chosen))
-    ranges = [
-        {"path": system.unstrip_protocol(path), "name": name(path), "start": start, "stop": stop, "bytes": size}
-        for path, rows in zip(chosen, counts)
-        for start, stop, size in split(rows, options.shard_rows, found[path])
-    ]
-    left_out = Counter(ending(path) for path in found if path not in set(chosen))
-    return Listing(source, numbered(ranges), None, dict(left_out))
+        texts = {path for path in sizes if path.endswith(".txt")} if options.needs_texts else set()
+        used |= texts
+        files = list_files(system, names, texts, options)
+        place = {"path": f"{options.output.rstrip('/')}/files.parquet", "name": options.data}
+        inputs = [(place, len(files), sum(sizes[path] for path in chosen))]
+    else:
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            count = (lambda path: count_rows(system, path, options)) if source == "parquet" else (lambda path: None)
+            counts = list(pool.map(count, chosen))
+        places = [{"path": system.unstrip_protocol(path), "name": names[path]} for path in chosen]
+        inputs = zip(places, counts, [sizes[path] for path in chosen])
+    ranges = [place | each for place, rows, size in inputs for each in split(rows, options.shard_rows, size)]
+    if not ranges:
+        raise ValueError("`--data` must hold rows, got files with none.")
+    shards = pa.Table.from_pylist([{"shard": number, **each} for number, each in enumerate(ranges)], SHARDS)
+    left_out = Counter(PurePosixPath(path).suffix.lower() for path in sizes if path not in used)
+    return Listing(source, shards, files, dict(left_out))
 
 
-def find(system: Any, root: str) -> dict[str, dict]:
-    if "*" in root:
-        return {path: info for path, info in system.glob(root, detail=True).items() if info["type"] == "file"}
-    return system.find(root, detail=True)
-
-
-def ending(path: str) -> str:
-    return PurePosixPath(path).suffix.lower()
-
-
-def guess(paths: list[str], data: str) -> str:
+def guess_source(paths: list[str], data: str) -> str:
     kinds = [kind for kind, endings in ENDINGS.items() if any(path.lower().endswith(endings) for path in paths)]
     if len(kinds) > 1:
-        raise ValueError(f"`--source` must say which files are meant: {data!r} has both, {' and '.join(kinds)}.")
+        raise ValueError(f"`--source` must say which files to read: {data!r} has both {' and '.join(kinds)}.")
     return kinds[0] if kinds else "folder"
 
 
-def split(rows: int | None, size: int, nbytes: int) -> Iterator[tuple[int, int | None, int]]:
-    """Ranges of at most `size` rows with their share of the bytes; a tar, whose rows are not known, is one."""
+def split(rows: int | None, size: int, nbytes: int) -> list[dict]:
+    """Ranges of at most `size` rows with their share of the bytes; a tar, whose number of rows is unknown, is one."""
     if rows is None:
-        yield 0, None, nbytes
-        return
-    for start in range(0, rows, size):
-        stop = min(start + size, rows)
-        yield start, stop, nbytes * (stop - start) // rows
+        return [{"start": 0, "stop": None, "bytes": nbytes}]
+    ranges = [(start, min(start + size, rows)) for start in range(0, rows, size)]
+    return [{"start": start, "stop": stop, "bytes": nbytes * (stop - start) // rows} for start, stop in ranges]
 
 
-def numbered(ranges: list[dict]) -> pa.Table:
-    if not ranges:
-        raise ValueError("`--data` must hold rows, got files with none.")
-    return pa.Table.from_pylist([{"shard": shard, **each} for shard, each in enumerate(ranges)], SHARDS)
-
-
-def list_folder(system: Any, found: dict[str, int], name: Callable[[str], str], options: Any) -> Listing:
-    """Pictures, and the texts beside them: `a/b.png` and `a/b.txt`. For texts alone, those."""
-    endings = {"." + each for each in PICTURES} if options.needs_pictures else {".txt"}
-    texts = {path.removesuffix(".txt") for path in found if path.endswith(".txt")} if options.needs_texts else set()
-    chosen = [path for path in found if ending(path) in endings]
-    if not chosen:
-        raise ValueError(f"`--data` must hold {', '.join(sorted(endings))} files, got none in {options.data!r}.")
+def list_files(system: Any, names: dict[str, str], texts: set[str], options: Any) -> pa.Table:
+    """Images and the texts beside them, such as `a/b.png` and `a/b.txt`; for texts alone only those."""
     rows = []
-    for path in chosen:
-        stem = path.removesuffix(PurePosixPath(path).suffix)
-        text = system.unstrip_protocol(stem + ".txt") if stem in texts else None
-        image = system.unstrip_protocol(path) if options.needs_pictures else None
-        rows.append({"id": name(path), "image": image, "text": text})
-    used = set(chosen) | {path for path in found if path.endswith(".txt") and options.needs_texts}
-    place = {"path": f"{options.output.rstrip('/')}/files.parquet", "name": options.data}
-    size = sum(found[path] for path in chosen)
-    ranges = [
-        {"start": start, "stop": stop, "bytes": share, **place}
-        for start, stop, share in split(len(rows), options.shard_rows, size)
-    ]
-    left_out = Counter(ending(path) for path in found if path not in used)
-    return Listing("folder", numbered(ranges), pa.Table.from_pylist(rows, FILES), dict(left_out))
+    for path, name in names.items():
+        beside = path.removesuffix(PurePosixPath(path).suffix) + ".txt"
+        text = system.unstrip_protocol(beside) if beside in texts else None
+        rows.append(
+            {"id": name, "image": system.unstrip_protocol(path) if options.needs_images else None, "text": text}
+        )
+    return pa.Table.from_pylist(rows, FILES)
 
 
 def count_rows(system: Any, path: str, options: Any) -> int:
-    """From the footer, which also tells whether the columns are there."""
+    """The number of rows in the footer of a Parquet file, whose columns this checks."""
     try:
         with system.open(path, "rb") as file:
             footer = pq.ParquetFile(file)
@@ -165,9 +134,9 @@ def count_rows(system: Any, path: str, options: Any) -> int:
     except pa.ArrowInvalid as error:
         raise ValueError(f"`--data` must hold Parquet files that can be read, got {path}: {error}") from None
     is_string = (pa.types.is_string, pa.types.is_large_string)
-    is_bytes = (pa.types.is_binary, pa.types.is_large_binary)
+    is_image = (pa.types.is_binary, pa.types.is_large_binary, *is_string, pa.types.is_struct)
     for option, column, fitting in (
-        ("image", options.image_column if options.needs_pictures else "", (*is_bytes, *is_string, pa.types.is_struct)),
+        ("image", options.image_column if options.needs_images else "", is_image),
         ("text", options.text_column if options.needs_texts else "", is_string),
         ("id", options.id_column, (*is_string, pa.types.is_integer)),
     ):
@@ -184,25 +153,20 @@ def count_rows(system: Any, path: str, options: Any) -> int:
 
 
 def read_shard(shard: dict, options: Any) -> Iterator[Row]:
-    """All rows of a shard, in an order that is always the same; what cannot be read comes as a row with an error."""
-    if "files" in shard:  # of a dry run, which writes no list
+    """All rows of a shard, always in the same order; a row that cannot be read has an error."""
+    if "files" in shard:  # a dry run writes no list of files
         yield from (Row(**file) for file in json.loads(shard["files"]))
-        return
-    if shard["stop"] is None:
+    elif shard["stop"] is None:
         yield from persistently(lambda: read_tar(shard, options), lambda row: shard["name"], None)
-        return
-    length = shard["stop"] - shard["start"]
-
-    def name(row: int) -> str:
-        return f"{shard['name']}:{shard['start'] + row}"
-
-    yield from persistently(lambda: read_rows(shard, options), name, length)
+    else:
+        name, start, length = shard["name"], shard["start"], shard["stop"] - shard["start"]
+        yield from persistently(lambda: read_rows(shard, options), lambda row: f"{name}:{start + row}", length)
 
 
 def persistently(read: Callable[[], Iterator[Row]], name: Callable[[int], str], length: int | None) -> Iterator[Row]:
     """
-    Rows of `read`, which is begun again where it broke off. If it does not get further, the rows that are missing have
-    errors; of a tar nobody knows how many those are, and it gets one.
+    The rows of `read`, which is called again when it breaks off. If it makes no progress, the missing rows become
+    errors; a tar, whose number of rows is unknown, gets one error.
     """
     seen, failures, reason = 0, 0, "the file has fewer rows than when it was listed"
     while failures < ATTEMPTS:
@@ -213,7 +177,7 @@ def persistently(read: Callable[[], Iterator[Row]], name: Callable[[int], str], 
             break
         except DAMAGED as error:
             reason = f"cannot be read from here on: {type(error).__name__}: {error}"
-            failures = ATTEMPTS if isinstance(error, GONE) else failures + 1
+            failures = ATTEMPTS if isinstance(error, PERMANENT) else failures + 1
             time.sleep(failures % ATTEMPTS)
     else:
         length = seen + 1 if length is None else length
@@ -222,31 +186,27 @@ def persistently(read: Callable[[], Iterator[Row]], name: Callable[[int], str], 
 
 
 def read_rows(shard: dict, options: Any) -> Iterator[Row]:
-    """Rows `start` to `stop` of a Parquet file, of which no more than some pages are in memory."""
+    """Rows `start` to `stop` of a Parquet file, with only a few pages in memory."""
     is_listing = options.kind == "folder"
     names = ("id", "image", "text") if is_listing else (options.id_column, options.image_column, options.text_column)
-    wanted = (bool(names[0]), options.needs_pictures, options.needs_texts)
+    wanted = (bool(names[0]), options.needs_images, options.needs_texts)
     columns = [column if needed else "" for column, needed in zip(names, wanted)]
-    system, path = fsspec.core.url_to_fs(
-        shard["path"], **(options.output_options if is_listing else options.storage_options)
-    )
-    first = 0
-    with system.open(path, "rb") as file:
-        parquet = pq.ParquetFile(file, buffer_size=1 << 20)
+    storage_options = options.output_options if is_listing else options.storage_options
+    with fsspec.open(shard["path"], "rb", **storage_options) as file:
+        parquet, first = pq.ParquetFile(file, buffer_size=1 << 20), 0
         for group in range(parquet.num_row_groups):
             rows = parquet.metadata.row_group(group).num_rows
-            if first < shard["stop"] and first + rows > shard["start"]:
-                batches = parquet.iter_batches(64, row_groups=[group], columns=[each for each in columns if each])
-                for batch in batches:
-                    low, high = max(shard["start"] - first, 0), min(shard["stop"] - first, batch.num_rows)
-                    if low < high:
-                        for index, cells in enumerate(batch.slice(low, high - low).to_pylist(), first + low):
-                            yield row_of([cells.get(column) for column in columns], index, shard, columns)
-                    first += batch.num_rows
-                    if first >= shard["stop"]:
-                        return
-            else:
+            if first + rows <= shard["start"]:
                 first += rows
+                continue
+            for batch in parquet.iter_batches(64, row_groups=[group], columns=[each for each in columns if each]):
+                low, high = max(shard["start"] - first, 0), min(shard["stop"] - first, batch.num_rows)
+                if low < high:
+                    for index, cells in enumerate(batch.slice(low, high - low).to_pylist(), first + low):
+                        yield row_of([cells.get(column) for column in columns], index, shard, columns)
+                first += batch.num_rows
+                if first >= shard["stop"]:
+                    return
 
 
 def row_of(cells: list, index: int, shard: dict, columns: list[str]) -> Row:
@@ -262,7 +222,7 @@ def row_of(cells: list, index: int, shard: dict, columns: list[str]) -> Row:
 
 
 def read_tar(shard: dict, options: Any) -> Iterator[Row]:
-    """Members that follow each other and share their name up to the first dot are one row."""
+    """Consecutive members with the same name up to the first dot are one row."""
     key, members = None, {}
     with (
         fsspec.open(shard["path"], "rb", **options.storage_options) as file,
@@ -290,7 +250,7 @@ def read_tar(shard: dict, options: Any) -> Iterator[Row]:
 def row_of_members(key: str, members: dict[str, Any], options: Any) -> Row:
     if "error" in members:
         return Row(key, error=members["error"])
-    image = next((members[each] for each in PICTURES if each in members), None)
+    image = next((members[each] for each in IMAGES if each in members), None)
     text = members.get("txt")
     try:
         if text is None and "json" in members and options.needs_texts:
@@ -301,10 +261,11 @@ def row_of_members(key: str, members: dict[str, Any], options: Any) -> Row:
 
 
 def fetch(row: Row, options: Any) -> Row:
-    """The row with the bytes that its places stand for."""
+    """The row with the content of its URLs."""
     try:
-        image = read_file(row.image, options) if isinstance(row.image, str) and options.needs_pictures else row.image
-        text = row.text
+        image, text = row.image, row.text
+        if isinstance(image, str) and options.needs_images:
+            image = read_file(image, options)
         if options.kind == "folder" and text is not None:
             text = read_file(text, options).decode()
         return row._replace(image=image, text=text)
@@ -318,27 +279,7 @@ def read_file(url: str, options: Any) -> bytes:
             with fsspec.open(url, "rb", **options.storage_options) as file:
                 return file.read()
         except OSError as error:
-            if attempt == ATTEMPTS or isinstance(error, GONE):
+            if attempt == ATTEMPTS or isinstance(error, PERMANENT):
                 raise
             time.sleep(attempt)
     raise AssertionError
-
-
-def decoded(data: Any) -> Image.Image:
-    """
-    Raises:
-        ValueError: what cannot be decoded.
-    """
-    if data is None:
-        raise ValueError("no picture")
-    try:
-        picture = Image.open(io.BytesIO(data))
-        short, long = sorted(picture.size)
-        if short == 0 or long > MAX_ASPECT * short or short * long > MAX_PIXELS:
-            raise ValueError(f"{picture.size} pixels; at most {MAX_PIXELS}, {MAX_ASPECT} times as long as wide")
-        picture.load()
-    except UnidentifiedImageError:  # its message has an address, and no two would be alike
-        raise ValueError("picture: of no format that Pillow knows, or damaged" if data else "picture: empty") from None
-    except DAMAGED as error:
-        raise ValueError(f"picture: {type(error).__name__}: {str(error)[:200]}") from None
-    return picture

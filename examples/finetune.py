@@ -1,26 +1,26 @@
-"""Fine-tune InternVL on pictures with captions, with transformers' Trainer.
+"""Fine-tune InternVL on images with captions, with transformers' Trainer.
 
-    python examples/finetune.py --model . --subfolder tiny --data FOLDER --output_dir out --bf16 --train lora
+    python examples/finetune.py --model . --subfolder tiny --data FOLDER --output_dir out --bf16 --train heads
     accelerate launch examples/finetune.py ...                                      # several GPUs (DDP)
-    accelerate launch --config_file examples/fsdp2.yaml examples/finetune.py ...    # weights in slices (FSDP2)
+    accelerate launch --config_file examples/fsdp2.yaml examples/finetune.py ...    # sharded weights (FSDP2)
 
-All flags of `TrainingArguments` work beside those of `Arguments` below; `--help` lists them. `make_trainer(arguments)`
-is the same for use from Python.
+All options of `TrainingArguments` work too; `--help` lists them. From Python use `make_trainer(arguments)`.
 
-* A step compares the pictures of one micro-batch of all processes, `per_device_train_batch_size` times their number.
-  Which rows it has, the caption taken of each and the noise that its wrong texts are drawn with follow from `--seed`,
-  the epoch and the row alone. So any number of processes gives the same losses, as long as the product is the same.
-* Process r takes rows r, r + W, ... of the batch: so the first halves of all processes, which matching gives a wrong
-  text, are the first half of the whole. Rows that fill no batch are left out of an epoch, others in every epoch.
+* A step compares the images of one micro-batch of all processes: `per_device_train_batch_size` times their number. Its
+  rows, their captions and the noise that selects wrong texts follow from `--seed`, the epoch and the row alone. So any
+  number of processes gives the same losses if the product is the same.
+* Process r takes rows r, r + W, ... of the batch. Matching gives the first half of each process a wrong text; together
+  these are the first half of the whole batch. Rows that fill no batch are left out of an epoch, others in every epoch.
 * Gradient accumulation averages the losses of several micro-batches. Negatives come from one micro-batch only: a
-  contrast among 8 x 32 pictures is easier than one among 256.
-* What the objective does not use stays frozen: stage 2 has no loss on `clip_projector`, retrieval none on `lm_head`.
+  contrast among 8 x 32 images is easier than one among 256.
+* Weights that the objective does not use stay frozen: stage 2 has no loss on `clip_projector`, retrieval none on
+  `lm_head`.
 """
 
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +34,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, Trainer, TrainingArguments
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import get_last_checkpoint
 
 CLASSES = {"pretraining": "InternVLForPreTraining", "retrieval": "InternVLForRetrieval"}
@@ -42,7 +43,7 @@ UNUSED = {"pretraining": ("clip_projector.",), "retrieval": ("qllama.lm_head.",)
 # The targets of the original's LoRA.
 VISION_TARGETS = r"vision_model\.encoder\.layers\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
 QLLAMA_TARGETS = r"qllama\.model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-# Files of a repository that neither model nor processor writes.
+# Files of a repository that `save_pretrained` does not write.
 COMPANIONS = (
     "handler.py", "requirements.txt", "sentence_transformers_internvl.py", "modules.json",
     "config_sentence_transformers.json", "sentence_bert_config.json",
@@ -52,48 +53,41 @@ LOSSES = ("loss_itm", "loss_itc", "loss_itg")
 
 @dataclass
 class Arguments(TrainingArguments):
-    """What to train, on what, and how; with the fields of `TrainingArguments`."""
+    """The model, the data and what to train, besides the fields of `TrainingArguments`."""
 
-    model: str = field(default=".", metadata={"help": "Folder or Hub id of the model."})
-    subfolder: str = field(default="", metadata={"help": "Of the model; `tiny` for the tiny checkpoint of a clone."})
-    dtype: str = field(default="float32", metadata={"help": "Of the weights in memory. Mixed precision is --bf16."})
-    objective: Literal["pretraining", "retrieval"] = field(
-        default="pretraining", metadata={"help": "Matching, contrast and captions; or matching and contrast."}
+    model: str = HfArg(default=".", help="Folder or Hub id of the model.")
+    subfolder: str = HfArg(default="", help="Of the model; `tiny` for the tiny checkpoint of a clone.")
+    dtype: str = HfArg(default="float32", help="Of the weights in memory. For mixed precision use --bf16.")
+    objective: Literal["pretraining", "retrieval"] = HfArg(
+        default="pretraining", help="Matching, contrast and captions; or matching and contrast."
     )
-    train: Literal["full", "heads", "lora"] = field(default="full", metadata={"help": "Which weights are trained."})
-    lora_vision: int = field(default=0, metadata={"help": "Rank of the adapters of the vision tower; 0 for none."})
-    lora_qllama: int = field(default=0, metadata={"help": "Rank of the adapters of QLLaMA; 0 for none."})
-    merge: bool = field(default=False, metadata={"help": "Also write the model with its adapters to out/merged."})
-    data: str = field(default="", metadata={"help": "A folder, a parquet file, a saved dataset, or a Hub id."})
-    split: str = field(default="train", metadata={"help": "The split to train on."})
-    held_out: str = field(default="", metadata={"help": "For evaluation: a split, or a number of rows not to train."})
-    image_column: str = field(default="image", metadata={"help": "Pictures, or paths of pictures."})
-    text_columns: list[str] = field(
+    train: Literal["full", "heads", "lora"] = HfArg(default="full", help="Which weights to train.")
+    lora_vision: int = HfArg(default=0, help="Rank of the adapters of the vision tower; 0 for none.")
+    lora_qllama: int = HfArg(default=0, help="Rank of the adapters of QLLaMA; 0 for none.")
+    merge: bool = HfArg(default=False, help="Also write the model with its adapters to out/merged.")
+    data: str = HfArg(default="", help="A folder, a parquet file, a saved dataset, or a Hub id.")
+    split: str = HfArg(default="train", help="The split to train on.")
+    held_out: str = HfArg(default="", help="For evaluation: a split, or a number of rows not to train on.")
+    image_column: str = HfArg(default="image", help="Images, or paths of images.")
+    text_columns: list[str] = HfArg(
         default_factory=lambda: ["text"],
-        metadata={"help": "Captions, a column for each language. A row has a text, a list of texts, or none."},
+        help="Captions, a column for each language. A row has a text, a list of texts, or none.",
     )
-    prompts: list[str] = field(
-        default_factory=lambda: ["English caption:"],
-        metadata={"help": "What captions are asked for with: one prompt, or one for each text column."},
+    prompts: list[str] = HfArg(
+        default_factory=lambda: ["English caption:"], help="For captions: one prompt, or one for each text column."
     )
-    crop: Literal["center", "squash"] = field(default="center", metadata={"help": "How pictures become square."})
-    negatives: Literal["similar", "random"] = field(
-        default="similar",
-        metadata={"help": "Wrong texts: by their logits, which takes one more pass of both towers, or any."},
+    crop: Literal["center", "squash"] = HfArg(default="center", help="How images become square.")
+    negatives: Literal["similar", "random"] = HfArg(
+        default="similar", help="Wrong texts for matching: by their logits (one more pass of both towers), or any."
     )
-    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in the output folder."})
-    report_to: list[str] = field(default_factory=lambda: ["none"], metadata={"help": "As in TrainingArguments."})
+    resume: bool = HfArg(default=False, help="Continue from the last checkpoint in the output folder.")
+    report_to: list[str] = HfArg(default_factory=lambda: ["none"], help="As in TrainingArguments.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False
+        self.ddp_find_unused_parameters = bool(self.ddp_find_unused_parameters)  # None would search in every step
         if self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
-        self.check()
-
-    def check(self) -> None:
-        """Refuse what would train something else than it seems to, or nothing."""
         size, ranks = self.per_device_train_batch_size, (self.lora_vision, self.lora_qllama)
         if not self.data or not self.output_dir:
             raise ValueError("`data` and `output_dir` must be given.")
@@ -106,17 +100,17 @@ class Arguments(TrainingArguments):
         if self.merge and self.train != "lora":
             raise ValueError(f"`merge` needs `train='lora'`, got {self.train!r}.")
         if len(self.prompts) not in (1, len(self.text_columns)):
-            counts = f"{len(self.text_columns)} columns and {len(self.prompts)} prompts"
-            raise ValueError(f"`prompts` must be one, or one for each of `text_columns`, got {counts}.")
+            got = f"{len(self.text_columns)} columns and {len(self.prompts)} prompts"
+            raise ValueError(f"`prompts` must be one, or one for each of `text_columns`, got {got}.")
 
 
 # ----------------------------------------------------------------------------------------------------------- model
 
 
 def load_processor_and_model(arguments: Arguments) -> tuple[Any, Any]:
-    """The processor, and the model of the objective with all that is not trained frozen."""
+    """The processor, and the model of the objective; weights that are not trained are frozen."""
     where = {"subfolder": arguments.subfolder}
-    with arguments.main_process_first(desc="code of the model"):  # one process copies it, the others find it
+    with arguments.main_process_first(desc="code of the model"):  # one process copies it to the cache
         processor = AutoProcessor.from_pretrained(arguments.model, trust_remote_code=True, **where)
         name = f"modeling_internvl.{CLASSES[arguments.objective]}"
         model_class = get_class_from_dynamic_module(name, arguments.model)
@@ -131,21 +125,16 @@ def load_processor_and_model(arguments: Arguments) -> tuple[Any, Any]:
 
 
 def lora_config(arguments: Arguments) -> LoraConfig:
-    """Adapters of the original's kind: alpha is twice the rank, dropout 0.05."""
+    """Adapters as in the original: alpha is twice the rank, dropout 0.05."""
     wanted = {VISION_TARGETS: arguments.lora_vision, QLLAMA_TARGETS: arguments.lora_qllama}
     ranks = {targets: rank for targets, rank in wanted.items() if rank}
-    return LoraConfig(
-        r=max(ranks.values()),
-        lora_alpha=2 * max(ranks.values()),
-        lora_dropout=0.05,
-        target_modules="|".join(ranks),
-        rank_pattern=ranks,
-        alpha_pattern={targets: 2 * rank for targets, rank in ranks.items()},
-    )
+    alphas = {targets: 2 * rank for targets, rank in ranks.items()}
+    how = {"target_modules": "|".join(ranks), "rank_pattern": ranks, "alpha_pattern": alphas, "lora_dropout": 0.05}
+    return LoraConfig(r=max(ranks.values()), lora_alpha=max(alphas.values()), **how)
 
 
 def copy_companions(arguments: Arguments, folder: str) -> None:
-    """Put what sentence-transformers and endpoints look for beside a checkpoint, from the repository of the model."""
+    """Copy the files that sentence-transformers and Inference Endpoints need to a checkpoint."""
     source = Path(arguments.model)
     if not source.is_dir():
         source = Path(snapshot_download(arguments.model, allow_patterns=COMPANIONS))
@@ -155,7 +144,7 @@ def copy_companions(arguments: Arguments, folder: str) -> None:
 
 
 def merge(arguments: Arguments, folder: str) -> None:
-    """Write the model with the adapters of the output folder added to its weights, as any other model."""
+    """Add the adapters in the output folder to the model's weights, and save the model."""
     where = {"subfolder": arguments.subfolder, "trust_remote_code": True}
     base = AutoModel.from_pretrained(arguments.model, dtype=arguments.dtype, **where)
     PeftModel.from_pretrained(base, arguments.output_dir).merge_and_unload().save_pretrained(folder)
@@ -167,19 +156,19 @@ def merge(arguments: Arguments, folder: str) -> None:
 
 
 class FineTuner(Trainer):
-    """The Trainer, with batches of all processes, hard negatives, the losses apart, and retrieval as evaluation."""
+    """A Trainer with hard negatives from all processes, separate losses in the log, and retrieval as evaluation."""
 
     def __init__(self, **options: Any):
         super().__init__(**options)
-        self.model_accepts_loss_kwargs = False  # losses are means, which accumulation has to divide
+        self.model_accepts_loss_kwargs = False  # the losses are means, so accumulation must divide them
         self.parts: list[torch.Tensor] = []  # the losses of the micro-batches since the last log
-        if self.is_fsdp_enabled:  # FSDP2 shards no scalar; `_save` writes it as it was
+        if self.is_fsdp_enabled:  # FSDP2 cannot shard a scalar; `_save` undoes this
             inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
             scale = inner.logit_scale
             inner.logit_scale = torch.nn.Parameter(scale.detach().reshape(1), requires_grad=scale.requires_grad)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Not prepared by accelerate, which would deal the rows to the processes in its own way."""
+        """A loader that accelerate does not prepare, because that would distribute the rows differently."""
         size = self.args.per_device_train_batch_size * self.args.world_size
         return EpochLoader(
             self.train_dataset,
@@ -191,7 +180,7 @@ class FineTuner(Trainer):
 
     @property
     def bare_model(self) -> Any:
-        """The model for calls other than `forward`, which do no more than read weights."""
+        """The model for calls other than `forward`, which only read weights."""
         model = self.accelerator.unwrap_model(self.model)
         for name in ("embed_image", "embed_text", "generate"):
             if isinstance(model, FSDPModule) and name not in vars(model):
@@ -199,7 +188,7 @@ class FineTuner(Trainer):
         return model
 
     def in_order(self, local: torch.Tensor) -> torch.Tensor:
-        """Rows r, r + W, ... of every process r -> all rows in their order."""
+        """Gather: rows r, r + W, ... of every process r -> all rows in order."""
         return self.accelerator.gather(local).unflatten(0, (self.args.world_size, -1)).transpose(0, 1).flatten(0, 1)
 
     # ------------------------------------------------------------------------------------------------- a step
@@ -217,14 +206,14 @@ class FineTuner(Trainer):
         output = model(**batch)
         losses = [output.loss_itm, output.loss_itc]
         if output.loss_itg is not None:
-            # The mean of the processes' means would weigh tokens by how many there are beside them.
+            # A plain mean over processes would give tokens more weight in processes that have fewer of them.
             losses.append(output.loss_itg * share)
         self.parts.append(torch.stack(losses).detach())
         return (sum(losses), output) if return_outputs else sum(losses)
 
     @torch.no_grad()
     def similarities(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Logits of own pictures and all texts [B, W * B], without dropout."""
+        """Logits [B, W * B] of this process's images and all texts, without dropout."""
         model = self.bare_model.eval()
         with self.accelerator.autocast():
             images = model.embed_image(batch["pixel_values"])
@@ -235,7 +224,7 @@ class FineTuner(Trainer):
         return scale.exp() * images.float() @ self.in_order(texts.float()).T
 
     def log(self, logs: dict[str, float], *arguments: Any) -> None:
-        """With the means of the losses since the last log, over all processes."""
+        """Add the mean of each loss since the last log, over all processes."""
         if self.parts and "loss" in logs:
             means = self.accelerator.reduce(torch.stack(self.parts).mean(dim=0), "mean").tolist()
             logs |= dict(zip(LOSSES, means))
@@ -248,7 +237,7 @@ class FineTuner(Trainer):
     def evaluate(
         self, eval_dataset: Captions | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Recall among the held-out pictures and their different texts, in mode InternVL-G, and exact captions."""
+        """Recall among the held-out images and their distinct texts, in mode InternVL-G, and exact captions."""
         captions = eval_dataset or self.eval_dataset
         self.bare_model.eval()
         with self.accelerator.autocast():
@@ -262,8 +251,8 @@ class FineTuner(Trainer):
 
     def own_batches(self, count: int) -> list[list[int]]:
         """
-        This process's share of `count` rows in batches. Every process has as many: under FSDP all must call the model
-        equally often. So the last ones may be rows that another process has too, counted from 0 again.
+        Batches of this process's rows. Under FSDP all processes must call the model equally often, so all get the same
+        number of rows: the last ones may be `count` or more, for rows that start again from 0.
         """
         total = ceil(count / self.args.world_size) * self.args.world_size
         own = range(self.args.process_index, total, self.args.world_size)
@@ -271,19 +260,19 @@ class FineTuner(Trainer):
         return [list(own[start : start + size]) for start in range(0, len(own), size)]
 
     def embed(self, count: int, call: Callable[[list[int]], torch.Tensor]) -> torch.Tensor:
-        """The embeddings [count, width] that `call` gives for lists of rows."""
+        """The embeddings [count, width] that `call` returns for lists of rows."""
         batches = [call([row % count for row in rows]).float() for rows in self.own_batches(count)]
         return self.in_order(torch.cat(batches))[:count]
 
     def pixels(self, captions: Captions, rows: list[int]) -> torch.Tensor:
-        pictures = [captions.picture(row) for row in rows]
-        return self.processing_class(images=pictures, crop=self.args.crop).pixel_values.to(self.args.device)
+        images = [captions.image(row) for row in rows]
+        return self.processing_class(images=images, crop=self.args.crop).pixel_values.to(self.args.device)
 
     def recall(self, captions: Captions) -> dict[str, float]:
-        """The share of pictures, and of texts, with a right one among the first 1, 5 and 10."""
+        """The share of images, and of texts, with a correct one among the first 1, 5 and 10."""
         of_row = [{text for texts in captions.of_row(row) for text in texts} for row in range(len(captions))]
         texts = sorted(set().union(*of_row))
-        right = torch.tensor([[text in own for text in texts] for own in of_row])  # [pictures, texts]
+        right = torch.tensor([[text in own for text in texts] for own in of_row])  # [images, texts]
         model, processor, device = self.bare_model, self.processing_class, self.args.device
         images = self.embed(len(of_row), lambda rows: model.embed_image(self.pixels(captions, rows), mode="InternVL-G"))
         wanted = self.embed(
@@ -291,14 +280,11 @@ class FineTuner(Trainer):
             lambda rows: model.embed_text(**processor(text=[texts[row] for row in rows], task="embed").to(device)),
         )
         logits = (images @ wanted.T).cpu()
-        return {
-            f"{name}_r{k}": hits(logits if name == "image_to_text" else logits.T, right, k)
-            for name, right in (("image_to_text", right), ("text_to_image", right.T))
-            for k in (1, 5, 10)
-        }
+        directions = {"image_to_text": (logits, right), "text_to_image": (logits.T, right.T)}
+        return {f"{name}_r{k}": hits(*pair, k) for name, pair in directions.items() for k in (1, 5, 10)}
 
     def exact_captions(self, captions: Captions) -> float:
-        """The share of captions, one of each picture in each of its languages, that are one of the right texts."""
+        """The share of captions, one per image and language, that are one of the correct texts."""
         counts = torch.zeros(2, device=self.args.device)
         for rows in self.own_batches(len(captions)):
             pixels = self.pixels(captions, [row % len(captions) for row in rows])
@@ -313,7 +299,7 @@ class FineTuner(Trainer):
     def write(self, pixels: torch.Tensor, prompt: str) -> list[str]:
         """Greedy captions."""
         end = self.processing_class.tokenizer.eos_token_id
-        # Under FSDP nobody may stop before the others, who need everyone's weights: so an end that is never written.
+        # Under FSDP no process may stop early, because the others need its weights: use an end that never occurs.
         options = {"eos_token_id": len(self.processing_class.tokenizer)} if self.is_fsdp_enabled else {}
         tokens = self.processing_class(text=prompt, task="caption").to(pixels.device)
         rows = self.bare_model.generate(pixels, **tokens, num_beams=1, do_sample=False, **options).tolist()
@@ -326,45 +312,36 @@ class FineTuner(Trainer):
         if state_dict is not None and "logit_scale" in state_dict:
             state_dict["logit_scale"] = state_dict["logit_scale"].reshape(())
         super()._save(output_dir, state_dict)
-        if self.args.train != "lora":  # adapters are no model
+        if self.args.train != "lora":  # adapters are not a model
             copy_companions(self.args, output_dir or self.args.output_dir)
 
 
 def hits(logits: torch.Tensor, right: torch.Tensor, k: int) -> float:
-    """The share of rows with one of the right columns [rows, columns] among the k of the largest logits."""
+    """The share of rows with a correct column among their k largest logits; both [rows, columns]."""
     best = logits.topk(min(k, logits.shape[1])).indices
     return right.gather(1, best).any(dim=1).float().mean().item()
 
 
 def make_trainer(arguments: Arguments) -> FineTuner:
-    """Everything that `arguments` name: `make_trainer(arguments).train()` fine-tunes."""
+    """Load the data, the processor and the model; `make_trainer(arguments).train()` fine-tunes."""
     with arguments.main_process_first(desc="the data"):
         rows, held_out = load_rows(arguments)
     processor, model = load_processor_and_model(arguments)
+    train, held_out = (None if part is None else Captions(part, arguments) for part in (rows, held_out))
     return FineTuner(
-        model=model,
-        args=arguments,
-        train_dataset=Captions(rows, arguments),
-        eval_dataset=None if held_out is None else Captions(held_out, arguments),
-        processing_class=processor,
+        model=model, args=arguments, train_dataset=train, eval_dataset=held_out, processing_class=processor
     )
 
 
 def checkpoint_to_resume(arguments: Arguments) -> str | None:
-    """The last checkpoint of the output folder: with `resume` there must be one, without it none."""
-    folder = Path(arguments.output_dir)
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    """The last checkpoint of the output folder; `resume` requires one, and otherwise there must be none."""
+    folder = arguments.output_dir
+    last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
     if last and not arguments.resume:
         raise ValueError(f"`output_dir` holds {last}: add `--resume True` to go on, or name another folder.")
     if arguments.resume and not last:
         raise ValueError(f"`resume` needs a checkpoint-N in `output_dir`, and {folder} has none.")
     return last
-
-
-def set_up(arguments: Arguments) -> tuple[FineTuner, str | None]:
-    """The trainer, and the checkpoint that it goes on from."""
-    checkpoint = checkpoint_to_resume(arguments)
-    return make_trainer(arguments), checkpoint
 
 
 def run(trainer: FineTuner, checkpoint: str | None) -> None:
@@ -382,12 +359,15 @@ def run(trainer: FineTuner, checkpoint: str | None) -> None:
 
 
 def main(arguments: Arguments) -> None:
-    run(*set_up(arguments))
+    checkpoint = checkpoint_to_resume(arguments)
+    run(make_trainer(arguments), checkpoint)
 
 
 if __name__ == "__main__":
     try:
-        made = set_up(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
-    except (ValueError, OSError) as error:  # in the arguments, the data or the model: no traceback helps there
+        given = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
+        checkpoint = checkpoint_to_resume(given)
+        trainer = make_trainer(given)
+    except (ValueError, OSError) as error:  # in the arguments, the data or the model, where a traceback does not help
         sys.exit(f"{type(error).__name__}: {error}")
-    run(*made)
+    run(trainer, checkpoint)

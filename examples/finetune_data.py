@@ -1,7 +1,7 @@
-"""What finetune.py trains on: the rows of a dataset, batches of all processes, and one process's part of them.
+"""Reads the data of finetune.py: the rows of a dataset, the batches of all processes, and each process's tensors.
 
-`Captions(rows, arguments)` reads a `datasets.Dataset`, `GlobalBatches` says which rows make a batch, and
-`Collator(captions, processor, arguments)` makes tensors of them; `arguments` are finetune.py's `Arguments`.
+`Captions(rows, arguments)` reads a `datasets.Dataset`, `GlobalBatches` selects the rows of each batch, and
+`Collator(captions, processor, arguments)` makes tensors; `arguments` are finetune.py's `Arguments`.
 """
 
 import random
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 
 def load_rows(arguments: Any) -> tuple[Dataset, Dataset | None]:
-    """The rows to train on, and those held out for evaluation."""
+    """The rows to train on, and those held out for evaluation, if any."""
     path = Path(arguments.data)
     if any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
         splits = load_from_disk(arguments.data)
@@ -28,19 +28,21 @@ def load_rows(arguments: Any) -> tuple[Dataset, Dataset | None]:
         splits = load_dataset(arguments.data)
     splits = splits if isinstance(splits, DatasetDict) else DatasetDict({arguments.split: splits})
     number = int(arguments.held_out) if arguments.held_out.isdigit() else 0
-    for name in (arguments.split, *([arguments.held_out] if arguments.held_out and not number else [])):
+    wanted = [arguments.split] if number or not arguments.held_out else [arguments.split, arguments.held_out]
+    for name in wanted:
         if name not in splits:
             raise ValueError(f"`data` has the splits {list(splits)}, and no {name!r}.")
-    if number:
-        if number >= len(splits[arguments.split]):
-            raise ValueError(f"`held_out` must leave some of {len(splits[arguments.split])} rows, got {number}.")
-        parts = splits[arguments.split].train_test_split(number, seed=arguments.seed)
-        return parts["train"], parts["test"]
-    return splits[arguments.split], splits.get(arguments.held_out)
+    rows = splits[arguments.split]
+    if not number:
+        return rows, splits.get(arguments.held_out)
+    if number >= len(rows):
+        raise ValueError(f"`held_out` must leave some of {len(rows)} rows, got {number}.")
+    parts = rows.train_test_split(number, seed=arguments.seed)
+    return parts["train"], parts["test"]
 
 
 class Example(NamedTuple):
-    """A row with the caption that an epoch takes of it."""
+    """A row with the caption that an epoch takes."""
 
     epoch: int
     index: int
@@ -49,13 +51,13 @@ class Example(NamedTuple):
 
 
 class Captions(torch.utils.data.Dataset):
-    """Pictures and their captions. The items that a batch is made of, [(epoch, row)], are read without the picture."""
+    """Images and their captions. Items, by (epoch, row), do not load the image."""
 
     def __init__(self, rows: Dataset, arguments: Any):
         for column in (arguments.image_column, *arguments.text_columns):
             if column not in rows.column_names:
                 raise ValueError(f"`data` has the columns {rows.column_names}, and no {column!r}.")
-        self.pictures = rows.select_columns([arguments.image_column])
+        self.images = rows.select_columns([arguments.image_column])
         self.texts = rows.select_columns(arguments.text_columns)
         self.columns, self.image_column, self.seed = arguments.text_columns, arguments.image_column, arguments.seed
         self.prompts = arguments.prompts * (len(self.columns) if len(arguments.prompts) == 1 else 1)
@@ -72,8 +74,8 @@ class Captions(torch.utils.data.Dataset):
         cells = [row[column] or [] for column in self.columns]
         return [[text for text in ([cell] if isinstance(cell, str) else cell) if text.strip()] for cell in cells]
 
-    def picture(self, index: int) -> Any:
-        return self.pictures[index][self.image_column]
+    def image(self, index: int) -> Any:
+        return self.images[index][self.image_column]
 
     def __getitem__(self, key: tuple[int, int]) -> Example:
         """One of the row's languages, and one of its captions in it."""
@@ -84,7 +86,7 @@ class Captions(torch.utils.data.Dataset):
 
 
 class GlobalBatches:
-    """Batches [(epoch, row)] of all processes together, in an order that follows from the seed and the epoch."""
+    """Batches of (epoch, row) of all processes together, in an order that follows from the seed and the epoch."""
 
     def __init__(self, rows: int, size: int, seed: int):
         if rows < size:
@@ -105,7 +107,7 @@ class GlobalBatches:
 
 
 class EpochLoader(DataLoader):
-    """Tells its batches the epoch, which transformers tells the loader."""
+    """Passes the epoch, which transformers sets, on to its batches."""
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)
@@ -113,8 +115,8 @@ class EpochLoader(DataLoader):
 
 class Collator:
     """
-    Makes one process's batch of the examples of all processes: own pictures and texts, and all texts to draw wrong ones
-    from. Rows with the same text count as the same thing: neither is the other's wrong text.
+    Makes one process's batch from the examples of all processes: its own images and texts, and all texts to draw wrong
+    ones from. Rows with the same text are never each other's wrong text.
     """
 
     def __init__(self, captions: Captions, processor: Any, arguments: Any):
@@ -123,29 +125,29 @@ class Collator:
 
     def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
         own, first = examples[self.own], {}
-        things = torch.tensor([first.setdefault(example.text, row) for row, example in enumerate(examples)])
+        groups = torch.tensor([first.setdefault(example.text, row) for row, example in enumerate(examples)])
         if len(first) == 1:
             raise ValueError(f"A batch must hold two different texts, got {len(examples)} times {own[0].text!r}.")
         texts = self.processor(text=[example.text for example in examples], task="match")
         summaries = self.processor(text=[example.text for example in own], task="embed")
-        pictures = [self.captions.picture(example.index) for example in own]
-        lengths = texts.attention_mask.sum(dim=1) - 1  # of what a caption must write: the text and </s>
+        images = [self.captions.image(example.index) for example in own]
+        lengths = texts.attention_mask.sum(dim=1) - 1  # of the text and </s>, which a caption must predict
         batch = {
-            "pixel_values": self.processor(images=pictures, crop=self.arguments.crop).pixel_values,
+            "pixel_values": self.processor(images=images, crop=self.arguments.crop).pixel_values,
             "positive_input_ids": texts.input_ids[self.own],
             "positive_attention_mask": texts.attention_mask[self.own],
             "summarize_input_ids": summaries.input_ids,
             "summarize_attention_mask": summaries.attention_mask,
             "all_input_ids": texts.input_ids,
             "all_attention_mask": texts.attention_mask,
-            "scores": self.noise(own, len(examples)).masked_fill(things[self.own, None] == things, -torch.inf),
+            "scores": self.noise(own, len(examples)).masked_fill(groups[self.own, None] == groups, -torch.inf),
             "caption_share": lengths[self.own].sum() / lengths.sum() * self.arguments.world_size,
             **self.caption_tokens(own, batch_ids=texts.input_ids[self.own], lengths=lengths[self.own]),
         }
-        return batch | ({"image_ids": things[self.own]} if self.arguments.objective == "retrieval" else {})
+        return batch | ({"image_ids": groups[self.own]} if self.arguments.objective == "retrieval" else {})
 
     def caption_tokens(self, own: list[Example], batch_ids: torch.Tensor, lengths: torch.Tensor) -> dict:
-        """`<s> PROMPT TEXT </s>`, with labels for the text and its end."""
+        """`<s> PROMPT TEXT </s>`, with labels for the text and `</s>`."""
         prompts = [example.prompt for example in own]
         prompts = self.processor(text=prompts, task="caption", padding=False, return_tensors=None).input_ids
         ids, labels = [], []
@@ -158,7 +160,7 @@ class Collator:
         return {name: pad_sequence(rows, True, value) for name, (rows, value) in padded.items()}
 
     def noise(self, own: list[Example], count: int) -> torch.Tensor:
-        """Gumbel noise [B, count]: the largest of logits with it is a draw from their softmax."""
+        """Gumbel noise [B, count]: the argmax of logits plus this noise is a sample from their softmax."""
         rows = []
         for example in own:
             draw = random.Random(f"noise {self.arguments.seed} {example.epoch} {example.index}")

@@ -1,19 +1,15 @@
-"""What examples/search.py finds pictures with: a folder's pictures in a LanceDB table, and the model that reads them.
+"""Keeps the searchable index of search.py; other programs may import it.
 
     index = Index(".cache/search")
     embedder = Embedder(".", "tiny")
     index.update(Path("examples/pictures"), embedder)
     Searcher(index, embedder).search(words="熊猫", k=5)
 
-* One row per path, with either both vectors or the reason why there are none: each write is one merge by path and one
-  commit of LanceDB, which is there or is not. So a run that is killed leaves whole rows, none twice, and the next run
-  makes those that are missing.
-* One process writes at a time: it holds a lock, which the system drops when the process dies. Any number may search
-  meanwhile, and see what is committed.
-* A file is read again when its size or one of its times changed, and embedded again only when its bytes did: a picture
-  that was moved or touched takes over the row of its old bytes.
-* The table's schema says which model made it and how. Vectors of another one are in another space, so it is refused.
-* The search compares with every vector. That is exact, and milliseconds for 10,000 pictures (benchmarks/search.json).
+* The index is a LanceDB table with one row per path: the embeddings of both modes, or the reason why there are none.
+  Every write is one merge by path and one atomic commit, so a killed run leaves whole rows and no duplicates.
+* One process writes at a time: it holds a lock, which the system releases when the process dies. Others may search.
+* A file is read again if its size or one of its times changed, and embedded again only if its bytes changed.
+* The table's schema records the model and its settings, because embeddings of two models cannot be compared.
 """
 
 import hashlib
@@ -21,10 +17,8 @@ import io
 import json
 import os
 import stat
-import struct
 import time
 import warnings
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,57 +28,53 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-os.environ.setdefault("LANCEDB_LOG", "error")  # its warnings tell of what is meant, such as a table that is made
+os.environ.setdefault("LANCEDB_LOG", "error")  # it warns about normal events, such as creating a table
 
+import decoding
 import lancedb
 import pyarrow as pa
 import torch
 import torch.nn.functional as F
+from decoding import DAMAGED
 from filelock import FileLock, Timeout
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-COLUMNS = {"InternVL-C": "vector_c", "InternVL-G": "vector_g"}  # of the modes
+COLUMNS = {"InternVL-C": "vector_c", "InternVL-G": "vector_g"}  # one for each mode
 TABLE, FORMAT = "pictures", 1
-BATCH = 32  # pictures that the model sees at once
-ROWS, SECONDS = 256, 10  # a commit is made after so many rows or so much time: what a kill may lose
+BATCH = 32  # images per call of the model
+ROWS, SECONDS = 256, 10  # commit after this many rows or seconds, whichever comes first
 DECODERS = 2  # threads
-NAMED = 500  # paths in one filter
-MATCH_WEIGHT = 0.3  # what tools/tiny/evaluate_tiny.py re-ranks with
-SHORTLIST = 24  # pictures that are re-ranked, if no more are asked for
-NEW_TOKENS = 16  # of a caption
-THUMBNAIL = 320  # pixels of its longer side
+PATHS_PER_FILTER = 500
+MATCH_WEIGHT = 0.3  # as in tools/tiny/evaluate_tiny.py
+SHORTLIST = 24  # images to re-rank, unless more are requested
+NEW_TOKENS = 16  # per caption
+THUMBNAIL = 320  # pixels of the longer side
 MAX_BYTES = 500_000_000
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
-MAX_ASPECT = 50  # the shorter side is resized to the model's, and a very narrow picture would grow without bound
 # Pillow only recognises these, or hands them to another program.
 NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
-# Formats that begin with a mark of their own: what is one of them is a picture, whatever its name ends with.
-MARKED = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PSD", "TIFF", "WEBP")
-# What Pillow's readers raise for damaged files: nearly always the first two, and whatever a format provokes.
-DAMAGED = (
-    OSError, ValueError, ArithmeticError, EOFError, LookupError, MemoryError, RuntimeError, SyntaxError, TypeError,
-    struct.error, zlib.error, Image.DecompressionBombError,
-)  # fmt: skip
+# Formats with a signature of their own: a file that has one is an image, whatever its name.
+SIGNED = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PSD", "TIFF", "WEBP")
 
 Image.init()
-DECODED = tuple(name for name in Image.OPEN if name not in NOT_DECODED)
-ENDINGS = {ending for ending, name in Image.registered_extensions().items() if name in DECODED}
-# Sizes are checked here, and oddities that do not hinder reading are nobody's concern.
+FORMATS = tuple(name for name in Image.OPEN if name not in NOT_DECODED)
+ENDINGS = {ending for ending, name in Image.registered_extensions().items() if name in FORMATS}
+# Pillow warns about large images, which `decode` refuses, and about oddities that do not prevent reading.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class SearchError(ValueError):
-    """What is wrong with a folder, an index, a model or a query, in words for whoever gave it."""
+    """What is wrong with a folder, an index, a model or a query, in the user's words."""
 
 
 # --------------------------------------------------------------------------------------------------------- files
 
 
 def uri_of(path: str | Path) -> str:
-    """A path as ASCII, whatever bytes its name has, and without quotes: it stands in filters."""
+    """A path of any bytes as ASCII without quotes, so that it can stand in a filter."""
     return Path(os.path.abspath(path)).as_uri()
 
 
@@ -92,31 +82,23 @@ def path_of(uri: str) -> str:
     return os.fsdecode(unquote_to_bytes(uri.removeprefix("file://")))
 
 
-def printable(path: str) -> str:
-    """A path for a terminal or a page, which bytes that are no UTF-8 or move a cursor must not reach."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in path)
+def printable(path: str | Path) -> str:
+    """A path without characters that are not UTF-8 or move a cursor, for a terminal or a page."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(path))
 
 
 @dataclass
 class Found:
-    """
-    What lies in a folder.
+    """The content of a folder."""
 
-    Attributes:
-        files: path and status of what may be a picture.
-        problems: paths and why they cannot be looked into.
-        unseen: folders of which nothing is known now.
-        others: how many files are no pictures, by the endings of their names.
-    """
-
-    files: dict[str, os.stat_result] = field(default_factory=dict)
-    problems: dict[str, str] = field(default_factory=dict)
-    unseen: list[str] = field(default_factory=list)
-    others: Counter[str] = field(default_factory=Counter)
+    files: dict[str, os.stat_result] = field(default_factory=dict)  # possible images
+    problems: dict[str, str] = field(default_factory=dict)  # paths that cannot be read or are skipped, and why
+    unseen: list[str] = field(default_factory=list)  # folders that cannot be read, so that their rows must stay
+    others: Counter[str] = field(default_factory=Counter)  # number of other files by the endings of their names
 
 
-def find_files(folder: Path, leave_out: Path) -> Found:
-    """All files in and under `folder`. Links to files are followed; links to folders, which may go in circles, not."""
+def find_files(folder: Path, excluded: Path) -> Found:
+    """All files in and under `folder`. Follows links to files, but not to folders: those may form a cycle."""
     found = Found()
 
     def note(error: OSError) -> None:
@@ -124,91 +106,50 @@ def find_files(folder: Path, leave_out: Path) -> Found:
         found.unseen.append(str(error.filename))
 
     for parent, folders, names in os.walk(folder, onerror=note):
-        for name in folders:
-            if os.path.islink(os.path.join(parent, name)):
-                reason = "a link to a folder, which is not followed: index the folder itself"
-                found.problems[os.path.join(parent, name)] = reason
-        folders[:] = sorted(name for name in folders if Path(parent, name) != leave_out)
-        for name in sorted(names):
-            path = os.path.join(parent, name)
+        for path in (os.path.join(parent, name) for name in folders):
+            if os.path.islink(path):
+                found.problems[path] = "a link to a folder, which is not followed: index the folder itself"
+        folders[:] = sorted(name for name in folders if Path(parent, name) != excluded)
+        for path in (os.path.join(parent, name) for name in sorted(names)):
             try:
                 status = os.stat(path)
             except OSError as error:
                 found.problems[path] = f"cannot be read: {error.strerror}"
                 continue
-            if stat.S_ISREG(status.st_mode) and may_be_picture(path):
+            ending = os.path.splitext(path)[1].lower()
+            if stat.S_ISREG(status.st_mode) and (ending in ENDINGS or is_image(path)):
                 found.files[path] = status
             else:
-                found.others[os.path.splitext(name)[1].lower() or "without ending"] += 1
+                found.others[ending or "without ending"] += 1
     return found
 
 
-def may_be_picture(path: str) -> bool:
-    """By its name, or by its first bytes."""
-    if os.path.splitext(path)[1].lower() in ENDINGS:
-        return True
+def is_image(path: str) -> bool:
+    """Whether the first bytes are those of an image."""
     try:
-        with Image.open(path, formats=MARKED):
+        with Image.open(path, formats=SIGNED):
             return True
     except UnidentifiedImageError:
         return False
-    except DAMAGED:  # in the header of a picture, or it cannot be read at all: the reason will be listed
+    except DAMAGED:  # a damaged header, or an unreadable file: the update will list the reason
         return True
 
 
 def read_bytes(path: str) -> bytes:
-    """
-    Raises:
-        `SearchError`: why not.
-    """
+    """The content of a file. Raises `SearchError` if it is too large or cannot be read."""
     try:
         if os.path.getsize(path) > MAX_BYTES:
-            raise SearchError(f"has {os.path.getsize(path):,} bytes, and {MAX_BYTES:,} are read")
-        data = Path(path).read_bytes()
+            raise SearchError(f"has {os.path.getsize(path):,} bytes; the limit is {MAX_BYTES:,}")
+        return Path(path).read_bytes()
     except OSError as error:
         raise SearchError(f"cannot be read: {error.strerror}") from error
-    return data
 
 
-def decode(data: bytes) -> Image.Image:
-    """
-    The picture, or the first one of an animation, with all its pixels.
-
-    Raises:
-        `SearchError`: why not.
-    """
-    if not data:
-        raise SearchError("an empty file")
-    try:
-        picture = Image.open(io.BytesIO(data), formats=DECODED)  # reads the header, no pixels yet
-        short, long = sorted(picture.size)
-        if short * long > MAX_PIXELS:
-            raise Image.DecompressionBombError
-        if long > MAX_ASPECT * short:
-            raise SearchError(f"has {picture.width} x {picture.height} pixels, and may be {MAX_ASPECT} times as long")
-        picture.load()
-    except SearchError:
-        raise
-    except Image.DecompressionBombError:  # Pillow's own is for twice as many
-        raise SearchError(f"has more pixels than the {MAX_PIXELS:,} that Pillow takes for safe") from None
-    except UnidentifiedImageError:
-        raise SearchError("no picture of a format that Pillow reads") from None
-    except DAMAGED as error:
-        raise SearchError(f"damaged: {type(error).__name__}: {error}") from error
-    return picture
-
-
-def thumbnail(picture: Image.Image) -> bytes:
-    """A small copy as a viewer would show it, as WebP."""
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I;16"):  # Pillow's own conversion clips at 255 and leaves a white picture
-        picture = picture.point(lambda value: value / 256).convert("L")
-    picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    if picture.mode == "RGBA":
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    file = io.BytesIO()
-    picture.save(file, "WEBP", quality=80)
+def make_thumbnail(image: Image.Image) -> bytes:
+    """A small copy of an RGB image, as WebP."""
+    small, file = image.copy(), io.BytesIO()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.save(file, "WEBP", quality=80)
     return file.getvalue()
 
 
@@ -217,12 +158,15 @@ def thumbnail(picture: Image.Image) -> bytes:
 
 class Embedder:
     """
-    A checkpoint, and how it reads pictures.
+    A checkpoint and its settings for images.
 
     Args:
         model: folder or Hub id.
         subfolder: of the checkpoint; "tiny" for the tiny one of a clone.
-        crop: "squash" shows the model the whole of a picture, as in the retrieval benchmarks, "center" its middle.
+        crop: "squash" shows the model the whole image, as in the retrieval benchmarks; "center" its middle.
+
+    Raises:
+        SearchError: the checkpoint cannot be loaded.
     """
 
     def __init__(self, model: str, subfolder: str = "", crop: str = "squash"):
@@ -231,6 +175,7 @@ class Embedder:
         try:
             self.model = AutoModel.from_pretrained(model, dtype="auto", **where).eval().to(device)
             self.processor = AutoProcessor.from_pretrained(model, **where)
+            self.load_images = get_class_from_dynamic_module("images_internvl.load_images", model)
         except (OSError, ValueError) as error:
             raise SearchError(f"`--model {model} --subfolder {subfolder}` cannot be loaded: {error}") from error
         self.model.check_processor(self.processor)
@@ -239,7 +184,7 @@ class Embedder:
         self.about = {"model": model, "subfolder": subfolder, "crop": crop, "fingerprint": self.fingerprint()}
 
     def fingerprint(self) -> str:
-        """Of the sizes, the preparation of pictures, and the first numbers of every tensor; not of where they lie."""
+        """A hash of the sizes, the image settings and the first values of every tensor, wherever the files lie."""
         sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
         parts = (self.model.config.vision_config, self.model.config.qllama_config)
         recipe = self.processor.image_processor
@@ -251,13 +196,17 @@ class Embedder:
             digest.update(tensor.flatten()[:64].float().cpu().numpy().tobytes())
         return digest.hexdigest()
 
-    def pixels(self, picture: Image.Image) -> torch.Tensor:
+    def decode(self, data: bytes) -> Image.Image:
+        """An RGB image, upright and opaque on white. Raises `ValueError` if the data cannot be decoded."""
+        return self.load_images(decoding.decode(data, FORMATS))[0]
+
+    def pixels(self, image: Image.Image) -> torch.Tensor:
         """[3, H, W]"""
-        return self.processor(images=picture, crop=self.about["crop"]).pixel_values[0]
+        return self.processor(images=image, crop=self.about["crop"]).pixel_values[0]
 
     @torch.inference_mode()
     def see(self, pixels: torch.Tensor, captions: bool) -> tuple[dict[str, torch.Tensor], list[str | None]]:
-        """Pictures [B, 3, H, W] -> the unit vectors of each mode [B, width], and the captions, from one look."""
+        """Images [B, 3, H, W] -> embeddings [B, width] of length 1 for each mode, and captions; towers run once."""
         seen = self.model.look_at(pixels.to(self.model.device, self.model.dtype))
         vectors = {mode: self._unit(self.model.embed_image(seen, mode=mode, normalize=False)) for mode in COLUMNS}
         if not captions:
@@ -274,17 +223,22 @@ class Embedder:
 
     @torch.inference_mode()
     def match(self, pixels: torch.Tensor, words: str) -> torch.Tensor:
-        """The log-probabilities [B] that pictures [B, 3, H, W] fit the words."""
+        """Log-probabilities [B] that the images [B, 3, H, W] match the words."""
         tokens = self.processor(text=[words] * len(pixels), task="match", truncation=False).to(self.model.device)
         logits = self.model.match(pixels.to(self.model.device, self.model.dtype), **tokens)  # [B, 2]
         return logits.float().log_softmax(-1)[:, 1].cpu()
 
     def classes(self, labels: list[str]) -> torch.Tensor:
-        """[labels, width], of length 1"""
-        return self._unit(self.model.embed_classes(self.processor, labels))
+        """[labels, width], of length 1. Raises `SearchError` for labels that cannot be classes."""
+        if len(labels) < 2 or not all(label.strip() for label in labels):
+            raise SearchError(f"`labels` must be at least two, none of them empty, got {labels}.")
+        try:
+            return self._unit(self.model.embed_classes(self.processor, labels))
+        except ValueError as error:  # for example a label that is too long
+            raise SearchError(f"`labels`: {error}") from error
 
     def _unit(self, embeds: torch.Tensor) -> torch.Tensor:
-        """In float32: half precision is of length 1 only nearly."""
+        """Normalise in float32: in half precision the length is only nearly 1."""
         return F.normalize(embeds.float(), dim=-1).cpu()
 
 
@@ -293,63 +247,39 @@ class Embedder:
 
 @dataclass
 class Report:
-    """
-    What a run did.
-
-    Attributes:
-        embedded, taken_over, unchanged, dropped, problems: numbers of files.
-        others: how many files are no pictures, by the endings of their names.
-    """
+    """The numbers of files in an update."""
 
     embedded: int = 0
-    taken_over: int = 0
+    taken_over: int = 0  # moved or touched: the index already had the embeddings of the same bytes
     unchanged: int = 0
     dropped: int = 0
     problems: int = 0
-    others: Counter[str] = field(default_factory=Counter)
+    others: Counter[str] = field(default_factory=Counter)  # no images, by the endings of their names
 
 
 class Index:
-    """
-    The table of pictures on disk.
-
-    Args:
-        folder: where it lies; made by the first `update`.
-    """
+    """The table of images in `folder`, which the first `update` creates."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(os.path.abspath(folder))
 
-    # ------------------------------------------------------------------------------------------------- reading
-
     def open(self) -> Any:
-        """
-        The table, as it is at each moment.
-
-        Raises:
-            `SearchError`: nothing was indexed here yet.
-        """
+        """The table, which always shows the latest commit. Raises `SearchError` if there is none."""
         table = self._open()
         if table is None:
             raise SearchError(f"There is no index in {self.folder}: make one with `index FOLDER`, or name it: --index.")
         return table
 
     def _open(self) -> Any:
-        # A run that was killed while it made the table leaves a folder without a version in it.
+        # A run that is killed while it creates the table leaves a folder without a version.
         if not any((self.folder / f"{TABLE}.lance" / "_versions").glob("*.manifest")):
             return None
         return lancedb.connect(self.folder, read_consistency_interval=timedelta(0)).open_table(TABLE)
 
-    def made_by(self) -> dict:
-        """The `about` of the embedder whose vectors these are."""
-        return json.loads(self.open().schema.metadata[b"made_by"])
-
     def check(self, embedder: Embedder) -> None:
-        """
-        Raises:
-            `SearchError`: the vectors are another model's, or of pictures that were cut in another way.
-        """
-        made_by, given = self.made_by(), {**embedder.about, "format": FORMAT}
+        """Raise `SearchError` if the index was made by another model or with another crop."""
+        made_by = json.loads(self.open().schema.metadata[b"made_by"])
+        given = {**embedder.about, "format": FORMAT}
         if all(made_by.get(name) == given[name] for name in ("fingerprint", "crop", "format")):
             return
         first, second = (
@@ -358,7 +288,7 @@ class Index:
             for about in (made_by, given)
         )
         raise SearchError(
-            f"The index in {self.folder} was made by another model, whose vectors say nothing to this one.\n"
+            f"The index in {self.folder} was made by another model, so its embeddings cannot be compared.\n"
             f"  made by: {first}\n  this is: {second}\n"
             "Give that model (--model, --subfolder, --crop), or another --index, or make the index anew: "
             "`index --rebuild FOLDER`."
@@ -370,10 +300,8 @@ class Index:
         return sorted((path_of(row["uri"]), row["problem"]) for row in rows)
 
     def count(self) -> int:
-        """Of the pictures that a search can find."""
+        """Number of images that a search can find."""
         return self.open().count_rows("problem = ''")
-
-    # ------------------------------------------------------------------------------------------------- writing
 
     def update(
         self,
@@ -385,20 +313,20 @@ class Index:
         quiet: bool = False,
     ) -> Report:
         """
-        Bring the index up to date with what lies in and under a folder; other folders' pictures stay.
+        Bring the index up to date with a folder and its subfolders; images of other folders stay.
 
         Args:
-            captions: also write a caption for every picture.
-            rebuild: throw the index away first.
-            allow_empty: drop all of the folder's pictures if it has none any more.
+            captions: also write a caption for every image.
+            rebuild: delete the index first.
+            allow_empty: drop all images of the folder if it has none any more.
             quiet: show no progress.
 
         Raises:
-            `SearchError`: no such folder, an index of another model, a second process that writes, an empty folder.
+            SearchError: no such folder, an index of another model, a second process that writes, an empty folder.
         """
         if not folder.is_dir():
-            raise SearchError(f"{printable(str(folder))} is no folder. Nothing was changed.")
-        folder = folder.resolve()  # one name for each file, however the folder was called
+            raise SearchError(f"{printable(folder)} is no folder. Nothing was changed.")
+        folder = folder.resolve()  # one name for each file, even if links lead to the folder
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.folder / "lock", timeout=0):
@@ -418,9 +346,9 @@ class Index:
                 pa.field("size", pa.int64()),
                 pa.field("mtime", pa.int64()),
                 pa.field("ctime", pa.int64()),
-                pa.field("hash", pa.string()),  # empty: the bytes could not be read, which every run tries again
-                pa.field("problem", pa.string()),  # empty: there is none
-                pa.field("caption", pa.string()),  # null: none was written yet
+                pa.field("hash", pa.string()),  # empty: the file could not be read; every update tries again
+                pa.field("problem", pa.string()),  # empty: none
+                pa.field("caption", pa.string()),  # null: not written yet
                 pa.field("thumbnail", pa.binary()),
                 *(pa.field(name, vector) for name in COLUMNS.values()),
             ],
@@ -430,7 +358,7 @@ class Index:
 
 
 class Update:
-    """One run over one folder, by the process that holds the lock."""
+    """One update with one folder, by the process that holds the lock."""
 
     def __init__(self, table: Any, embedder: Embedder, captions: bool, quiet: bool):
         self.table, self.embedder, self.captions, self.quiet = table, embedder, captions, quiet
@@ -438,40 +366,39 @@ class Update:
         self.waiting: list[dict] = []
         self.committed = time.monotonic()
 
-    def run(self, folder: Path, leave_out: Path, allow_empty: bool) -> Report:
-        found = find_files(folder, leave_out)
+    def run(self, folder: Path, excluded: Path, allow_empty: bool) -> Report:
+        found = find_files(folder, excluded)
         if str(folder) in found.problems:
-            raise SearchError(f"{printable(str(folder))}: {found.problems[str(folder)]}. Nothing was changed.")
+            raise SearchError(f"{printable(folder)}: {found.problems[str(folder)]}. Nothing was changed.")
         under = f"{uri_of(folder).rstrip('/')}/"
-        known = self.known(under)
+        columns = ["uri", "size", "mtime", "ctime", "hash", "problem", "caption"]
+        known = {row["uri"]: row for row in self.select(f"starts_with(uri, '{under}')", columns)}
         if known and not found.files and not found.unseen and not allow_empty:
             raise SearchError(
-                f"{printable(str(folder))} has no pictures any more, and the index {len(known):,} of them. Is a drive "
+                f"{printable(folder)} has no images any more, and the index has {len(known):,} of them. Is a drive "
                 "missing? Nothing was changed. If they are gone for good: `index --allow-empty FOLDER`."
             )
         changed = [path for path, status in found.files.items() if self.is_changed(known.get(uri_of(path)), status)]
         self.report.unchanged = len(found.files) - len(changed)
         self.report.others = found.others
         try:
-            self.make_rows(changed)
+            self.add_files(changed)
             for path, reason in found.problems.items():
-                self.add(self.problem_row(path, None, "", reason))
+                self.add(self.row(path, None, hash="", problem=printable(reason)))
         finally:
             self.commit()  # also when interrupted
-        # What was moved has its new row by now.
-        there = {uri_of(path) for path in (*found.files, *found.problems)}
+        # Images that were moved have their new rows now.
+        present = {uri_of(path) for path in (*found.files, *found.problems)}
         unseen = tuple(f"{uri_of(path)}/" for path in found.unseen)
-        self.drop([uri for uri in known if uri not in there and not uri.startswith(unseen)])
+        self.drop([uri for uri in known if uri not in present and not uri.startswith(unseen)])
         self.report.problems = self.table.count_rows(f"problem != '' AND starts_with(uri, '{under}')")
-        # Nobody else writes, so files that belong to no version are what killed runs left. A search takes an old
-        # version for moments only.
+        # This process alone writes, so files of no version are left from killed runs. A search uses an old version for
+        # moments only.
         self.table.optimize(cleanup_older_than=timedelta(minutes=10), delete_unverified=True)
         return self.report
 
-    def known(self, under: str) -> dict[str, dict]:
-        columns = ["uri", "size", "mtime", "ctime", "hash", "problem", "caption"]
-        rows = self.table.search().where(f"starts_with(uri, '{under}')").select(columns).limit(None).to_list()
-        return {row["uri"]: row for row in rows}
+    def select(self, condition: str, columns: list[str]) -> list[dict]:
+        return self.table.search().where(condition).select(columns).limit(None).to_list()
 
     def is_changed(self, row: dict | None, status: os.stat_result) -> bool:
         if row is None or not row["hash"] or self.lacks_caption(row):
@@ -481,71 +408,73 @@ class Update:
     def lacks_caption(self, row: dict) -> bool:
         return self.captions and not row["problem"] and row["caption"] is None
 
-    # --------------------------------------------------------------------------------------------- making rows
+    # ------------------------------------------------------------------------------------------- from files to rows
 
-    def make_rows(self, paths: list[str]) -> None:
+    def add_files(self, paths: list[str]) -> None:
         chunks = [paths[start : start + BATCH] for start in range(0, len(paths), BATCH)]
         with (
             ThreadPoolExecutor(DECODERS) as pool,
-            tqdm(total=len(paths), unit="picture", disable=self.quiet or not paths) as bar,
+            tqdm(total=len(paths), unit="image", disable=self.quiet or not paths) as bar,
         ):
-            for chunk in self.read_ahead(pool, chunks):
-                for row in self.rows(chunk):
+            for rows in self.read_ahead(pool, chunks):
+                self.embed(rows)
+                for row in rows:
                     self.add(row)
-                bar.update(len(chunk))
+                bar.update(len(rows))
 
     def read_ahead(self, pool: ThreadPoolExecutor, chunks: list[list[str]]) -> Iterator[list[dict]]:
-        """The rows of each chunk as far as files tell; the next chunk is decoded while the model sees this one."""
-        coming = [pool.map(self.read_row, chunk) for chunk in chunks[:1]]
-        for after in [*chunks[1:], []]:
-            coming.append(pool.map(self.read_row, after))
-            yield list(coming.pop(0))
+        """The rows of each chunk before the model runs; threads decode the next chunk while it does."""
+        current = None
+        for chunk in [*chunks, []]:
+            following = pool.map(self.read_row, chunk)
+            if current is not None:
+                yield list(current)
+            current = following
 
     def read_row(self, path: str) -> dict:
-        """The row of a file with `pixels` in it, or with a problem."""
+        """The row of a file, with `pixels` for the model, or with a problem."""
         status, digest = None, ""
         try:
-            status = os.stat(path)  # before the file is read: if it changes meanwhile, the next run sees that
+            status = os.stat(path)  # before reading: if the file changes meanwhile, the next update notices
             data = read_bytes(path)
             digest = hashlib.sha256(data).hexdigest()
-            picture = decode(data)
-            row = self.row(path, status, hash=digest, thumbnail=thumbnail(picture))
-            return row | {"pixels": self.embedder.pixels(picture)}
-        except SearchError as error:
-            return self.problem_row(path, status, digest, str(error))
-        except DAMAGED as error:  # of what Pillow decoded, but the processor or the thumbnail cannot show
-            return self.problem_row(path, status, digest, f"{type(error).__name__}: {error}")
+            image = self.embedder.decode(data)
+            row = self.row(path, status, hash=digest, thumbnail=make_thumbnail(image))
+            return row | {"pixels": self.embedder.pixels(image)}
+        except ValueError as error:
+            reason = str(error)
+        except DAMAGED as error:  # Pillow decoded it, but it cannot be converted
+            reason = f"{type(error).__name__}: {error}"
+        return self.row(path, status, hash=digest, problem=printable(reason))
 
-    def rows(self, rows: list[dict]) -> list[dict]:
-        """Rows with vectors: those that other rows have for the same bytes, or else what the model sees."""
-        old = self.rows_of([row["hash"] for row in rows if "pixels" in row])
+    def embed(self, rows: list[dict]) -> None:
+        """Fill in embeddings and captions: those of other rows with the same bytes, or else the model's."""
+        decoded = [row for row in rows if "pixels" in row]
+        pixels = [row.pop("pixels") for row in decoded]
+        old = self.rows_by_hash([row["hash"] for row in decoded])
         fresh = []
-        for row in rows:
-            if "pixels" not in row:
-                continue
+        for row, image in zip(decoded, pixels):
             if row["hash"] in old:
-                del row["pixels"]
                 row |= {name: old[row["hash"]][name] for name in ("caption", *COLUMNS.values())}
-                self.report.taken_over += 1
             else:
-                fresh.append(row)
-        if fresh:
-            vectors, captions = self.embedder.see(torch.stack([row.pop("pixels") for row in fresh]), self.captions)
-            for place, (row, caption) in enumerate(zip(fresh, captions)):
-                own = {COLUMNS[mode]: vectors[mode][place] for mode in COLUMNS}
-                if all(bool(vector.isfinite().all()) for vector in own.values()):
-                    row |= {"caption": caption} | {column: vector.numpy() for column, vector in own.items()}
-                else:
-                    row |= {"problem": "the model gave a value that is not finite", "thumbnail": None}
+                fresh.append((row, image))
+        self.report.taken_over += len(decoded) - len(fresh)
         self.report.embedded += len(fresh)
-        return rows
+        if not fresh:
+            return
+        vectors, captions = self.embedder.see(torch.stack([image for _, image in fresh]), self.captions)
+        for place, ((row, _), caption) in enumerate(zip(fresh, captions)):
+            own = {column: vectors[mode][place] for mode, column in COLUMNS.items()}
+            if all(vector.isfinite().all() for vector in own.values()):
+                row |= {"caption": caption} | {column: vector.numpy() for column, vector in own.items()}
+            else:
+                row |= {"problem": "the model returned values that are not finite", "thumbnail": None}
 
-    def rows_of(self, hashes: list[str]) -> dict[str, dict]:
+    def rows_by_hash(self, hashes: list[str]) -> dict[str, dict]:
         if not hashes:
             return {}
-        named = ", ".join(f"'{each}'" for each in hashes)
-        columns = ["hash", "problem", "caption", *COLUMNS.values()]
-        rows = self.table.search().where(f"problem = '' AND hash IN ({named})").select(columns).limit(None).to_list()
+        condition = f"problem = '' AND hash IN ({', '.join(map(repr, hashes))})"
+        rows = self.select(condition, ["hash", "problem", "caption", *COLUMNS.values()])
         return {row["hash"]: row for row in rows if not self.lacks_caption(row)}
 
     def row(self, path: str, status: os.stat_result | None, **values: Any) -> dict:
@@ -553,9 +482,6 @@ class Update:
         if status is not None:
             row |= {"size": status.st_size, "mtime": status.st_mtime_ns, "ctime": status.st_ctime_ns}
         return row | {"uri": uri_of(path), "problem": ""} | values
-
-    def problem_row(self, path: str, status: os.stat_result | None, digest: str, reason: str) -> dict:
-        return self.row(path, status, hash=digest, problem=printable(reason))
 
     # ------------------------------------------------------------------------------------------------- commits
 
@@ -568,13 +494,12 @@ class Update:
         if self.waiting:
             rows = pa.Table.from_pylist(self.waiting, schema=self.table.schema)
             merge = self.table.merge_insert("uri").when_matched_update_all().when_not_matched_insert_all()
-            merge.execute(rows, on_bad_vectors="null")  # rows with a problem have none
+            merge.execute(rows, on_bad_vectors="null")  # rows with a problem have no vectors
         self.waiting, self.committed = [], time.monotonic()
 
     def drop(self, uris: list[str]) -> None:
-        for start in range(0, len(uris), NAMED):
-            named = ", ".join(f"'{uri}'" for uri in uris[start : start + NAMED])
-            self.table.delete(f"uri IN ({named})")
+        for start in range(0, len(uris), PATHS_PER_FILTER):
+            self.table.delete(f"uri IN ({', '.join(map(repr, uris[start : start + PATHS_PER_FILTER]))})")
         self.report.dropped = len(uris)
 
 
@@ -583,50 +508,29 @@ class Update:
 
 @dataclass
 class Result:
-    """
-    A picture that was found.
-
-    Attributes:
-        path: of its file.
-        score: what the results are ordered by: the cosine, or after re-ranking the logit of the cosine plus
-            `MATCH_WEIGHT` times the log-probability of a match.
-        cosine: between the query and the picture.
-        match: the probability that the words fit the picture; None without re-ranking, or if its file is unreadable.
-        caption: what the model wrote about it; None if captions were left out.
-        label, share: the likeliest of the labels and its probability; None without labels.
-        gone: whether the file is no longer there.
-        thumbnail: a small copy, as WebP.
-    """
+    """An image that was found."""
 
     path: str
-    score: float
-    cosine: float
-    match: float | None
-    caption: str | None
-    label: str | None
-    share: float | None
-    gone: bool
-    thumbnail: bytes
+    score: float  # orders the results: the cosine, or with re-ranking its logit + MATCH_WEIGHT * log(match)
+    cosine: float  # between the query and the image
+    match: float | None  # probability that the words match; None without re-ranking or if the file cannot be read
+    caption: str | None  # None if the index has no captions
+    label: str | None  # the most likely one
+    share: float | None  # its probability
+    gone: bool  # whether the file no longer exists
+    thumbnail: bytes  # WebP
 
 
 def check_question(words: str, picture: str, rerank: bool) -> None:
-    """
-    Raises:
-        `SearchError`: words and picture, or neither; re-ranking without words.
-    """
+    """Raise `SearchError` for both words and an image, for neither, and for re-ranking without words."""
     if bool(words.strip()) == bool(picture):
-        raise SearchError("Ask with words or with a picture, one of them.")
+        raise SearchError("Ask with words or with an image, one of them.")
     if rerank and picture:
-        raise SearchError("Re-ranking compares pictures with words, so a picture cannot be asked with.")
+        raise SearchError("Re-ranking compares images with words, so it needs words instead of an image.")
 
 
 class Searcher:
-    """
-    Answers queries, from any number of threads.
-
-    Raises:
-        `SearchError`: no index, or one of another model.
-    """
+    """Answers queries, from any number of threads. Raises `SearchError` without an index of the same model."""
 
     def __init__(self, index: Index, embedder: Embedder):
         index.check(embedder)
@@ -642,18 +546,18 @@ class Searcher:
         labels: list[str] | None = None,
     ) -> list[Result]:
         """
-        The pictures nearest to words or to a picture, best first.
+        The images nearest to words or to an image, best first.
 
         Args:
             words: in any language that the model knows.
-            picture: the path of one.
-            k: how many.
+            picture: the path of an image.
+            k: number of results.
             mode: "InternVL-C" or "InternVL-G".
-            rerank: let the model look at the best pictures together with the words, which puts them into a new order.
-            labels: what each picture is classified as, at least two.
+            rerank: reorder the best images by how well the model says that they match the words.
+            labels: at least two, to classify each result.
 
         Raises:
-            `SearchError`: words and picture, or neither; a picture that cannot be read; re-ranking without words.
+            SearchError: both words and an image, or neither; an unreadable image; re-ranking without words.
         """
         words = words.strip()
         check_question(words, picture, rerank)
@@ -661,13 +565,18 @@ class Searcher:
             raise SearchError(f"`mode` must be one of {', '.join(COLUMNS)}, got {mode!r}.")
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise SearchError(f"`k` must be a positive integer, got {k!r}.")
-        classes = None if labels is None else self.classes(labels)
-        vector = self.vector(words, picture, mode)
-        column = COLUMNS[mode]
+        classes = None if labels is None else self.embedder.classes(labels)
+        vector, column = self.vector(words, picture, mode), COLUMNS[mode]
         query = self.table.search(vector.numpy(), vector_column_name=column).distance_type("cosine")
         query = query.where("problem = ''").select(["uri", "caption", "thumbnail", column, "_distance"])
-        rows = query.limit(max(k, SHORTLIST) if rerank else k).to_list()
-        results = [self.result(row, row[column], labels, classes) for row in rows]
+        results = []
+        for row in query.limit(max(k, SHORTLIST) if rerank else k).to_list():
+            path, cosine, label, share = path_of(row["uri"]), 1 - row["_distance"], None, None
+            if labels:
+                share, best = self.shares(torch.tensor(row[column]), classes).max(0)
+                label, share = labels[best], float(share)
+            gone, thumbnail = not os.path.exists(path), row["thumbnail"]
+            results.append(Result(path, cosine, cosine, None, row["caption"], label, share, gone, thumbnail))
         return (self.reranked(results, words) if rerank else results)[:k]
 
     def vector(self, words: str, picture: str, mode: str) -> torch.Tensor:
@@ -675,48 +584,31 @@ class Searcher:
         try:
             if words:
                 return self.embedder.read(words)
-            pixels = self.embedder.pixels(decode(read_bytes(picture)))
-        except DAMAGED as error:  # SearchError too, and what the processor refuses
+            pixels = self.embedder.pixels(self.embedder.decode(read_bytes(picture)))
+        except DAMAGED as error:  # also SearchError, and what the processor refuses
             about = f"`{words[:40]}`" if words else printable(os.path.basename(picture))
             raise SearchError(f"{about}: {error}") from error
         return self.embedder.see(pixels[None], captions=False)[0][mode][0]
 
     def classify(self, picture: str, labels: list[str], mode: str = "InternVL-C") -> list[tuple[str, float]]:
-        """Labels of a picture, by its path, and their probabilities, the likeliest first."""
-        shares = self.shares(self.vector("", picture, mode), self.classes(labels))
+        """Labels for the image at a path and their probabilities, the most likely first."""
+        shares = self.shares(self.vector("", picture, mode), self.embedder.classes(labels))
         return sorted(zip(labels, shares.tolist()), key=lambda pair: -pair[1])
 
     def shares(self, vector: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         return (self.embedder.scale * classes @ vector).softmax(0)
 
-    def classes(self, labels: list[str]) -> torch.Tensor:
-        if len(labels) < 2 or not all(label.strip() for label in labels):
-            raise SearchError(f"`labels` must be at least two, none of them empty, got {labels}.")
-        try:
-            return self.embedder.classes(labels)
-        except ValueError as error:  # what the processor refuses
-            raise SearchError(f"`labels`: {error}") from error
-
-    def result(self, row: dict, vector: list[float], labels: list[str] | None, classes: torch.Tensor | None) -> Result:
-        path, cosine = path_of(row["uri"]), 1 - row["_distance"]
-        label, share = None, None
-        if labels is not None and classes is not None:
-            shares = self.shares(torch.tensor(vector), classes)
-            label, share = labels[int(shares.argmax())], float(shares.max())
-        gone = not os.path.exists(path)
-        return Result(path, cosine, cosine, None, row["caption"], label, share, gone, row["thumbnail"])
-
     def reranked(self, results: list[Result], words: str) -> list[Result]:
-        """By what matching says too; pictures whose files cannot be read now come last."""
+        """Results in the order of their scores with matching; those whose files cannot be read come last."""
         pixels = {}
         for place, result in enumerate(results):
             try:
-                pixels[place] = self.embedder.pixels(decode(read_bytes(result.path)))
+                pixels[place] = self.embedder.pixels(self.embedder.decode(read_bytes(result.path)))
             except DAMAGED:
                 result.score = float("-inf")
         if pixels:
-            matches = self.embedder.match(torch.stack(list(pixels.values())), words).tolist()
+            matches = self.embedder.match(torch.stack(list(pixels.values())), words)
             for place, match in zip(pixels, matches):
-                results[place].match = float(torch.tensor(match).exp())
-                results[place].score = self.embedder.scale * results[place].cosine + MATCH_WEIGHT * match
+                results[place].match = float(match.exp())
+                results[place].score = self.embedder.scale * results[place].cosine + MATCH_WEIGHT * float(match)
         return sorted(results, key=lambda result: -result.score)

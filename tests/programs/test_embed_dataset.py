@@ -23,6 +23,7 @@ os.environ.setdefault("RAY_gcs_server_request_timeout_seconds", str(LAST_RESORT)
 ray = pytest.importorskip("ray")
 pytest.importorskip("ray.data")
 
+import decoding  # noqa: E402
 import embed_costs  # noqa: E402
 import embed_dataset  # noqa: E402
 import embed_output  # noqa: E402
@@ -271,12 +272,12 @@ def test_errors_of_rows_say_what_is_wrong_and_leave_the_others_alone(options, tm
     png = (PICTURES / "panda.png").read_bytes()
     cases = {
         "good": (png, "a panda"),
-        "no picture": (None, "x"),
+        "no image": (None, "x"),
         "cut": (png[:300], "x"),
         "no text": (png, None),
         "text": (png, " "),
         "ids": (png, "panda " * 100),
-        "no format that Pillow knows": (b"GIF", "x"),
+        "no image of a format that Pillow reads": (b"GIF", "x"),
         "empty": (b"", "x"),
         "also good": (png, "熊猫"),
     }
@@ -287,7 +288,7 @@ def test_errors_of_rows_say_what_is_wrong_and_leave_the_others_alone(options, tm
     assert found["ids"] == ["good", "also good"]
     reasons = {error["id"]: error["reason"] for error in json.loads(found["errors"])}
     assert set(reasons) == set(cases) - {"good", "also good"}
-    assert all(key in reason for key, reason in reasons.items() if key != "cut") and "picture" in reasons["cut"]
+    assert all(key in reason for key, reason in reasons.items() if key != "cut") and "image" in reasons["cut"]
     given.truncate = True
     assert embed_stages.inputs_of(batch, processor, given)["ids"] == ["good", "ids", "also good"]
 
@@ -300,7 +301,7 @@ def test_narrow_and_huge_pictures_are_refused_before_they_are_decoded():
     data = io.BytesIO()
     Image.new("L", (1, 51)).save(data, "PNG")
     with pytest.raises(ValueError, match="50 times"):
-        embed_sources.decoded(data.getvalue())
+        decoding.decode(data.getvalue())
 
 
 def test_values_that_are_not_finite_are_errors():
@@ -484,7 +485,7 @@ def test_columns_that_do_not_fit_are_refused(options, tmp_path, option, column):
 @pytest.mark.slow
 def test_code_reaches_machines_that_do_not_have_it(tmp_path):
     """Unpickled in a process that cannot import this folder."""
-    for module in (embed_sources, embed_stages, embed_dataset):
+    for module in (decoding, embed_sources, embed_stages, embed_dataset):
         ray.cloudpickle.register_pickle_by_value(module)
     code = [embed_stages.decode, embed_stages.Embed, embed_dataset.Watch]
     (tmp_path / "code").write_bytes(ray.cloudpickle.dumps(code))
@@ -566,10 +567,10 @@ def test_flops_are_those_that_the_shapes_say():
     """Twice the weights times the tokens, and the two products of attention; heads are less than 1 %."""
     layers, width, inner, tokens = 48, 3200, 12_800, 257
     expected = layers * (2 * tokens * (4 * width**2 + 2 * width * inner) + 4 * tokens**2 * width)
-    assert embed_costs.picture_flops(["InternVL-C"]) == pytest.approx(expected, rel=0.01)
+    assert embed_costs.image_flops(["InternVL-C"]) == pytest.approx(expected, rel=0.01)
     width, inner, queries = 4096, 11_008, 96
     more = 32 * (2 * queries * (4 * width**2 + 3 * width * inner) + 4 * queries**2 * width)
-    with_queries = embed_costs.picture_flops(["InternVL-C", "InternVL-G"])
+    with_queries = embed_costs.image_flops(["InternVL-C", "InternVL-G"])
     assert expected + more < with_queries < 1.3 * (expected + more)  # and cross-attention to the picture
 
 
@@ -587,8 +588,8 @@ def test_the_estimate_is_the_slower_of_models_and_decoders(options):
     text = "\n".join(embed_costs.lines(found, given))
     assert "3 times: no text" in text and "larger" not in text
     assert "1.00 hours x 2 an hour = 2.00" in text and "which the models allow" in text
-    rate = 989e12 * 0.5 / embed_costs.picture_flops(["InternVL-C"])
-    assert f"= {rate:.0f} pictures/s on a GPU" in text and f"{1e9 / rate / 3600:,.0f} GPU-hours" in text
+    rate = 989e12 * 0.5 / embed_costs.image_flops(["InternVL-C"])
+    assert f"= {rate:.0f} images/s on a GPU" in text and f"{1e9 / rate / 3600:,.0f} GPU-hours" in text
     given.tasks = 1
     slower = embed_costs.estimate(shards, [each | {"decoded": 1.0} for each in batches], given)
     assert slower["rate"] == 10 and "decoders allow" in "\n".join(embed_costs.lines(slower, given))
@@ -611,10 +612,10 @@ def test_measured_images_take_the_place_of_the_assumption(options, tmp_path):
     file.write_text(json.dumps(gpu_results()))
     dry = {"dry_run": True, "h100": True, "measured": file}
     text = "\n".join(embed_costs.h100_lines(10, options("data", **dry, price_per_gpu_hour=3)))
-    assert "on NVIDIA H200s" in text and "  200 pictures/s on a GPU" in text and "data sheet" not in text
+    assert "on NVIDIA H200s" in text and "  200 images/s on a GPU" in text and "data sheet" not in text
     assert f"{1e9 / 200 / 3600:,.0f} GPU-hours" in text and "20.0 CPUs like these" in text and "cost: 1,389" in text
     both = embed_costs.h100_lines(10, options("data", **dry, mode=["InternVL-C", "InternVL-G"]))
-    assert "  100 pictures/s on a GPU" in both[1]
+    assert "  100 images/s on a GPU" in both[1]
 
 
 @pytest.mark.parametrize(
@@ -650,8 +651,10 @@ def test_the_version_of_a_folder_is_that_of_the_models_own_files(options, traine
     before = embed_output.model_version(given)
     (folder / "my_script.py").write_text("1")
     assert embed_output.model_version(given) == before
-    (folder / "modeling_internvl.py").write_text("1")
-    assert embed_output.model_version(given) != before
+    for name in ("modeling_internvl.py", "images_internvl.py", "modeling_qllama.py", "configuration_intern_vit.py"):
+        (folder / name).write_text("1")
+        assert embed_output.model_version(given) != before
+        before = embed_output.model_version(given)
 
 
 def test_rows_of_tars_are_estimated_from_how_far_was_read(options, tmp_path):

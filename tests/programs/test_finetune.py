@@ -122,7 +122,7 @@ def test_every_kind_of_dataset_gives_the_same_captions(arguments, tmp_path, writ
     folder.mkdir()
     given = arguments(data=str(write(folder)))
     captions = finetune_data.Captions(finetune_data.load_rows(given)[0], given)
-    found = {tuple(map(tuple, captions.of_row(index))): captions.picture(index).size for index in range(len(captions))}
+    found = {tuple(map(tuple, captions.of_row(index))): captions.image(index).size for index in range(len(captions))}
     expected = {(tuple(entry["en"]), tuple(entry["zh"]), (entry["ja"],)) for entry in rows()}
     assert set(found) == expected and set(found.values()) == {(256, 256)}
 

@@ -165,11 +165,11 @@ def test_wrong_queries_are_refused_by_name(indexed, embedder, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     for options, said in (
-        ({}, "words or with a picture"),
-        ({"words": " "}, "words or with a picture"),
+        ({}, "words or with an image"),
+        ({"words": " "}, "words or with an image"),
         ({"words": "a", "picture": str(PICTURES / "fox.png")}, "one of them"),
-        ({"picture": str(PICTURES / "fox.png"), "rerank": True}, "Re-ranking compares pictures with words"),
-        ({"picture": str(broken)}, "broken.png: no picture of a format"),
+        ({"picture": str(PICTURES / "fox.png"), "rerank": True}, "Re-ranking compares images with words"),
+        ({"picture": str(broken)}, "broken.png: no image of a format"),
         ({"picture": str(tmp_path / "nowhere.png")}, "nowhere.png: cannot be read: No such file"),
         ({"words": "panda", "k": 0}, "`k` must be a positive integer, got 0"),
         ({"words": "panda", "mode": "G"}, "`mode` must be one of InternVL-C, InternVL-G, got 'G'"),
@@ -354,10 +354,13 @@ REFUSED = {
     "cut.jpg": (lambda: saved(on_white(), "JPEG")[:-400], "damaged: OSError: image file is truncated"),
     "cut.png": (lambda: saved(lion(), "PNG")[:60], "damaged: "),
     "broken.png": (broken_png, "damaged: "),
-    "text.png": (lambda: b"This is a text.\n" * 99, "no picture of a format that Pillow reads"),
+    "text.png": (lambda: b"This is a text.\n" * 99, "no image of a format that Pillow reads"),
     "bomb.png": (big_header, "has more pixels than the 89,478,485 that Pillow takes for safe"),
     "95-million.gif": (lambda: saved(Image.new("1", (9800, 9800)), "GIF"), "has more pixels than the 89,478,485"),
-    "needle.png": (lambda: saved(Image.new("L", (1, 4000)), "PNG"), "1 x 4000 pixels, and may be 50 times"),
+    "needle.png": (
+        lambda: saved(Image.new("L", (1, 4000)), "PNG"),
+        "1 x 4000 pixels; one side may be at most 50",
+    ),
     "hdr.tiff": (lambda: saved(Image.fromarray(np.full((9, 9), 7e4, np.float32)), "TIFF"), "must be in [0, 255]"),
     "header.webp": (lambda: b"RIFF\x24\x00\x00\x00WEBPVP8 ", "damaged: "),
 }
@@ -733,7 +736,7 @@ def test_the_commands(folder, trained, tmp_path, capsys):
     (folder / "notes.txt").write_text("")
     printed = run("index", folder, *where, *model, "--no-captions", capsys=capsys)
     assert "6 embedded, 0 moved or touched, 0 unchanged, 0 dropped, 1 with problems" in printed
-    assert "no pictures: 1 .txt" in printed
+    assert "no images: 1 .txt" in printed
     assert run("problems", *where, capsys=capsys) == f"{folder / 'zero.png'}: an empty file\n"
     found = json.loads(run("query", "熊猫", *where, *model, "-k", 2, "--json", capsys=capsys))
     assert [os.path.basename(row["path"]) for row in found] == ["panda.png", found[1]["path"].split("/")[-1]]
@@ -756,7 +759,7 @@ def test_the_commands(folder, trained, tmp_path, capsys):
         (["page", "--index", "{tmp}/none"], "There is no index in"),
         (["index", "{tmp}/nowhere"], "there is none of this name: .*nowhere"),
         (["index", "{tmp}", "--index", "{tmp}/i", "--model", "{tmp}"], "--model .* cannot be loaded"),
-        (["query", "--index", "{indexed}", "--model", "{trained}"], "Ask with words or with a picture"),
+        (["query", "--index", "{indexed}", "--model", "{trained}"], "Ask with words or with an image"),
         (
             ["query", "--picture", "a.png", "--rerank", "--index", "{indexed}", "--model", "{tmp}"],
             "Re-ranking compares",

@@ -43,7 +43,7 @@ def main() -> None:
 
     names_of = [data.concepts[data.concept[row]]["name"] for row in chosen]
     examples = [Example(Image.fromarray(data.rgba[row]), names) for row, names in zip(chosen, names_of)]
-    pixels = processor(images=[example.picture for example in examples]).pixel_values
+    pixels = processor(images=[example.image for example in examples]).pixel_values
     images = model.embed_image(pixels, "InternVL-G")
     nearest: dict[str, list[list[tuple[str, float]]]] = {}
     captions: dict[str, list[str]] = {}
