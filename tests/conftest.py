@@ -23,7 +23,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import save_torch_state_dict
-from transformers import AutoModel
+from transformers import AutoModel, AutoProcessor
 
 from fresh import Server
 
@@ -39,6 +39,19 @@ INDEX = "model.safetensors.index.json"
 CODE = sorted(path.name for path in ROOT.glob("*.py"))
 LAST_RESORT = 1200  # seconds: a wait ends with an event or a dead process; this only ends a run that hangs
 FRESH = Server()
+# A config class that imports nothing, for tests of the tokenizer and the processor alone.
+STUB_CONFIG = """
+from transformers import PretrainedConfig
+
+
+class InternVLConfig(PretrainedConfig):
+    model_type = "internvl_14b"
+"""
+# Two images, and two texts with padding, for the tiny checkpoint.
+PIXELS = torch.linspace(-2, 2, 2 * 3 * 48 * 48).sin().view(2, 3, 48, 48)
+IDS = torch.tensor([[1, 405, 353, 2326, 2, 0], [1, 405, 353, 77, 900, 2]])
+OBJECTIVES = {"stage2": "InternVLForPreTraining", "retrieval": "InternVLForRetrieval"}
+LOSSES = {"stage2": ("loss", "loss_itm", "loss_itc", "loss_itg"), "retrieval": ("loss", "loss_itm", "loss_itc")}
 
 
 def pytest_configure(config):
@@ -148,6 +161,20 @@ def load(path, auto_class=AutoModel, **options):
     return auto_class.from_pretrained(path, trust_remote_code=True, **options)
 
 
+def switch_checkpointing(model, on, *arguments) -> None:
+    """Switch gradient checkpointing by the method name that the installed version does not deprecate."""
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{kind}_checkpointing_{'enable' if on else 'disable'}")(*arguments)
+
+
+def first_end(model) -> tuple[int, int]:
+    """A token that greedy decoding generates for the goldens' first image, not among the first two; and its index."""
+    inputs, options = golden("tiny/inputs"), {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 319}
+    tokens = model.generate(inputs["pixel_values"][:1], inputs["prompt_ids"][:1], **options)[0].tolist()
+    index = next(index for index, token in enumerate(tokens) if index >= 2 and token not in tokens[:index])
+    return tokens[index], index
+
+
 def assert_same_tensors(one: dict, other: dict) -> None:
     assert list(one) == list(other)
     for name, tensor in one.items():
@@ -164,3 +191,15 @@ def flat(tmp_path_factory):
 def trained(tmp_path_factory):
     """Code and the trained tiny checkpoint side by side, as a published repository lies. Not to be changed."""
     return make_repository(tmp_path_factory.mktemp("trained") / "repository", flat=True, weights="trained")
+
+
+@pytest.fixture(scope="session")
+def tiny(trained):
+    """The trained tiny checkpoint, float32. Not to be changed."""
+    return load(trained, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def processor(trained):
+    """The processor of the tiny checkpoint. Not to be changed."""
+    return load(trained, AutoProcessor)

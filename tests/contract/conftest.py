@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoProcessor
 
 from conftest import CODE, GOLDEN, LAST_RESORT, ROOT, golden_model, load
 from tools.matrix import known_bad
@@ -163,11 +162,6 @@ def golden_joint():
 
 
 @pytest.fixture(scope="session")
-def tiny(trained):
-    """The trained tiny checkpoint, float32."""
-    return load(trained, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="session")
-def processor(trained):
-    return load(trained, AutoProcessor)
+def half(trained):
+    """The trained tiny checkpoint, bfloat16."""
+    return load(trained, dtype=torch.bfloat16).eval()

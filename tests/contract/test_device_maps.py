@@ -3,13 +3,11 @@
 import pytest
 import torch
 
-from conftest import load
+from conftest import IDS, PIXELS, load
 
 pytest.importorskip("accelerate")
 from accelerate import cpu_offload
 
-PIXELS = torch.linspace(-2, 2, 2 * 3 * 48 * 48).sin().view(2, 3, 48, 48)
-IDS = torch.tensor([[1, 405, 353, 2326, 2, 0], [1, 405, 353, 77, 900, 2]])
 PLANS = {
     "in memory": {"": "cpu"},
     "split": {"": "cpu", "qllama": "disk", "query_tokens": "disk", "vision_model.encoder.layers.1": "disk"},

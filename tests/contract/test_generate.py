@@ -5,7 +5,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
-from conftest import golden
+from conftest import first_end, golden
 
 pytestmark = pytest.mark.feature("captions")
 INPUTS, EXPECTED = golden("tiny/inputs"), golden("tiny/expected")
@@ -131,13 +131,6 @@ def test_streamer(model):
     collector = Collector()
     model.generate(PIXELS[:1], PROMPTS[:1], streamer=collector, **GREEDY)
     assert collector.ended and collector.tokens == GREEDY_TOKENS[0]
-
-
-def first_end(model):
-    """A token that greedy decoding writes for the first image, not as one of its first two; and its place."""
-    tokens = model.generate(PIXELS[:1], PROMPTS[:1], max_new_tokens=8, do_sample=False, eos_token_id=319)[0].tolist()
-    place = next(index for index, token in enumerate(tokens) if index >= 2 and token not in tokens[:index])
-    return tokens[place], place
 
 
 def test_it_stops_at_the_end_and_not_before_the_least_length(model):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from conftest import TOLERANCE, golden, golden_model, training_batch
+from conftest import LOSSES, OBJECTIVES, TOLERANCE, golden, golden_model, training_batch
 
 INPUTS, EXPECTED = golden("tiny/inputs"), golden("tiny/expected")
 PIXELS, IDS, PROMPTS = INPUTS["pixel_values"], INPUTS["input_ids"], INPUTS["prompt_ids"]
@@ -24,10 +24,6 @@ FORWARD = {
     "logits_per_image_g": lambda model: model(IDS, PIXELS, mode="InternVL-G").logits_per_image,
     "logits_per_text_g": lambda model: model(image=PIXELS, text=IDS, mode="InternVL-G")[1],
     "image_features.query": lambda model: model.get_image_features(PIXELS)[1],
-}
-OBJECTIVES = {
-    "stage2": ("InternVLForPreTraining", ("loss", "loss_itm", "loss_itc", "loss_itg")),
-    "retrieval": ("InternVLForRetrieval", ("loss", "loss_itm", "loss_itc")),
 }
 
 
@@ -75,11 +71,10 @@ def test_captions(model, name, beams):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_losses_and_gradients(objective):
-    class_name, losses = OBJECTIVES[objective]
-    trainee = golden_model(class_name).train()
+    trainee = golden_model(OBJECTIVES[objective]).train()
     output = trainee(**training_batch(objective))
     output.loss.backward()
-    for name in losses:
+    for name in LOSSES[objective]:
         assert_close(output[name], EXPECTED[f"{objective}.{name}"], **TOLERANCE)
     start = f"{objective}.grad."
     names = [name.removeprefix(start) for name in EXPECTED if name.startswith(start)]

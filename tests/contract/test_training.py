@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from conftest import TOLERANCE, golden_model, training_batch
+from conftest import OBJECTIVES, TOLERANCE, golden_model, switch_checkpointing, training_batch
 
 pytestmark = pytest.mark.feature("training")
-OBJECTIVES = {"stage2": "InternVLForPreTraining", "retrieval": "InternVLForRetrieval"}
 UNUSED = {"stage2": "clip_projector.", "retrieval": "qllama.lm_head."}
 
 
@@ -27,12 +26,6 @@ def test_a_step_reaches_every_parameter_of_the_objective(objective):
         assert name.endswith("cross_attn.k_bias") or parameter.grad.abs().max() > 0, name
     optimizer.step()
     assert model(**training_batch(objective)).loss < first
-
-
-def switch_checkpointing(model, on):
-    """By the name that the installed version does not deprecate."""
-    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    getattr(model, f"{kind}_checkpointing_{'enable' if on else 'disable'}")()
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from conftest import ROOT, repo_class, run_python
+from conftest import ROOT, STUB_CONFIG, repo_class, run_python
 
 InternVLTokenizer = repo_class("tokenization_internvl.InternVLTokenizer")
 InternVLProcessor = repo_class("processing_internvl.InternVLProcessor")
@@ -19,13 +19,6 @@ CLIPImageProcessorPil = sys.modules[InternVLProcessor.__module__].CLIPImageProce
 TINY = ROOT / "tiny"
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 MODES = "1 L P RGB RGBA CMYK YCbCr HSV I F LA PA RGBX RGBa La I;16 I;16L I;16B I;16N".split()
-STUB_CONFIG = """
-from transformers import PretrainedConfig
-
-
-class InternVLConfig(PretrainedConfig):
-    model_type = "internvl_14b"
-"""
 
 
 @pytest.fixture(scope="module")

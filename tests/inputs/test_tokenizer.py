@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from conftest import ROOT, repo_class, run_python
+from conftest import ROOT, STUB_CONFIG, repo_class, run_python
 
 InternVLTokenizer = repo_class("tokenization_internvl.InternVLTokenizer")
 TINY_MODEL = ROOT / "tiny" / "tokenizer.model"
@@ -33,14 +33,6 @@ TEMPLATES += ["{}", " {}", "  {}!", "1234567 {} 90"]
 ODD = ["summarize: A  double  space", " ", "   ", "a", "▁", "▁ a ▁", "😀", "🐱‍👓 x", "tab\tline\nend"]
 ODD += ["\u00a0x", "é", "(<a>)", "[PAD]", "\x00"]
 PROMPTS = [t.format(n) for names in NAMES.values() for n in names for t in TEMPLATES] + ODD
-
-STUB_CONFIG = """
-from transformers import PretrainedConfig
-
-
-class InternVLConfig(PretrainedConfig):
-    model_type = "internvl_14b"
-"""
 
 
 @pytest.fixture(params=["tiny", pytest.param("real", marks=needs_real)])

@@ -33,7 +33,7 @@ print(json.dumps([caption, str(model.dtype), type(model).__name__, type(tokenize
 TEXTS = ["a photo of a red panda", "一张熊猫的照片", "二匹の猫の写真"]
 
 
-def picture(number: int, size=(48, 48)) -> Image.Image:
+def random_image(number: int, size=(48, 48)) -> Image.Image:
     image = Image.new("RGB", size, [(250, 240, 230), (30, 60, 90), (200, 30, 30)][number])
     ImageDraw.Draw(image).ellipse(
         (8, 10 + 4 * number, 40, 44), fill=[(220, 90, 20), (250, 250, 40), (20, 20, 20)][number]
@@ -43,7 +43,7 @@ def picture(number: int, size=(48, 48)) -> Image.Image:
 
 @pytest.fixture(scope="module", params=["random", "trained"])
 def checkpoint(request, tmp_path_factory) -> Path:
-    """A folder as the published one: code, tokenizer and weights side by side, 48-pixel pictures next to it."""
+    """A folder as the published one: code, tokenizer and weights side by side, 48-pixel images next to it."""
     if request.param == "trained" and not (ROOT / "tiny" / INDEX).is_file():
         pytest.skip("tiny/ holds no trained weights")
     return make_repository(tmp_path_factory.mktemp("card") / "checkpoint", flat=True, weights=request.param)
@@ -52,7 +52,7 @@ def checkpoint(request, tmp_path_factory) -> Path:
 def run_card(checkpoint: Path, folder: Path, snippet: str = MODEL_CARD):
     """Run the snippet as a script of its own in `folder`; the tensors it kept, what it printed last, and its stderr."""
     for number in range(3):
-        picture(number).save(folder / f"image{number + 1}.png")
+        random_image(number).save(folder / f"image{number + 1}.png")
     done = run_python(BEFORE + snippet + AFTER, folder, checkpoint)
     return load_file(folder / "kept.safetensors"), json.loads(done.stdout.splitlines()[-1]), done.stderr
 
@@ -94,10 +94,10 @@ def test_card_prints_no_warning_of_importance(card):
 
 
 def new_logits(checkpoint: Path, dtype: torch.dtype, input_ids: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-    """The logits of the snippet's pictures and texts by the new calls."""
+    """The logits of the snippet's images and texts by the new calls."""
     model = load(checkpoint, dtype=dtype)
     processor = load(checkpoint, AutoProcessor)
-    batch = processor([picture(number) for number in range(3)], TEXTS, padding="max_length")
+    batch = processor([random_image(number) for number in range(3)], TEXTS, padding="max_length")
     ids, mask = (batch["input_ids"], batch["attention_mask"]) if input_ids is None else (input_ids, None)
     with torch.no_grad():
         texts = model.embed_text(ids, mask)
@@ -119,7 +119,7 @@ def test_card_equals_the_new_calls(checkpoint, card):
 def test_card_caption_equals_the_new_calls(checkpoint, card):
     kept, (caption, *_), _ = card
     model, processor = load(checkpoint, dtype=torch.bfloat16), load(checkpoint, AutoProcessor)
-    batch = processor([picture(0)], task="caption")
+    batch = processor([random_image(0)], task="caption")
     pred = model.generate(batch["pixel_values"].bfloat16(), kept["prompt"], num_beams=5, min_new_tokens=8)
     assert torch.equal(pred, kept["pred"])
     if torch.equal(kept["prompt"], batch["input_ids"]):
@@ -154,11 +154,11 @@ def model(checkpoint):
 
 @pytest.fixture(scope="module")
 def batch(checkpoint):
-    return load(checkpoint, AutoProcessor)([picture(number) for number in range(3)], TEXTS, padding="max_length")
+    return load(checkpoint, AutoProcessor)([random_image(number) for number in range(3)], TEXTS, padding="max_length")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_mmvp_two_pictures_one_text(checkpoint, batch, model, dtype):
+def test_mmvp_two_images_one_text(checkpoint, batch, model, dtype):
     half = load(checkpoint, torch_dtype=dtype)
     pixels, ids = batch["pixel_values"][:2], batch["input_ids"][:1]
     for mode in ("InternVL-C", "InternVL-G"):

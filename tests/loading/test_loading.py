@@ -25,8 +25,10 @@ from transformers.utils import is_accelerate_available
 from conftest import (
     CODE,
     GOLDEN,
+    IDS,
     INDEX,
     IS_V5,
+    PIXELS,
     ROOT,
     TOLERANCE,
     assert_same_tensors,
@@ -43,8 +45,6 @@ from conftest import (
 HOSTS = ("handler.py", "sentence_transformers_internvl.py")
 MODULES = {name: ast.parse((ROOT / name).read_text()) for name in CODE if name not in HOSTS}
 CULPRIT = "itm_head.bias"
-PIXELS = torch.linspace(-2, 2, 2 * 3 * 48 * 48).sin().view(2, 3, 48, 48)
-IDS = torch.tensor([[1, 405, 353, 2326, 2, 0], [1, 405, 353, 77, 900, 2]])
 
 
 WEIGHTS = ["random", "trained"]
@@ -192,7 +192,7 @@ print(type(model).__name__, type(processor).__name__, type(processor.tokenizer).
 
 @pytest.mark.parametrize("force_image_size", [None, 72])
 def test_resized_positions_are_saved_and_loaded(flat, tmp_path, force_image_size):
-    """A picture size set in the config, and then changed by resizing: the table that was saved decides."""
+    """An image size set in the config, and then changed by resizing: the table that was saved decides."""
     config = load(flat, AutoConfig)
     fields = config.to_dict() | {"force_image_size": force_image_size}
     model_class = repo_class("modeling_internvl.InternVLModel")

@@ -130,14 +130,14 @@ def test_parts_load_merged(checkpoint):
     folder, _, expected = checkpoint
     pixels, ids = inputs_of(load(folder))
     with torch.inference_mode():
-        pictures = repo_class("modeling_internvl.InternVLVisionModelWithProjection").from_pretrained(
+        images = repo_class("modeling_internvl.InternVLVisionModelWithProjection").from_pretrained(
             folder, dtype=torch.float32
         )
         texts = repo_class("modeling_internvl.InternVLTextModelWithProjection").from_pretrained(
             folder, dtype=torch.float32
         )
         tower = repo_class("modeling_intern_vit.InternVisionModel").from_pretrained(folder, dtype=torch.float32)
-        torch.testing.assert_close(pictures.eval().embed_image(pixels), expected[0], **TOLERANCE)
+        torch.testing.assert_close(images.eval().embed_image(pixels), expected[0], **TOLERANCE)
         torch.testing.assert_close(texts.eval().embed_text(ids), expected[2], **TOLERANCE)
         whole = load(folder, dtype=torch.float32).eval().vision_model(pixels).last_hidden_state
         torch.testing.assert_close(tower.eval()(pixels).last_hidden_state, whole, **TOLERANCE)

@@ -27,16 +27,16 @@ def load(name, folder, **parallel):
 
 
 def inputs_for(model):
-    """Three pictures, texts that end with `</s>` and prompts that do not; rows of different length, on either side."""
+    """Three images, texts that end with `</s>` and prompts that do not; rows of different length, on either side."""
     generator = torch.Generator().manual_seed(0)
-    pictures = torch.randn(3, 3, *2 * [model.config.vision_config.image_size], generator=generator)
+    images = torch.randn(3, 3, *2 * [model.config.vision_config.image_size], generator=generator)
     ids = torch.randint(3, model.config.qllama_config.vocab_size, (3, 7), generator=generator)
     ids[:, 0] = 1
     texts = torch.cat([ids, torch.full((3, 1), 2)], dim=1)
     texts[1, 4:] = torch.tensor([2, 0, 0, 0])
     prompts = ids.clone()
     prompts[2, :3] = torch.tensor([0, 0, 1])
-    return pictures, texts, prompts
+    return images, texts, prompts
 
 
 CALLS = {

@@ -188,7 +188,7 @@ def check_calls(model, dtype):
 
 
 def check_pixels_are_seen_whole(model):
-    """The vision tower, the cross-attentions and the pools see all tokens of the picture."""
+    """The vision tower, the cross-attentions and the pools see all tokens of the image."""
     tokens = 1 + model.config.vision_config.position_grid**2
     names = {module: name for name, module in model.named_modules()}
     for call in CALLS:

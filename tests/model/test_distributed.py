@@ -11,10 +11,9 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
-from conftest import TOLERANCE, golden, golden_model, repo_class, training_batch
+from conftest import OBJECTIVES, TOLERANCE, golden, golden_model, repo_class, training_batch
 
 WORLD = 2
-CLASSES = {"stage2": "InternVLForPreTraining", "retrieval": "InternVLForRetrieval"}
 
 
 def modeling():
@@ -35,7 +34,7 @@ def losses_and_gradients(model, batch):
 
 def step(rank, objective, parallel):
     share = len(golden("tiny/inputs")["pixel_values"]) // WORLD
-    model = golden_model(CLASSES[objective])
+    model = golden_model(OBJECTIVES[objective])
     if parallel:
         model = DistributedDataParallel(model, find_unused_parameters=True)
     return losses_and_gradients(model, training_batch(objective, slice(rank * share, (rank + 1) * share)))
@@ -104,7 +103,7 @@ def ranks(tmp_path_factory):
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("parallel", ["", "-ddp"], ids=["averaged-here", "DistributedDataParallel"])
-@pytest.mark.parametrize("objective", CLASSES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_losses_and_gradients_of_two_ranks(ranks, objective, parallel):
     (first_losses, first), (second_losses, second) = (results[objective + parallel] for results in ranks)
     expected = golden("tiny/expected_world2")
@@ -120,7 +119,7 @@ def test_losses_and_gradients_of_two_ranks(ranks, objective, parallel):
 
 def test_every_tensor_of_two_ranks_is_covered():
     names = {tuple(name.split(".")[:2]) for name in golden("tiny/expected_world2")}
-    assert names == {(objective, kind) for objective in CLASSES for kind in ("losses_per_rank", "grad")}
+    assert names == {(objective, kind) for objective in OBJECTIVES for kind in ("losses_per_rank", "grad")}
 
 
 @pytest.mark.heavy
@@ -155,11 +154,11 @@ def world_of_one(tmp_path):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("objective", CLASSES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_single_rank_does_not_communicate(world_of_one, monkeypatch, objective):
     for name in ("all_gather", "all_reduce"):
         monkeypatch.setattr(dist, name, functools.partial(pytest.fail, f"{name} was called"))
-    losses, gradients = losses_and_gradients(golden_model(CLASSES[objective]), training_batch(objective))
+    losses, gradients = losses_and_gradients(golden_model(OBJECTIVES[objective]), training_batch(objective))
     expected = golden("tiny/expected")
     assert_close(losses[0], expected[f"{objective}.loss"], **TOLERANCE)
     assert_close(gradients["query_tokens"], expected[f"{objective}.grad.query_tokens"], **TOLERANCE)
@@ -189,9 +188,9 @@ def second_of_two(monkeypatch):
     return summed
 
 
-@pytest.mark.parametrize("objective", CLASSES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_pairs_of_the_second_rank_stand_behind_those_of_the_first(second_of_two, objective):
-    model, embeds = golden_model(CLASSES[objective]), torch.eye(3, 8)
+    model, embeds = golden_model(OBJECTIVES[objective]), torch.eye(3, 8)
     given = torch.ones(3)
     if objective == "retrieval":
         given = model._soft_targets(torch.tensor([1, 2, 3]), 3, embeds.device)

@@ -8,14 +8,20 @@ from torch.testing import assert_close
 from transformers import DynamicCache
 
 from benchmarks.golden_wide import regenerated, regenerated_pixels
-from conftest import GOLDEN, TOLERANCE, golden, golden_config, golden_model, repo_class, training_batch
+from conftest import (
+    GOLDEN,
+    LOSSES,
+    OBJECTIVES,
+    TOLERANCE,
+    golden,
+    golden_config,
+    golden_model,
+    repo_class,
+    training_batch,
+)
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 GENERATE = {"max_new_tokens": 12, "min_new_tokens": 8, "do_sample": False}
-OBJECTIVES = {
-    "stage2": ("InternVLForPreTraining", ("loss", "loss_itm", "loss_itc", "loss_itg")),
-    "retrieval": ("InternVLForRetrieval", ("loss", "loss_itm", "loss_itc")),
-}
 GRADIENTS = (
     "clip_projector2.cross_attn.q.weight",
     "itm_head.weight",
@@ -92,7 +98,7 @@ def both_models(request):
 
 def test_every_expected_tensor_has_a_test():
     covered = set(FORWARD) | set(GENERATED) | {RESIZED}
-    for objective, (_, losses) in OBJECTIVES.items():
+    for objective, losses in LOSSES.items():
         covered |= {f"{objective}.{name}" for name in losses} | {f"{objective}.grad.{name}" for name in GRADIENTS}
     assert covered == set(golden("tiny/expected"))
 
@@ -118,7 +124,7 @@ def test_forward_of_one_row(both_models, name):
 
 @torch.no_grad()
 def test_prefix_logits_by_way_of_the_cache(both_models):
-    """The queries are run into a cache, then the prompt is, which never meets the picture."""
+    """The queries are run into a cache, then the prompt is, which never meets the image."""
     inputs = golden("tiny/inputs")
     image_states = both_models.vision_model(inputs["pixel_values"]).last_hidden_state
     queries = both_models.query_tokens.expand(len(image_states), -1, -1)
@@ -143,7 +149,7 @@ def test_generate(both_models, name, cache):
     arguments = GENERATE | kind | {"num_beams": GENERATED[name]}
     everything = {"pixel_values": inputs["pixel_values"], "input_ids": inputs["prompt_ids"]}
     everything["attention_mask"] = torch.ones_like(inputs["prompt_ids"])
-    # Three pictures too: with four, the first of each five beams has its picture even where beams are laid out wrongly.
+    # Three images too: with four, the first of each five beams has its image even where beams are laid out wrongly.
     for rows in (slice(0, 4), slice(0, 3), *(slice(row, row + 1) for row in range(4))):
         tokens = both_models.generate(**{key: tensor[rows] for key, tensor in everything.items()}, **arguments)
         assert_close(tokens, expected[rows], rtol=0, atol=0)
@@ -172,8 +178,7 @@ def test_greedy_tokens_without_a_cache(both_models):
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointed", "stored"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_losses_and_gradients(objective, checkpointing, implementation):
-    class_name, losses = OBJECTIVES[objective]
-    model = golden_model(class_name, implementation).train()
+    model = golden_model(OBJECTIVES[objective], implementation).train()
     assert model.vision_model.encoder.gradient_checkpointing, "on by default, as in the original"
     model.vision_model.encoder.gradient_checkpointing = checkpointing
     runs = []
@@ -184,7 +189,7 @@ def test_losses_and_gradients(objective, checkpointing, implementation):
 
     assert len(runs) == (2 if checkpointing else 1), "a checkpointed layer runs again in the backward pass"
     expected = golden("tiny/expected")
-    for name in losses:
+    for name in LOSSES[objective]:
         assert_close(output[name], expected[f"{objective}.{name}"], **TOLERANCE)
     for name in GRADIENTS:
         gradient = model.get_parameter(name).grad

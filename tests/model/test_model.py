@@ -9,16 +9,27 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig
 from transformers.generation.streamers import BaseStreamer
 
-from conftest import GOLDEN, ROOT, TOLERANCE, golden, golden_config, golden_model, load, repo_class, training_batch
+from conftest import (
+    GOLDEN,
+    OBJECTIVES,
+    ROOT,
+    TOLERANCE,
+    first_end,
+    golden,
+    golden_config,
+    golden_model,
+    repo_class,
+    switch_checkpointing,
+    training_batch,
+)
 
 INPUTS = golden("tiny/inputs")
 PIXELS, IDS, PROMPTS = INPUTS["pixel_values"], INPUTS["input_ids"], INPUTS["prompt_ids"]
 MASK = (IDS > 0).long()
 MODES = ("InternVL-C", "InternVL-G")
-OBJECTIVES = {"stage2": "InternVLForPreTraining", "retrieval": "InternVLForRetrieval"}
 EXACT = {"rtol": 0, "atol": 0}
 GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
 
@@ -300,12 +311,6 @@ def test_every_parameter_that_an_objective_uses_gets_a_gradient(objective):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-def switch_checkpointing(model, on, *arguments):
-    """By the name that the installed version does not deprecate."""
-    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    getattr(model, f"{kind}_checkpointing_{'enable' if on else 'disable'}")(*arguments)
-
-
 def count_layer_runs(model):
     runs = {"vision": 0, "qllama": 0}
 
@@ -541,14 +546,13 @@ def test_a_prompt_with_an_end_is_warned_of_once(model, warnings_logged):
     assert [message.split(":")[0] for message in warnings_logged] == ["A prompt ends with `</s>`"]
 
 
-def test_writing_stops_at_a_text(trained):
+def test_writing_stops_at_a_text(tiny, processor):
     """`stop_strings` needs the tokenizer, which transformers hands to the model too."""
-    model, processor = load(trained, dtype=torch.float32), load(trained, AutoProcessor)
     inputs = processor(images=[Image.new("RGB", (48, 48), "orange")], task="caption")
     options = {"max_new_tokens": 8, "min_new_tokens": 8}
-    whole = processor.tokenizer.decode(model.generate(**inputs, **options)[0])
+    whole = processor.tokenizer.decode(tiny.generate(**inputs, **options)[0])
     stop = whole.strip()[2:5]
-    ids = model.generate(**inputs, stop_strings=[stop], tokenizer=processor.tokenizer, max_new_tokens=8)
+    ids = tiny.generate(**inputs, stop_strings=[stop], tokenizer=processor.tokenizer, max_new_tokens=8)
     assert processor.tokenizer.decode(ids[0]).rstrip().endswith(stop) or len(ids[0]) < 8
 
 
@@ -557,7 +561,7 @@ def test_a_prompt_changes_what_is_written(model):
     assert len(texts) > 1
 
 
-def test_one_prompt_for_all_pictures(model, expected):
+def test_one_prompt_for_all_images(model, expected):
     tokens = model.generate(PIXELS, PROMPTS[:1], **GREEDY)
     assert tokens.tolist() == expected["generate_greedy"][:, 1:9].tolist()
 
@@ -570,13 +574,6 @@ def test_without_a_prompt(own_model):
     prompted = own_model.generate(PIXELS, **GREEDY)
     assert prompted.tolist() == own_model.generate(PIXELS, PROMPTS, **GREEDY).tolist()
     assert prompted.tolist() != start.tolist()
-
-
-def first_end(model):
-    """A token that greedy decoding writes for the first picture, not as the first one; and its place."""
-    tokens = model.generate(PIXELS[:1], PROMPTS[:1], max_new_tokens=8, do_sample=False, eos_token_id=319)[0].tolist()
-    place = next(i for i, token in enumerate(tokens) if i >= 2 and token not in tokens[:i])
-    return tokens[place], place
 
 
 def test_numbers_of_new_tokens(model):
@@ -628,7 +625,7 @@ def test_sampling_with_a_seed(model):
     assert sample(0) != sample(1)
 
 
-def test_several_sequences_per_picture(model, expected):
+def test_several_sequences_per_image(model, expected):
     tokens = model.generate(PIXELS[:2], PROMPTS[:2], num_beams=5, num_return_sequences=5, **GREEDY)
     assert tokens.shape == (10, 8)
     best = model.generate(PIXELS[:2], PROMPTS[:2], num_beams=5, **GREEDY)
@@ -641,8 +638,8 @@ def test_several_sequences_per_picture(model, expected):
     assert len(sampled) == 6 and len({tuple(row) for row in sampled.tolist()}) > 2
 
 
-def test_sampled_sequences_belong_to_their_pictures(model):
-    """With next to no temperature every sample is the greedy text of its own picture."""
+def test_sampled_sequences_belong_to_their_images(model):
+    """With next to no temperature every sample is the greedy text of its own image."""
     tokens = model.generate(
         PIXELS, PROMPTS, do_sample=True, temperature=1e-4, num_return_sequences=2, max_new_tokens=8, min_new_tokens=8
     )
@@ -676,7 +673,7 @@ def test_streamer(model):
     assert [token for piece in streamer.tokens for token in piece] == tokens[0].tolist()
 
 
-def test_pictures_run_once_whatever_is_asked(own_model):
+def test_images_run_once_whatever_is_asked(own_model):
     runs = count_layer_runs(own_model)
     own_model.generate(PIXELS, PROMPTS, num_beams=4, num_return_sequences=2, **GREEDY)
     assert runs["vision"] == 3

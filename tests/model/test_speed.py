@@ -1,13 +1,12 @@
-"""What makes the model fast changes no result: pictures seen once, padding not computed, prompts once per picture."""
+"""What makes the model fast changes no result: images seen once, padding not computed, prompts once per image."""
 
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoProcessor
 
-from conftest import TOLERANCE, golden, golden_config, golden_model, load, make_repository, repo_class
+from conftest import TOLERANCE, golden, golden_config, golden_model, repo_class
 
 MODES = ("InternVL-C", "InternVL-G")
 
@@ -40,7 +39,7 @@ def texts(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, ids > 0
 
 
-# ------------------------------------------------------------------------------------------------ pictures seen once
+# ------------------------------------------------------------------------------------------------ images seen once
 
 
 @torch.no_grad()
@@ -75,7 +74,7 @@ def test_what_was_seen_serves_every_call_with_the_same_results(model, inputs):
 
 
 @torch.no_grad()
-def test_pictures_seen_without_queries_run_them_when_they_are_needed(model, inputs):
+def test_images_seen_without_queries_run_them_when_they_are_needed(model, inputs):
     pixels = inputs["pixel_values"]
     seen = model.look_at(pixels, queries=False)
     assert seen.query_states is None and seen.query_cache is None
@@ -85,7 +84,7 @@ def test_pictures_seen_without_queries_run_them_when_they_are_needed(model, inpu
     assert torch.equal(model.generate(seen, max_new_tokens=5), model.generate(pixels, max_new_tokens=5))
 
 
-def test_only_pictures_can_be_looked_at(model, inputs):
+def test_only_images_can_be_looked_at(model, inputs):
     for what in (None, "a.png", model.look_at(inputs["pixel_values"], queries=False)):
         with pytest.raises(TypeError, match=f"`pixel_values` must be a tensor.*{type(what).__name__}"):
             model.look_at(what)
@@ -112,16 +111,16 @@ def test_look_at_gives_the_original_features(model, inputs):
 
 @pytest.mark.parametrize("beams", [1, 3])
 @torch.no_grad()
-def test_several_prompts_for_one_picture(model, inputs, beams):
-    picture, (ids, mask) = inputs["pixel_values"][:1], texts(3, 6, 4)
+def test_several_prompts_for_one_image(model, inputs, beams):
+    image, (ids, mask) = inputs["pixel_values"][:1], texts(3, 6, 4)
     ids = ids.masked_fill(ids == 2, 5)  # a prompt does not end in </s>
     options = {"num_beams": beams, "max_new_tokens": 6, "min_new_tokens": 6}
-    alone = [model.generate(picture, row[None, :length], **options) for row, length in zip(ids, (3, 6, 4), strict=True)]
+    alone = [model.generate(image, row[None, :length], **options) for row, length in zip(ids, (3, 6, 4), strict=True)]
     towers, queries = Calls(model.vision_model), Calls(model.qllama.model.layers[0].cross_attn)
-    together = model.generate(picture, ids, mask, **options)
+    together = model.generate(image, ids, mask, **options)
     assert_close(together, torch.cat(alone), rtol=0, atol=0)
     assert len(towers.sizes) == len(queries.sizes) == 1
-    assert_close(model.generate(model.look_at(picture), ids, mask, **options), together, rtol=0, atol=0)
+    assert_close(model.generate(model.look_at(image), ids, mask, **options), together, rtol=0, atol=0)
 
 
 @torch.no_grad()
@@ -219,34 +218,25 @@ def test_texts_that_cannot_be_embedded(model, ids, options, error, words):
         model.embed_texts(ids, **options)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    repository = make_repository(tmp_path_factory.mktemp("speed") / "repository", weights="trained")
-    part = {"subfolder": "tiny"}
-    return load(repository, **part, dtype=torch.float32).eval(), load(repository, AutoProcessor, **part)
-
-
-def test_classes_are_embedded_whatever_the_processor_does_by_default(trained):
-    model, processor = trained
-    expected = model.embed_classes(processor, ["panda"])
+def test_classes_are_embedded_whatever_the_processor_does_by_default(tiny, processor):
+    expected = tiny.embed_classes(processor, ["panda"])
     processor.default_task = "caption"
     try:
-        assert_close(model.embed_classes(processor, ["panda"]), expected, rtol=0, atol=0)
+        assert_close(tiny.embed_classes(processor, ["panda"]), expected, rtol=0, atol=0)
     finally:
         processor.default_task = "embed"
     with pytest.raises(TypeError, match="`processor`.*InternVLTokenizer"):
-        model.embed_classes(processor.tokenizer, ["panda"])
+        tiny.embed_classes(processor.tokenizer, ["panda"])
 
 
-def test_classes_are_the_means_of_their_texts(trained):
-    model, processor = trained
+def test_classes_are_the_means_of_their_texts(tiny, processor):
     names, templates = ["panda", "狐狸", "a slice of pizza"], ["{}", "a photo of a {}", "{c}的图片"]
-    classes = model.embed_classes(processor, names, templates, max_tokens=40)
+    classes = tiny.embed_classes(processor, names, templates, max_tokens=40)
     assert not classes.requires_grad
     for name, embedding in zip(names, classes, strict=True):
-        alone = model.embed_text(**processor(text=[name, f"a photo of a {name}", f"{name}的图片"])).mean(0)
+        alone = tiny.embed_text(**processor(text=[name, f"a photo of a {name}", f"{name}的图片"])).mean(0)
         assert_close(embedding, nn.functional.normalize(alone, dim=-1), **TOLERANCE)
-    assert_close(model.embed_classes(processor, names), model.embed_text(**processor(text=names)), **TOLERANCE)
+    assert_close(tiny.embed_classes(processor, names), tiny.embed_text(**processor(text=names)), **TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -262,10 +252,9 @@ def test_classes_are_the_means_of_their_texts(trained):
         ((["panda"], "{}"), TypeError, "templates.*'{}'"),
     ],
 )
-def test_classes_that_cannot_be_embedded(trained, arguments, error, words):
-    model, processor = trained
+def test_classes_that_cannot_be_embedded(tiny, processor, arguments, error, words):
     with pytest.raises(error, match=words):
-        model.embed_classes(processor, *arguments)
+        tiny.embed_classes(processor, *arguments)
 
 
 # ---------------------------------------------------------------------------------------------------------- memory
