@@ -59,7 +59,7 @@ def mapped(request, trained, tmp_path_factory):
 @torch.inference_mode()
 def test_every_method_gives_the_same_bits(mapped, plain, call):
     wanted = CALLS[call](plain)
-    for _ in range(2):  # what was fetched once must be fetched again
+    for _ in range(2):  # a second call must fetch the weights again
         assert all(torch.equal(*pair) for pair in zip(CALLS[call](mapped), wanted, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""handler.py, in a fresh interpreter, gives the answers of the model for every task."""
+"""In a fresh interpreter handler.py gives the answers of the model for every task."""
 
 import pytest
 import torch

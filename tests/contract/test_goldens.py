@@ -40,7 +40,7 @@ def test_forward(model, name):
 
 @torch.no_grad()
 def test_states_of_the_language_tower(model):
-    real = IDS > 0  # what stands at padding is arbitrary
+    real = IDS > 0  # states at padding are arbitrary
     assert_close(model.get_text_features(IDS)[real], EXPECTED["text_features"][real], **TOLERANCE)
 
 
@@ -52,7 +52,7 @@ def test_match(model):
                  for name in ("input_ids", "attention_mask"))  # fmt: skip
     logits = model.match(torch.cat([batch["pixel_values"]] * 2), ids, mask)
     targets = torch.arange(len(ids)).ge(len(ids) // 2).long()
-    valid = mask.sum(1) != 2  # `<s> </s>` says nothing
+    valid = mask.sum(1) != 2  # `<s> </s>` is an empty text
     assert_close(F.cross_entropy(logits[valid], targets[valid]), EXPECTED["retrieval.loss_itm"], **TOLERANCE)
     every = model.match(batch["pixel_values"], ids, mask, all_pairs=True)
     rows = torch.arange(len(ids))
@@ -62,9 +62,9 @@ def test_match(model):
 @pytest.mark.feature("captions")
 @pytest.mark.parametrize("name, beams", [("generate_greedy", 1), ("generate_beam5", 5)])
 def test_captions(model, name, beams):
-    wanted = EXPECTED[name][:, 1:].tolist()  # the original put <s> in front
+    wanted = EXPECTED[name][:, 1:].tolist()  # the original put <s> first
     options = {"max_new_tokens": 12, "min_new_tokens": 8, "do_sample": False, "num_beams": beams}
-    # Three images too: with four, the first of each five beams has its image even where beams are laid out wrongly.
+    # Also three images: with four, the first of five beams gets its own image even if the beam layout is wrong.
     for rows in (slice(0, 4), slice(0, 3), slice(2, 3)):
         assert model.generate(PIXELS[rows], PROMPTS[rows], **options).tolist() == wanted[rows]
 

@@ -59,7 +59,7 @@ def test_cross_encoder(cross_encoder, tiny, processor):
 
 @pytest.mark.fresh("sentences")
 @pytest.mark.parametrize("kind", ["embedder", "cross_encoder"])
-def test_what_was_saved_comes_back_in_a_fresh_process(fresh, interpreters, kind):
+def test_saved_models_load_in_a_fresh_process(fresh, interpreters, kind):
     before = interpreters.found("sentences_save")[kind]
     np.testing.assert_allclose(fresh[kind], before, rtol=0, atol=0)
     assert np.std(before) > 0

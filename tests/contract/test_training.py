@@ -22,7 +22,7 @@ def test_a_step_reaches_every_parameter_of_the_objective(objective):
         if name in without:
             continue
         assert parameter.grad.isfinite().all(), name
-        # A key's bias adds the same to all scores of a query, which softmax does not see.
+        # A key's bias adds a constant to all scores of a query, which softmax ignores.
         assert name.endswith("cross_attn.k_bias") or parameter.grad.abs().max() > 0, name
     optimizer.step()
     assert model(**training_batch(objective)).loss < first

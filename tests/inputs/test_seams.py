@@ -1,4 +1,4 @@
-"""What is noticed where parts meet: missing packages, another checkpoint's tokenizer, another size, another recipe."""
+"""Built-in checks: missing packages, another checkpoint's tokenizer, another image size, another recipe."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ IMAGE = ROOT / "examples" / "pictures" / "panda.png"
 
 @pytest.fixture
 def warnings_of(tiny, monkeypatch):
-    """The messages that the model gives, each time anew."""
+    """The model's warnings, also repeated ones."""
     messages = []
     rooms = {cls.__module__ for part in (tiny, tiny.vision_model) for cls in type(part).__mro__}
     for room in (sys.modules[name] for name in rooms if name.startswith("transformers_modules")):
@@ -26,7 +26,7 @@ def warnings_of(tiny, monkeypatch):
 # --------------------------------------------------------------------------------------- processor and checkpoint
 
 
-def test_the_checkpoints_own_processor_is_taken(tiny, processor):
+def test_the_checkpoints_own_processor_is_accepted(tiny, processor):
     tiny.check_processor(processor)
 
 
@@ -39,7 +39,7 @@ def test_the_checkpoints_own_processor_is_taken(tiny, processor):
         ("vision_config.image_size", 96, r"48 x 48 pixels, but the model expects 96 x 96"),
     ],
 )
-def test_the_processor_of_another_checkpoint_is_noticed(tiny, processor, monkeypatch, field, value, complaint):
+def test_the_processor_of_another_checkpoint_is_refused(tiny, processor, monkeypatch, field, value, complaint):
     *path, name = field.split(".")
     part = tiny.config
     for step in path:
@@ -50,7 +50,7 @@ def test_the_processor_of_another_checkpoint_is_noticed(tiny, processor, monkeyp
             call()
 
 
-def test_what_is_no_processor(tiny, processor):
+def test_wrong_types_of_processors_are_refused(tiny, processor):
     for wrong in (processor.tokenizer, processor.image_processor, None):
         with pytest.raises(TypeError, match="`processor` must be an InternVLProcessor"):
             tiny.check_processor(wrong)
@@ -67,7 +67,7 @@ def test_a_tokenizer_of_another_kind_is_refused_by_the_processor(trained, tmp_pa
 
 
 def test_published_config_knows_its_prefix():
-    """The ids of `summarize:` as TRANSFORMERS.md has them, with `<s>` in front."""
+    """The ids of `<s>` and of `summarize:` in the published tokenizer."""
     assert json.loads((ROOT / "config.json").read_text())["embed_prefix_ids"] == [1, 19138, 675, 29901]
 
 
@@ -75,7 +75,7 @@ def test_published_config_knows_its_prefix():
 
 
 @torch.inference_mode()
-def test_another_recipe_is_noticed(tiny, processor, warnings_of):
+def test_another_recipe_causes_a_warning(tiny, processor, warnings_of):
     for arguments, expected in (
         ({"text": ["panda", "狐狸"]}, []),
         ({"text": ["panda", "a very long text about nothing at all"]}, []),
@@ -90,7 +90,7 @@ def test_another_recipe_is_noticed(tiny, processor, warnings_of):
 
 
 @torch.inference_mode()
-def test_the_prefix_is_looked_for_behind_left_padding(tiny, processor, warnings_of):
+def test_the_prefix_is_found_after_left_padding(tiny, processor, warnings_of):
     ids = processor(text=["panda", "a very long text about nothing at all"])
     order = torch.argsort(ids.attention_mask, dim=1, stable=True)
     tiny.embed_text(ids.input_ids.gather(1, order), ids.attention_mask.gather(1, order))
@@ -99,7 +99,7 @@ def test_the_prefix_is_looked_for_behind_left_padding(tiny, processor, warnings_
 
 
 @torch.inference_mode()
-def test_another_size_is_noticed(tiny, processor, warnings_of):
+def test_another_size_causes_a_warning(tiny, processor, warnings_of):
     pixels = processor(images=IMAGE).pixel_values
     tiny.embed_image(pixels)
     assert warnings_of == []
@@ -123,7 +123,7 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 
 
 def message_without(package, trained, folder, code):
-    """What a new interpreter says that lacks a package."""
+    """The error message of a new interpreter without a package."""
     guarded = "\n".join("    " + line for line in code.strip().splitlines())
     script = f"{HIDE}\ntry:\n{guarded}\nexcept Exception as error:\n    print('SAID', type(error).__name__, error)\n"
     return run_interpreter(script, folder, trained, package).stdout

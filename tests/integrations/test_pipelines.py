@@ -1,4 +1,4 @@
-"""The pipelines, loaded by the repository's name alone, give what the model and the processor give."""
+"""Pipelines that are loaded by the repository's name alone give the results of the model and the processor."""
 
 import shutil
 
@@ -29,16 +29,16 @@ def classify(make):
 
 
 def opaque_images():
-    """Opaque ones: the pipelines open an image by PIL's own conversion, which puts black for what is clear."""
+    """Images without transparency: the pipelines use PIL's own conversion, which makes transparent pixels black."""
     clear = [Image.open(path).convert("RGBA") for path in IMAGES]
     return [Image.alpha_composite(Image.new("RGBA", each.size, "white"), each).convert("RGB") for each in clear]
 
 
-def expected_scores(tiny, processor, template, mode=None):
+def expected_scores(model, processor, template, mode=None):
     """[images, labels]"""
     inputs = processor(images=opaque_images(), text=[template.format(label) for label in LABELS])
     with torch.inference_mode():
-        return tiny(**inputs, mode=mode).logits_per_image.softmax(-1)
+        return model(**inputs, mode=mode).logits_per_image.softmax(-1)
 
 
 def scores_of(found):
@@ -50,13 +50,13 @@ def scores_of(found):
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_zero_shot_has_the_recipe_whatever_the_template(classify, tiny, processor, template, caplog):
+def test_zero_shot_applies_the_recipe_with_any_template(classify, tiny, processor, template, caplog):
     found = classify(opaque_images(), candidate_labels=LABELS, hypothesis_template=template)
     torch.testing.assert_close(scores_of(found), expected_scores(tiny, processor, template), rtol=1e-4, atol=1e-5)
     assert "summarize" not in caplog.text and "</s>" not in caplog.text
 
 
-def test_zero_shot_by_default_finds_what_is_there(classify):
+def test_zero_shot_finds_the_right_labels_by_default(classify):
     found = classify(opaque_images(), candidate_labels=LABELS)
     assert [entries[0]["label"] for entries in found] == ["panda", "pizza", "lion", "rocket"]
 
@@ -71,7 +71,7 @@ def test_zero_shot_in_batches_and_from_a_generator(classify, tiny, processor):
         torch.testing.assert_close(scores_of(found), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_zero_shot_in_the_mode_that_the_model_is_set_to(make, tiny, processor):
+def test_zero_shot_uses_the_default_mode_of_the_model(make, tiny, processor):
     classify = make("zero-shot-image-classification")
     classify.model.default_mode = "InternVL-G"
     found = scores_of(classify(opaque_images(), candidate_labels=LABELS, hypothesis_template="a {}"))
@@ -88,7 +88,7 @@ def test_zero_shot_with_a_device_map(make, classify):
     )
 
 
-def test_zero_shot_with_parts_that_are_loaded_already(trained, tiny, processor, classify):
+def test_zero_shot_with_parts_that_are_already_loaded(trained, tiny, processor, classify):
     tokenizer = AutoTokenizer.from_pretrained(trained, trust_remote_code=True, default_task="embed")
     parts = {"model": tiny, "tokenizer": tokenizer, "image_processor": processor.image_processor}
     found = pipeline("zero-shot-image-classification", **parts)(opaque_images(), candidate_labels=LABELS)
@@ -156,7 +156,7 @@ def test_tokenizer_for_embeddings_gives_the_processors_ids(trained, processor):
     assert processor.tokenizer.default_task is None and not processor.tokenizer.add_eos_token
 
 
-def test_tokenizer_refuses_another_task_and_what_is_no_text(trained):
+def test_tokenizer_refuses_another_task_and_wrong_types(trained):
     with pytest.raises(ValueError, match="default_task.*'caption'"):
         AutoTokenizer.from_pretrained(trained, trust_remote_code=True, default_task="caption")
     tokenizer = AutoTokenizer.from_pretrained(trained, trust_remote_code=True, default_task="embed")
@@ -164,7 +164,7 @@ def test_tokenizer_refuses_another_task_and_what_is_no_text(trained):
         tokenizer([["a", "b"]])
 
 
-def test_what_a_pipeline_sets_is_not_saved(make, tmp_path):
+def test_settings_of_a_pipeline_are_not_saved(make, tmp_path):
     extract = make("feature-extraction")
     extract.save_pretrained(tmp_path)
     assert extract.tokenizer.default_task == "embed"
@@ -174,12 +174,12 @@ def test_what_a_pipeline_sets_is_not_saved(make, tmp_path):
     torch.testing.assert_close(torch.tensor(loaded("panda")), torch.tensor(extract("panda")))
 
 
-# ------------------------------------------------------------------------------------------ what is no pipeline
+# --------------------------------------------------------------------------------------- unsupported pipelines
 
 
 @pytest.mark.parametrize("task, missing", [("image-classification", None), ("image-feature-extraction", "weights")])
-def test_transformers_own_model_of_this_name_is_never_taken(trained, tmp_path, task, missing):
-    """Its class would be built with random weights: 7 billion, as nothing of our config is known to it."""
+def test_transformers_own_model_of_this_name_is_never_used(trained, tmp_path, task, missing):
+    """Its class would ignore our config and be built with 7 billion random weights."""
     folder = shutil.copytree(trained, tmp_path / "repository")
     if missing:
         next(iter(folder.glob("*.safetensors"))).unlink()

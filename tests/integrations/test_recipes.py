@@ -50,13 +50,13 @@ def test_tower_is_for_images_alone(tiny, pixels, processor):
             tiny(**arguments, output_hidden_states=True)
 
 
-def test_tower_without_queries_says_so(trained, pixels):
+def test_tower_without_queries_is_refused(trained, pixels):
     small = load(trained, dtype=torch.float32, contrastive_only=True)
     with pytest.raises(ValueError, match="`output_hidden_states` needs the queries"):
         small(pixels, output_hidden_states=True)
 
 
-def test_sizes_are_where_a_vision_tower_has_them(tiny):
+def test_sizes_are_in_the_config_as_in_a_vision_tower(tiny):
     config = tiny.config
     assert (config.image_size, config.patch_size) == (config.vision_config.image_size, config.vision_config.patch_size)
     assert config.hidden_size == config.qllama_config.hidden_size
@@ -66,7 +66,7 @@ def test_sizes_are_where_a_vision_tower_has_them(tiny):
 
 
 @torch.inference_mode()
-def test_text_encoder_gives_states_that_padding_does_not_touch(trained, tiny, processor):
+def test_text_encoder_states_do_not_depend_on_padding(trained, tiny, processor):
     encoder = AutoModelForTextEncoding.from_pretrained(trained, trust_remote_code=True, dtype=torch.float32).eval()
     prompts = ["a red panda", "一只在雪地里的非常可爱的小熊猫", "ロケット"]
     inputs = processor(text=prompts, padding="max_length", max_length=40)
@@ -85,7 +85,7 @@ def test_text_encoder_gives_states_that_padding_does_not_touch(trained, tiny, pr
 
 @torch.inference_mode()
 def test_video_is_the_mean_of_its_frames_before_normalising(tiny, processor, pixels):
-    """Of different lengths the frames weigh differently: not the mean of what is of length 1."""
+    """Frames of different lengths have different weights: the result is not the mean of unit vectors."""
     frames = tiny.embed_image(pixels, mode="InternVL-G", normalize=False)
     clip = F.normalize(frames.mean(dim=0), dim=-1)
     expected = F.normalize(sum(tiny.encode_image(each[None], "InternVL-G")[0] for each in pixels) / len(pixels), dim=-1)

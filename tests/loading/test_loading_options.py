@@ -1,4 +1,4 @@
-"""Loading costs no more than it must, and the options of from_pretrained mean what they mean everywhere."""
+"""Loading copies no weights needlessly, and the options of from_pretrained work as in every transformers model."""
 
 import shutil
 from pathlib import Path
@@ -12,7 +12,7 @@ from conftest import IS_V5, load, repo_class, run_interpreter
 
 
 def mapped_regions(folder: Path) -> list[range]:
-    """Where this process has the shards of `folder` mapped into its memory."""
+    """The addresses at which this process has mapped the shards of `folder`."""
     regions = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         if line.endswith(".safetensors") and str(folder) in line:
@@ -24,7 +24,7 @@ def mapped_regions(folder: Path) -> list[range]:
 @pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="needs Linux")
 @pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"dtype": "auto"}, {"torch_dtype": torch.bfloat16}])
 @pytest.mark.parametrize("part", ["joint", "contrastive", "text"])
-def test_weights_are_the_mapped_shards_themselves(flat, tmp_path, options, part):
+def test_weights_are_mapped_not_copied(flat, tmp_path, options, part):
     own = shutil.copytree(flat, tmp_path / "own")
     if part == "text":
         model_class = repo_class("modeling_internvl.InternVLTextModelWithProjection")
@@ -57,7 +57,7 @@ def test_no_weight_is_initialised_before_it_is_loaded(flat, monkeypatch):
 @pytest.mark.parametrize(
     "options, dtype",
     [
-        ({}, torch.bfloat16 if IS_V5 else torch.float32),  # 4.57 loads float32 unless told otherwise
+        ({}, torch.bfloat16 if IS_V5 else torch.float32),  # 4.57 loads float32 by default
         ({"dtype": "auto"}, torch.bfloat16),
         ({"torch_dtype": "auto"}, torch.bfloat16),
         ({"dtype": "float16"}, torch.float16),
@@ -71,8 +71,8 @@ def test_dtypes(flat, options, dtype):
     assert model.config.dtype == dtype
 
 
-def test_the_path_may_be_named(flat):
-    """As transformers names it."""
+def test_the_path_may_be_a_keyword_argument(flat):
+    """By the name of transformers' argument."""
     model_class = repo_class("modeling_internvl.InternVLModel")
     named = model_class.from_pretrained(pretrained_model_name_or_path=flat, dtype="auto")
     assert torch.equal(named.itm_head.weight, model_class.from_pretrained(flat, dtype="auto").itm_head.weight)
@@ -81,8 +81,8 @@ def test_the_path_may_be_named(flat):
 @pytest.fixture(scope="module")
 def hub_cache(flat, tmp_path_factory):
     """
-    A cache folder as huggingface_hub leaves it behind, with two revisions: `main`, whose weights are at its root, and
-    `old`, whose `logit_scale` is another and which also has the checkpoint in a subfolder.
+    A cache folder with the layout of huggingface_hub and two revisions: `main` has the weights at its root; `old` has
+    another `logit_scale`, and also the checkpoint in a subfolder.
     """
     from safetensors.torch import load_file, save_file
 

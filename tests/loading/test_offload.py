@@ -1,4 +1,4 @@
-"""Parts of the model on the CPU, on disk or elsewhere: every public method gives what it gives in one piece."""
+"""With offloaded parts every public method gives the results of the model in one piece."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def test_every_method_equals_the_model_in_one_piece(flat, in_one_piece, plan, tm
     model = load(flat, dtype=torch.bfloat16, offload_folder=str(tmp_path), **PLANS[plan])
     on_disk = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
     assert on_disk, "the plan offloads nothing"
-    for _ in range(2):  # what was fetched once must be fetched again
+    for _ in range(2):  # a second call must fetch the weights again
         for name, tensors in results(model).items():
             for tensor, expected in zip(tensors, in_one_piece[name], strict=True):
                 assert tensor.dtype == expected.dtype and torch.equal(tensor, expected), name
@@ -73,7 +73,7 @@ def test_every_method_equals_the_model_in_one_piece(flat, in_one_piece, plan, tm
 
 
 def test_offloading_reads_the_checkpoint_itself(flat, tmp_path):
-    """Weights in the dtype of the files are not written to the disk a second time."""
+    """Weights in the dtype of the files are not copied to the offload folder."""
     model = load(flat, dtype=torch.bfloat16, device_map={"": "disk"}, offload_folder=str(tmp_path / "copies"))
     model.embed_text(IDS)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".json"]
@@ -132,13 +132,13 @@ def test_budgets_count_in_the_dtype_that_is_loaded(flat, dtype):
     """600 KB hold the largest block in bfloat16 (534 KB) and not in float32 (1,067 KB)."""
     options = {"device_map": "auto", "max_memory": {0: "600KB", "cpu": "1GB"}}
     options |= {} if dtype is None else {"dtype": dtype}
-    if dtype == "float32" or (dtype is None and not IS_V5):  # 4.57 loads float32 if not told otherwise
+    if dtype == "float32" or (dtype is None and not IS_V5):  # 4.57 loads float32 by default
         with pytest.raises(ValueError, match="needs 1,067,008 in torch.float32"):
             load(flat, **options)
     else:
         try:
             load(flat, **options)
-        except Exception as error:  # without an accelerator torch may fail on what was accepted
+        except Exception as error:  # without an accelerator torch may fail on an accepted map
             assert "max_memory" not in str(error)
 
 
@@ -147,7 +147,7 @@ def test_a_device_with_budget_0_is_left_out(flat):
     assert all(parameter.device.type == "cpu" for parameter in model.parameters())
 
 
-def test_a_map_by_hand_is_not_changed(flat):
+def test_a_users_device_map_is_not_changed(flat):
     device_map = {"": "cpu", "qllama": "disk"}
     model = load(flat, dtype=torch.bfloat16, device_map=device_map)
     assert device_map == {"": "cpu", "qllama": "disk"}

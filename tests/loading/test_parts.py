@@ -1,4 +1,4 @@
-"""Parts of the joint model, loaded from its checkpoint: their own tensors only, and the joint model's values."""
+"""Parts loaded from the joint model's checkpoint read only their own tensors and give the joint model's values."""
 
 import shutil
 
@@ -25,7 +25,7 @@ def load_part(reference, folder, **options):
 
 
 def values(part) -> dict[str, torch.Tensor]:
-    """All that a part gives, by the joint model's names of it."""
+    """All outputs of a part, by the names of the joint model."""
     found = {}
     with torch.inference_mode():
         if hasattr(part, "text_projection"):
@@ -81,11 +81,11 @@ def test_the_vision_model_has_no_queries(flat, call):
         getattr(load_part(VISION, flat), call)(PIXELS, "InternVL-G")
 
 
-# ------------------------------------------------------------------------------------------- what they hold and read
+# ---------------------------------------------------------------------------------------------- their tensors
 
 
 class Recorder:
-    """Stands in for `safe_open` and notes the tensors whose values are asked for."""
+    """Replaces `safe_open` and records the tensors whose values are read."""
 
     def __init__(self, monkeypatch):
         self.read, recorder, original = set(), self, transformers.modeling_utils.safe_open
@@ -210,7 +210,7 @@ NEED_QUERIES = {
 
 
 @pytest.mark.parametrize("call", NEED_QUERIES)
-def test_contrastive_only_refuses_the_rest_at_once(contrastive, call, monkeypatch):
+def test_contrastive_only_refuses_other_calls_at_once(contrastive, call, monkeypatch):
     monkeypatch.setattr(contrastive.vision_model, "forward", None)
     with pytest.raises(ValueError, match="needs the queries"):
         NEED_QUERIES[call](contrastive)
@@ -252,7 +252,7 @@ torch.save(model.state_dict(), sys.argv[2])
 
 
 @pytest.mark.parametrize("reference", [TEXT, VISION])
-def test_parts_get_sane_fresh_weights_and_gradients(flat, reference):
+def test_parts_get_finite_fresh_weights_and_gradients(flat, reference):
     config = repo_class("configuration_internvl.InternVLConfig").from_pretrained(flat)
     model = repo_class(reference)(config).train()
     for tensor in values(model).values():

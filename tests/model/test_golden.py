@@ -1,4 +1,4 @@
-"""Every tensor that the original implementation left in golden/ is reproduced (docs/model.md, "Goldens")."""
+"""The model reproduces every tensor of the original implementation in golden/ (docs/model.md, "Goldens")."""
 
 import json
 
@@ -51,7 +51,7 @@ def with_queries(model, input_ids):
     return torch.cat([queries, model.get_input_embeddings()(input_ids)], dim=1)
 
 
-# What computes each forward tensor of golden/tiny/expected.
+# The call that computes each forward tensor of golden/tiny/expected.
 FORWARD = {
     "vision.last_hidden_state": lambda m, i: m.vision_model(i["pixel_values"]).last_hidden_state,
     "vision.pooler_output": lambda m, i: m.vision_model(i["pixel_values"]).pooler_output,
@@ -123,8 +123,8 @@ def test_forward_of_one_row(both_models, name):
 
 
 @torch.no_grad()
-def test_prefix_logits_by_way_of_the_cache(both_models):
-    """The queries are run into a cache, then the prompt is, which never meets the image."""
+def test_prefix_logits_with_a_cache(both_models):
+    """The queries fill a cache first; the prompt follows, without the image."""
     inputs = golden("tiny/inputs")
     image_states = both_models.vision_model(inputs["pixel_values"]).last_hidden_state
     queries = both_models.query_tokens.expand(len(image_states), -1, -1)
@@ -144,12 +144,12 @@ def test_prefix_logits_by_way_of_the_cache(both_models):
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", GENERATED)
 def test_generate(both_models, name, cache):
-    inputs, expected = golden("tiny/inputs"), golden("tiny/expected")[name][:, 1:]  # the original puts <s> in front
+    inputs, expected = golden("tiny/inputs"), golden("tiny/expected")[name][:, 1:]  # the original puts <s> first
     kind = {"cache_implementation": "static"} if cache == "static" else {}
     arguments = GENERATE | kind | {"num_beams": GENERATED[name]}
     everything = {"pixel_values": inputs["pixel_values"], "input_ids": inputs["prompt_ids"]}
     everything["attention_mask"] = torch.ones_like(inputs["prompt_ids"])
-    # Three images too: with four, the first of each five beams has its image even where beams are laid out wrongly.
+    # Also three images: with four, the first of five beams gets its own image even if the beam layout is wrong.
     for rows in (slice(0, 4), slice(0, 3), *(slice(row, row + 1) for row in range(4))):
         tokens = both_models.generate(**{key: tensor[rows] for key, tensor in everything.items()}, **arguments)
         assert_close(tokens, expected[rows], rtol=0, atol=0)
@@ -157,7 +157,7 @@ def test_generate(both_models, name, cache):
 
 @torch.no_grad()
 def test_greedy_tokens_without_a_cache(both_models):
-    """The golden's tokens are what a loop picks that runs everything anew for each token."""
+    """A loop that runs everything again for each token gives the golden's tokens."""
     inputs = golden("tiny/inputs")
     image_states = both_models.vision_model(inputs["pixel_values"]).last_hidden_state
     ids, length = inputs["prompt_ids"], inputs["prompt_ids"].shape[1]
@@ -210,7 +210,7 @@ def test_published_widths():
     """One layer of each tower at the widths of the published checkpoint; needs 2.5 GB of memory."""
     fields = json.loads((GOLDEN / "wide" / "config.json").read_text())
     assert fields["vision_config"]["hidden_size"] == 3200 and fields["qllama_config"]["hidden_size"] == 4096
-    with torch.device("meta"):  # built without memory of its own, then given the tensors themselves
+    with torch.device("meta"):  # built on the meta device, then assigned the tensors
         model = repo_class("modeling_internvl.InternVLModel")(golden_config("wide"))
     parameters = {name: regenerated(name, parameter.shape) for name, parameter in model.named_parameters()}
     model.load_state_dict(parameters, strict=True, assign=True)

@@ -1,4 +1,4 @@
-"""What makes the model fast changes no result: images seen once, padding not computed, prompts once per image."""
+"""Optimisations change no result: images are encoded once, padding is skipped, prompts run once per image."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ MODES = ("InternVL-C", "InternVL-G")
 
 
 class Calls:
-    """How often modules ran, and on how many positions."""
+    """Counts how often modules ran, and on inputs of which shape."""
 
     def __init__(self, *modules: nn.Module):
         self.sizes: list[tuple[int, ...]] = []
@@ -39,11 +39,11 @@ def texts(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, ids > 0
 
 
-# ------------------------------------------------------------------------------------------------ images seen once
+# ----------------------------------------------------------------------------------------------- images encoded once
 
 
 @torch.no_grad()
-def test_what_was_seen_serves_every_call_with_the_same_results(model, inputs):
+def test_look_at_gives_every_call_the_same_results(model, inputs):
     pixels, (ids, mask) = inputs["pixel_values"], texts(4, 7)
     wanted = [
         *(model.embed_image(pixels, mode) for mode in MODES),
@@ -69,12 +69,12 @@ def test_what_was_seen_serves_every_call_with_the_same_results(model, inputs):
 
     for one, other in zip(found, wanted, strict=True):
         assert_close(one, other, rtol=0, atol=0)
-    assert len(towers.sizes) == 1 and len(queries.sizes) == 1 + len(pixels)  # matching runs them with every text
+    assert len(towers.sizes) == 1 and len(queries.sizes) == 1 + len(pixels)  # matching runs the queries with every text
     assert all(map(torch.equal, keys, (layer.keys for layer in seen.query_cache.layers)))
 
 
 @torch.no_grad()
-def test_images_seen_without_queries_run_them_when_they_are_needed(model, inputs):
+def test_queries_run_when_they_are_needed_after_look_at(model, inputs):
     pixels = inputs["pixel_values"]
     seen = model.look_at(pixels, queries=False)
     assert seen.query_states is None and seen.query_cache is None
@@ -84,13 +84,13 @@ def test_images_seen_without_queries_run_them_when_they_are_needed(model, inputs
     assert torch.equal(model.generate(seen, max_new_tokens=5), model.generate(pixels, max_new_tokens=5))
 
 
-def test_only_images_can_be_looked_at(model, inputs):
+def test_look_at_takes_only_images(model, inputs):
     for what in (None, "a.png", model.look_at(inputs["pixel_values"], queries=False)):
         with pytest.raises(TypeError, match=f"`pixel_values` must be a tensor.*{type(what).__name__}"):
             model.look_at(what)
 
 
-def test_a_model_without_queries_cannot_run_them():
+def test_a_model_without_queries_refuses_them():
     config = golden_config()
     config.contrastive_only = True
     model = repo_class("modeling_internvl.InternVLModel")(config).eval()
@@ -124,7 +124,7 @@ def test_several_prompts_for_one_image(model, inputs, beams):
 
 
 @torch.no_grad()
-def test_beams_cost_nothing_before_the_first_word(model, inputs):
+def test_beams_share_the_prompt(model, inputs):
     pixels, (ids, mask) = inputs["pixel_values"][:1], texts(5)
     layers, head = Calls(model.qllama.model.layers[0]), Calls(model.qllama.lm_head)
     model.generate(pixels, ids.masked_fill(ids == 2, 5), mask, num_beams=5, max_new_tokens=3, min_new_tokens=3)
@@ -133,7 +133,7 @@ def test_beams_cost_nothing_before_the_first_word(model, inputs):
     assert [size[:2] for size in head.sizes] == [(5, 1), (5, 1), (5, 1)]
 
 
-# --------------------------------------------------------------------------------------------- padding not computed
+# ------------------------------------------------------------------------------------------------ padding is skipped
 
 
 @torch.no_grad()
@@ -154,7 +154,7 @@ def test_columns_of_padding_are_not_computed(model):
 
 
 @torch.no_grad()
-def test_states_come_back_to_where_their_tokens_are(model):
+def test_states_return_to_the_positions_of_their_tokens(model):
     ids, mask = texts(4, 7, 2)
     wanted = model.get_text_features(ids, mask)
     holes = torch.zeros(3, 12, dtype=torch.long)
@@ -167,7 +167,7 @@ def test_states_come_back_to_where_their_tokens_are(model):
     assert_close(found[left > 0], wanted[mask], rtol=0, atol=0)
 
 
-# ------------------------------------------------------------------------------------------- texts of like length
+# --------------------------------------------------------------------------------------------- texts of similar length
 
 
 @torch.no_grad()
@@ -218,7 +218,7 @@ def test_texts_that_cannot_be_embedded(model, ids, options, error, words):
         model.embed_texts(ids, **options)
 
 
-def test_classes_are_embedded_whatever_the_processor_does_by_default(tiny, processor):
+def test_embed_classes_ignores_the_default_task(tiny, processor):
     expected = tiny.embed_classes(processor, ["panda"])
     processor.default_task = "caption"
     try:
@@ -261,7 +261,7 @@ def test_classes_that_cannot_be_embedded(tiny, processor, arguments, error, word
 
 
 class Masks(TorchDispatchMode):
-    """Sizes of the bool and float tensors made that no layer's states explain: what a mask would be."""
+    """Records 4-D tensors whose last two sizes are in `sizes`, as those of a square mask."""
 
     def __init__(self, sizes):
         super().__init__()
@@ -275,7 +275,7 @@ class Masks(TorchDispatchMode):
 
 
 @torch.no_grad()
-def test_matching_texts_of_several_lengths_makes_no_square_mask(inputs):
+def test_matching_texts_of_several_lengths_allocates_no_square_mask(inputs):
     model = golden_model(attn_implementation="sdpa")
     ids, mask = texts(4, 7)
     length = model.config.num_query_token + 7
