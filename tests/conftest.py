@@ -23,6 +23,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import save_torch_state_dict
+from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from fresh import Server
@@ -50,6 +51,9 @@ class InternVLConfig(PretrainedConfig):
 # Two images, and two texts with padding, for the tiny checkpoint.
 PIXELS = torch.linspace(-2, 2, 2 * 3 * 48 * 48).sin().view(2, 3, 48, 48)
 IDS = torch.tensor([[1, 405, 353, 2326, 2, 0], [1, 405, 353, 77, 900, 2]])
+# Some of the example images.
+NAMES = ["panda", "lion", "pizza", "rocket"]
+IMAGES = [str(ROOT / "examples" / "pictures" / f"{name}.png") for name in NAMES]
 OBJECTIVES = {"stage2": "InternVLForPreTraining", "retrieval": "InternVLForRetrieval"}
 LOSSES = {"stage2": ("loss", "loss_itm", "loss_itc", "loss_itg"), "retrieval": ("loss", "loss_itm", "loss_itc")}
 
@@ -159,6 +163,12 @@ def succeeded(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
 
 def load(path, auto_class=AutoModel, **options):
     return auto_class.from_pretrained(path, trust_remote_code=True, **options)
+
+
+def opaque_images() -> list[Image.Image]:
+    """`IMAGES` on white: pipelines use PIL's own conversion, which makes transparent pixels black."""
+    clear = [Image.open(path).convert("RGBA") for path in IMAGES]
+    return [Image.alpha_composite(Image.new("RGBA", each.size, "white"), each).convert("RGB") for each in clear]
 
 
 def switch_checkpointing(model, on, *arguments) -> None:

@@ -3,11 +3,9 @@
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import IMAGES, NAMES
 
 pytestmark = pytest.mark.fresh("endpoint")
-NAMES = ["panda", "lion", "pizza", "rocket"]
-IMAGES = [str(ROOT / "examples" / "pictures" / f"{name}.png") for name in NAMES]
 CLOSE = {"rtol": 2e-2, "atol": 2e-2}  # bfloat16, in batches of another size
 
 

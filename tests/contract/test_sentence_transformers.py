@@ -5,12 +5,10 @@ import pytest
 import torch
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from conftest import ROOT
+from conftest import IMAGES, NAMES
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
 pytestmark = pytest.mark.feature("sentence-transformers")
-NAMES = ["panda", "lion", "pizza", "rocket"]
-IMAGES = [str(ROOT / "examples" / "pictures" / f"{name}.png") for name in NAMES]
 TEXTS = ["a photo of a panda", "狮子", "a  pizza with two spaces", "ロケット"]
 OPTIONS = {"trust_remote_code": True, "device": "cpu", "model_kwargs": {"dtype": torch.float32}}
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}

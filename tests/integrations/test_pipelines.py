@@ -5,12 +5,10 @@ import shutil
 import pytest
 import torch
 import transformers
-from PIL import Image
 from transformers import AutoTokenizer, pipeline
 
-from conftest import ROOT, run_python
+from conftest import NAMES, opaque_images, run_python
 
-IMAGES = [ROOT / "examples" / "pictures" / f"{name}.png" for name in ("panda", "pizza", "lion", "rocket")]
 LABELS = ["rocket", "panda", "lion", "pizza"]
 TEMPLATES = ["This is a photo of {}.", "{}的图片", "{}の写真", "summarize:a photo of {}"]
 
@@ -26,12 +24,6 @@ def make(trained):
 @pytest.fixture(scope="module")
 def classify(make):
     return make("zero-shot-image-classification")
-
-
-def opaque_images():
-    """Images without transparency: the pipelines use PIL's own conversion, which makes transparent pixels black."""
-    clear = [Image.open(path).convert("RGBA") for path in IMAGES]
-    return [Image.alpha_composite(Image.new("RGBA", each.size, "white"), each).convert("RGB") for each in clear]
 
 
 def expected_scores(model, processor, template, mode=None):
@@ -58,7 +50,7 @@ def test_zero_shot_applies_the_recipe_with_any_template(classify, tiny, processo
 
 def test_zero_shot_finds_the_right_labels_by_default(classify):
     found = classify(opaque_images(), candidate_labels=LABELS)
-    assert [entries[0]["label"] for entries in found] == ["panda", "pizza", "lion", "rocket"]
+    assert [entries[0]["label"] for entries in found] == NAMES
 
 
 def test_zero_shot_in_batches_and_from_a_generator(classify, tiny, processor):
