@@ -1,4 +1,4 @@
-"""What several test files need. Classes come as a user's `from_pretrained` gets them: by transformers' loader."""
+"""Fixtures and helpers of several test files. Classes come from transformers' loader, as in `from_pretrained`."""
 
 import os
 import shutil
@@ -7,13 +7,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-# One thread per process. The matrices are small, and the threads of OpenMP wait for each other by spinning: on a busy
-# machine that takes longer than the work. A process that a test starts inherits it.
+# One thread per process. The matrices are small, and OpenMP's threads wait for each other by spinning, which takes
+# longer than the work on a busy machine. Processes that a test starts inherit these variables.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Nothing here may touch the network, and no two runs may share the folder that the loader copies code into; a worker of
-# pytest-xdist inherits that of the process that started it, and needs its own.
+# No test may use the network, and no two runs may share the folder that the loader copies code into. A worker of
+# pytest-xdist inherits the folder of the process that started it, and needs its own.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "HF_MODULES_CACHE" not in os.environ or "PYTEST_XDIST_WORKER" in os.environ:
     _modules_cache = tempfile.TemporaryDirectory(prefix="internvl-tests-")
@@ -23,12 +23,13 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import save_torch_state_dict
-from transformers import AutoModel
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
 
 from fresh import Server
 
 ROOT = Path(__file__).resolve().parents[1]
-# As for whoever runs `python -m tools.matrix` at the root, and `python examples/search.py`.
+# The same paths as for `python -m tools.matrix` at the root, and for `python examples/search.py`.
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 # The test files import all of these from here.
@@ -37,8 +38,24 @@ from benchmarks.goldens import GOLDEN, TOLERANCE, golden, golden_config, golden_
 IS_V5 = int(transformers.__version__.split(".")[0]) >= 5
 INDEX = "model.safetensors.index.json"
 CODE = sorted(path.name for path in ROOT.glob("*.py"))
-LAST_RESORT = 1200  # seconds: a wait ends with an event or a dead process; this only ends a run that hangs
+LAST_RESORT = 1200  # seconds: waits end with an event or a dead process; this only stops a run that hangs
 FRESH = Server()
+# A config class that imports nothing, for tests of the tokenizer and the processor alone.
+STUB_CONFIG = """
+from transformers import PretrainedConfig
+
+
+class InternVLConfig(PretrainedConfig):
+    model_type = "internvl_14b"
+"""
+# Two images, and two texts with padding, for the tiny checkpoint.
+PIXELS = torch.linspace(-2, 2, 2 * 3 * 48 * 48).sin().view(2, 3, 48, 48)
+IDS = torch.tensor([[1, 405, 353, 2326, 2, 0], [1, 405, 353, 77, 900, 2]])
+# Some of the example images.
+NAMES = ["panda", "lion", "pizza", "rocket"]
+IMAGES = [str(ROOT / "examples" / "pictures" / f"{name}.png") for name in NAMES]
+OBJECTIVES = {"stage2": "InternVLForPreTraining", "retrieval": "InternVLForRetrieval"}
+LOSSES = {"stage2": ("loss", "loss_itm", "loss_itc", "loss_itg"), "retrieval": ("loss", "loss_itm", "loss_itc")}
 
 
 def pytest_configure(config):
@@ -48,7 +65,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave slow tests out unless they were asked for, by `-m` or by name."""
+    """Skip slow tests unless they were selected by `-m` or by name."""
     asked = config.option.markexpr or config.option.keyword or any("::" in argument for argument in config.args)
     if asked:
         return
@@ -72,15 +89,15 @@ def make_repository(folder: Path, flat: bool = False, weights: str = "random") -
     A copy of the repository's code and configs with a tiny checkpoint in two shards.
 
     Args:
-        flat: put the tiny checkpoint at the root, as a published checkpoint lies; otherwise into `tiny/`.
-        weights: "random" for seeded ones, "trained" for those of the repository's `tiny/`.
+        flat: put the tiny checkpoint at the root, like a published checkpoint; otherwise into `tiny/`.
+        weights: "random" for seeded weights, "trained" for the weights of `tiny/`.
     """
     tiny = folder if flat else folder / "tiny"
     tiny.mkdir(parents=True)
     for name in CODE:
         shutil.copy(ROOT / name, folder / name)
     shutil.copy(ROOT / "requirements.txt", folder)
-    for path in ROOT.glob("*.json"):  # those that a checkpoint has of its own replace the root's
+    for path in ROOT.glob("*.json"):  # a checkpoint's own files replace the root's
         if path.name != INDEX:
             shutil.copy(path, folder / path.name)
     wanted = [path for path in (ROOT / "tiny").iterdir() if weights == "trained" or "safetensors" not in path.name]
@@ -94,7 +111,7 @@ def make_repository(folder: Path, flat: bool = False, weights: str = "random") -
 
 
 def random_state(folder: Path) -> dict[str, torch.Tensor]:
-    """Seeded bfloat16 weights for the config in `folder`, in which no parameter is left at 0 or 1."""
+    """Seeded bfloat16 weights for the config in `folder`; no parameter keeps the value 0 or 1."""
     config = repo_class("configuration_internvl.InternVLConfig").from_pretrained(folder)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -111,7 +128,7 @@ def run_python(code: str, folder: Path, *arguments: object) -> subprocess.Comple
 
 
 def run_interpreter(code: str, folder: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
-    """The same in a new interpreter, seconds slower: for what hides a package or asks what was imported."""
+    """The same in a new interpreter, seconds slower: for tests that hide a package or check what was imported."""
     environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"} | environment
     command = [sys.executable, "-c", code, *map(str, arguments)]
     options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": LAST_RESORT, "cwd": folder}
@@ -119,7 +136,7 @@ def run_interpreter(code: str, folder: Path, *arguments: object, **environment: 
 
 
 def run_fork(command: list, folder: Path | str, **environment: str) -> subprocess.CompletedProcess:
-    """What `python COMMAND` would do, in a fork of a preloaded interpreter."""
+    """Do what `python COMMAND` does, in a fork of a preloaded interpreter."""
     command = [*map(str, command)]
     with tempfile.TemporaryDirectory() as streams:
         request = {
@@ -135,7 +152,7 @@ def run_fork(command: list, folder: Path | str, **environment: str) -> subproces
 
 
 def run_module(folder: Path | str, name: str, *arguments: object) -> subprocess.CompletedProcess:
-    """What `python -m NAME ARGUMENTS` would do in `folder`, for a module of tools/ or benchmarks/."""
+    """Do what `python -m NAME ARGUMENTS` does in `folder`, for a module of tools/ or benchmarks/."""
     return run_fork(["-m", name, *arguments], folder, PYTHONPATH=str(ROOT))
 
 
@@ -146,6 +163,26 @@ def succeeded(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
 
 def load(path, auto_class=AutoModel, **options):
     return auto_class.from_pretrained(path, trust_remote_code=True, **options)
+
+
+def opaque_images() -> list[Image.Image]:
+    """`IMAGES` on white: pipelines use PIL's own conversion, which makes transparent pixels black."""
+    clear = [Image.open(path).convert("RGBA") for path in IMAGES]
+    return [Image.alpha_composite(Image.new("RGBA", each.size, "white"), each).convert("RGB") for each in clear]
+
+
+def switch_checkpointing(model, on, *arguments) -> None:
+    """Switch gradient checkpointing by the method name that the installed version does not deprecate."""
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{kind}_checkpointing_{'enable' if on else 'disable'}")(*arguments)
+
+
+def first_end(model) -> tuple[int, int]:
+    """A token that greedy decoding generates for the goldens' first image, not among the first two; and its index."""
+    inputs, options = golden("tiny/inputs"), {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 319}
+    tokens = model.generate(inputs["pixel_values"][:1], inputs["prompt_ids"][:1], **options)[0].tolist()
+    index = next(index for index, token in enumerate(tokens) if index >= 2 and token not in tokens[:index])
+    return tokens[index], index
 
 
 def assert_same_tensors(one: dict, other: dict) -> None:
@@ -162,5 +199,17 @@ def flat(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """Code and the trained tiny checkpoint side by side, as a published repository lies. Not to be changed."""
+    """Code and the trained tiny checkpoint side by side, like a published repository. Not to be changed."""
     return make_repository(tmp_path_factory.mktemp("trained") / "repository", flat=True, weights="trained")
+
+
+@pytest.fixture(scope="session")
+def tiny(trained):
+    """The trained tiny checkpoint, float32. Not to be changed."""
+    return load(trained, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def processor(trained):
+    """The processor of the tiny checkpoint. Not to be changed."""
+    return load(trained, AutoProcessor)

@@ -2,9 +2,9 @@
 Fresh processes in a tenth of a second: an interpreter that has imported torch and transformers forks for each script.
 
 A new interpreter takes five seconds to import what nearly every script needs. This server imports it once, runs no
-operation and starts no thread, and so a fork of it is what `python -c CODE` is after its imports. Three kinds of tests
-need a real interpreter (`run_interpreter` in conftest.py): those that hide a package or look at what was imported,
-those of an environment variable that is read while importing, and those of commands as users start them.
+operation and starts no thread. A fork of it is therefore equal to `python -c CODE` after its imports. Three kinds of
+tests need a real interpreter (`run_interpreter` in conftest.py): tests that hide a package or check what was imported,
+tests of an environment variable that is read during imports, and tests of commands as users start them.
 """
 
 import atexit
@@ -35,15 +35,15 @@ PRELOADED = (
 def serve() -> None:
     """Answer each request, a line of JSON, with the return code of a fork that ran it."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # nothing that an import prints may be taken for an answer
-    del sys.path[0]  # the folder of this file: no script of a user has it
+    os.dup2(2, 1)  # keep the output of imports out of the answers
+    del sys.path[0]  # this file's folder, which is not on the path of a user's script
     for name in PRELOADED:
         try:
             importlib.import_module(name)
-        except ImportError:  # of another version of transformers: the script imports what it needs itself
+        except ImportError:  # in another version of transformers; the script imports what it needs itself
             pass
     gc.collect()
-    gc.freeze()  # the collector of a fork need not touch, and so copy, what was there before
+    gc.freeze()  # so that a fork's garbage collector does not touch, and thereby copy, existing objects
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
@@ -95,7 +95,7 @@ def execute(first: str, *rest: str) -> None:
 
 
 def become(request: dict) -> None:
-    """Take over the folder, the streams and the environment, with an own cache of remote code."""
+    """Take over the folder, the streams and the environment, with its own cache of remote code."""
     for number, path, flags in (
         (0, os.devnull, os.O_RDONLY),
         (1, request["stdout"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
@@ -107,7 +107,7 @@ def become(request: dict) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
-    # transformers reads this variable while it is imported, and its modules copy the value from each other.
+    # transformers reads this variable when it is imported, and its modules copy the value from each other.
     for module in list(sys.modules.values()):
         if "HF_MODULES_CACHE" in getattr(module, "__dict__", ()):
             module.HF_MODULES_CACHE = os.environ["HF_MODULES_CACHE"]
@@ -125,9 +125,9 @@ class Server:
     def run(self, request: dict, seconds: float) -> int:
         """The return code of a fork that ran the request."""
         if self.process is None:
-            environment = os.environ | {"HF_HUB_OFFLINE": "1"}  # it is read while importing
+            environment = os.environ | {"HF_HUB_OFFLINE": "1"}  # it is read during imports
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            # In a session of its own, without a terminal: nobody can be asked, and `stop` reaches its forks.
+            # A new session has no terminal, so nothing can ask the user, and `stop` reaches all forks.
             command = [sys.executable, __file__]
             self.process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
             atexit.register(self.stop)

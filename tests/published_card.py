@@ -1,6 +1,6 @@
 """The snippet of the published model card, for the tests and the contract: tests run it unchanged."""
 
-# As published, but for the path, `.cuda()`, and the pictures' names.
+# As published, except the path, `.cuda()`, and the names of the images.
 MODEL_CARD = """
 import torch
 from PIL import Image

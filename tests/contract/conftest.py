@@ -11,17 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoProcessor
 
 from conftest import CODE, GOLDEN, LAST_RESORT, ROOT, golden_model, load
 from tools.matrix import known_bad
 
 FRESH = Path(__file__).resolve().parent / "fresh"
-# Scripts that read what another one wrote.
+# Scripts that read the output of another one.
 AFTER = {"load": "save", "published": "publish", "sentences": "sentences_save"}
-# The fields that the original code wrote into each config, beside those of golden/tiny/config.json.
+# Fields that the original code wrote into each config, in addition to those of golden/tiny/config.json.
 ORIGINAL_FIELDS = {"torch_dtype": "bfloat16", "transformers_version": "4.32.0", "return_dict": True, "max_length": 20}
-torch.set_num_threads(1)  # a second process runs beside the tests
+torch.set_num_threads(1)  # a second process runs in parallel with the tests
 
 
 def pytest_configure(config):
@@ -33,7 +32,7 @@ def pytest_configure(config):
 
 
 def refused(item) -> str | None:
-    """Why KNOWN_BAD refuses the feature of a test with the installed packages; None if it does not."""
+    """The reason for which KNOWN_BAD refuses the feature of a test with the installed packages, or None."""
     features = [mark.args[0] for mark in item.iter_markers("feature")]
     for package, bad, feature, reason in known_bad():
         if feature in features and installed(package) == bad:
@@ -163,11 +162,6 @@ def golden_joint():
 
 
 @pytest.fixture(scope="session")
-def tiny(trained):
-    """The trained tiny checkpoint, float32."""
-    return load(trained, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="session")
-def processor(trained):
-    return load(trained, AutoProcessor)
+def half(trained):
+    """The trained tiny checkpoint, bfloat16."""
+    return load(trained, dtype=torch.bfloat16).eval()

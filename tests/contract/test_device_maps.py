@@ -3,13 +3,11 @@
 import pytest
 import torch
 
-from conftest import load
+from conftest import IDS, PIXELS, load
 
 pytest.importorskip("accelerate")
 from accelerate import cpu_offload
 
-PIXELS = torch.linspace(-2, 2, 2 * 3 * 48 * 48).sin().view(2, 3, 48, 48)
-IDS = torch.tensor([[1, 405, 353, 2326, 2, 0], [1, 405, 353, 77, 900, 2]])
 PLANS = {
     "in memory": {"": "cpu"},
     "split": {"": "cpu", "qllama": "disk", "query_tokens": "disk", "vision_model.encoder.layers.1": "disk"},
@@ -61,7 +59,7 @@ def mapped(request, trained, tmp_path_factory):
 @torch.inference_mode()
 def test_every_method_gives_the_same_bits(mapped, plain, call):
     wanted = CALLS[call](plain)
-    for _ in range(2):  # what was fetched once must be fetched again
+    for _ in range(2):  # a second call must fetch the weights again
         assert all(torch.equal(*pair) for pair in zip(CALLS[call](mapped), wanted, strict=True))
 
 

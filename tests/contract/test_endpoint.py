@@ -1,19 +1,12 @@
-"""handler.py, in a fresh interpreter, gives the answers of the model for every task."""
+"""In a fresh interpreter handler.py gives the answers of the model for every task."""
 
 import pytest
 import torch
 
-from conftest import ROOT, load
+from conftest import IMAGES, NAMES
 
 pytestmark = pytest.mark.fresh("endpoint")
-NAMES = ["panda", "lion", "pizza", "rocket"]
-IMAGES = [str(ROOT / "examples" / "pictures" / f"{name}.png") for name in NAMES]
 CLOSE = {"rtol": 2e-2, "atol": 2e-2}  # bfloat16, in batches of another size
-
-
-@pytest.fixture(scope="module")
-def half(trained):
-    return load(trained, dtype=torch.bfloat16).eval()
 
 
 @pytest.fixture(scope="module")

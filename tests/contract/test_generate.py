@@ -5,7 +5,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
-from conftest import golden
+from conftest import first_end, golden
 
 pytestmark = pytest.mark.feature("captions")
 INPUTS, EXPECTED = golden("tiny/inputs"), golden("tiny/expected")
@@ -13,7 +13,7 @@ PIXELS, PROMPTS = INPUTS["pixel_values"], INPUTS["prompt_ids"]
 LENGTHS = {"max_new_tokens": 12, "min_new_tokens": 8}
 GREEDY = LENGTHS | {"do_sample": False}
 BEAMS = GREEDY | {"num_beams": 5}
-GREEDY_TOKENS = EXPECTED["generate_greedy"][:, 1:].tolist()  # the original put <s> in front
+GREEDY_TOKENS = EXPECTED["generate_greedy"][:, 1:].tolist()  # the original put <s> first
 BEAM_TOKENS = EXPECTED["generate_beam5"][:, 1:].tolist()
 WAYS = {"greedy": (GREEDY, GREEDY_TOKENS), "beams": (BEAMS, BEAM_TOKENS)}
 UNEQUAL = torch.tensor([
@@ -49,7 +49,7 @@ def test_prompts_of_unequal_length(model, options):
 
 @pytest.mark.parametrize("options", [GREEDY, BEAMS])
 def test_a_static_cache_counts_padding_whose_embedding_is_zero(model, options):
-    """As that of a trained checkpoint is."""
+    """As in a trained checkpoint."""
     padding = model.get_input_embeddings().weight[0]
     before = padding.detach().clone()
     try:
@@ -133,14 +133,7 @@ def test_streamer(model):
     assert collector.ended and collector.tokens == GREEDY_TOKENS[0]
 
 
-def first_end(model):
-    """A token that greedy decoding writes for the first image, not as one of its first two; and its place."""
-    tokens = model.generate(PIXELS[:1], PROMPTS[:1], max_new_tokens=8, do_sample=False, eos_token_id=319)[0].tolist()
-    place = next(index for index, token in enumerate(tokens) if index >= 2 and token not in tokens[:index])
-    return tokens[place], place
-
-
-def test_it_stops_at_the_end_and_not_before_the_least_length(model):
+def test_it_stops_at_eos_but_not_before_the_minimum_length(model):
     end, place = first_end(model)
     options = {"do_sample": False, "eos_token_id": end}
     ended = model.generate(PIXELS[:1], PROMPTS[:1], max_new_tokens=8, **options)
@@ -174,7 +167,7 @@ def test_generation_config(model):
     assert (config.num_beams, config.eos_token_id) == (5, None) and model.generation_config.to_dict() == before
 
 
-def test_repetition_penalty_counts_what_was_written(model):
+def test_repetition_penalty_counts_new_tokens(model):
     """As in the original, only new tokens count as repetitions, not the prompt and the queries."""
     penalty, options = 5.0, {"max_new_tokens": 12, "do_sample": False, "eos_token_id": 319}
     output = model.generate(
@@ -190,7 +183,7 @@ def test_repetition_penalty_counts_what_was_written(model):
     assert output.sequences.tolist() != model.generate(PIXELS, PROMPTS, **options).tolist()
 
 
-def test_own_logits_processor(model):
+def test_a_logits_processor_of_the_user(model):
     class Without(LogitsProcessor):
         def __call__(self, input_ids, scores):
             return scores.index_fill(1, torch.tensor([GREEDY_TOKENS[0][0]]), -torch.inf)
@@ -217,7 +210,7 @@ def test_without_a_prompt_and_in_training(model):
     assert found.tolist() == GREEDY_TOKENS and not found.requires_grad
 
 
-def test_it_stops_at_a_text(tiny, processor):
+def test_it_stops_at_a_string(tiny, processor):
     inputs = processor(images=[torch.linspace(0, 1, 3 * 48 * 48).view(3, 48, 48)], task="caption")
     exactly = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1}
     whole = processor.tokenizer.decode(tiny.generate(**inputs, **exactly)[0])
@@ -229,6 +222,6 @@ ARGUMENTS = ["max_new_token", "num_beam", "guidance_scale", "prompt_lookup_num_t
 
 
 @pytest.mark.parametrize("argument", ARGUMENTS)
-def test_what_it_cannot_do_is_refused(model, argument):
+def test_unsupported_arguments_are_refused(model, argument):
     with pytest.raises((ValueError, TypeError), match=argument):
         model.generate(PIXELS, PROMPTS, **{argument: 3})

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from conftest import TOLERANCE, golden, golden_model, training_batch
+from conftest import LOSSES, OBJECTIVES, TOLERANCE, golden, golden_model, training_batch
 
 INPUTS, EXPECTED = golden("tiny/inputs"), golden("tiny/expected")
 PIXELS, IDS, PROMPTS = INPUTS["pixel_values"], INPUTS["input_ids"], INPUTS["prompt_ids"]
@@ -25,10 +25,6 @@ FORWARD = {
     "logits_per_text_g": lambda model: model(image=PIXELS, text=IDS, mode="InternVL-G")[1],
     "image_features.query": lambda model: model.get_image_features(PIXELS)[1],
 }
-OBJECTIVES = {
-    "stage2": ("InternVLForPreTraining", ("loss", "loss_itm", "loss_itc", "loss_itg")),
-    "retrieval": ("InternVLForRetrieval", ("loss", "loss_itm", "loss_itc")),
-}
 
 
 @pytest.fixture(scope="module", params=["eager", "sdpa"])
@@ -44,7 +40,7 @@ def test_forward(model, name):
 
 @torch.no_grad()
 def test_states_of_the_language_tower(model):
-    real = IDS > 0  # what stands at padding is arbitrary
+    real = IDS > 0  # states at padding are arbitrary
     assert_close(model.get_text_features(IDS)[real], EXPECTED["text_features"][real], **TOLERANCE)
 
 
@@ -56,7 +52,7 @@ def test_match(model):
                  for name in ("input_ids", "attention_mask"))  # fmt: skip
     logits = model.match(torch.cat([batch["pixel_values"]] * 2), ids, mask)
     targets = torch.arange(len(ids)).ge(len(ids) // 2).long()
-    valid = mask.sum(1) != 2  # `<s> </s>` says nothing
+    valid = mask.sum(1) != 2  # `<s> </s>` is an empty text
     assert_close(F.cross_entropy(logits[valid], targets[valid]), EXPECTED["retrieval.loss_itm"], **TOLERANCE)
     every = model.match(batch["pixel_values"], ids, mask, all_pairs=True)
     rows = torch.arange(len(ids))
@@ -66,20 +62,19 @@ def test_match(model):
 @pytest.mark.feature("captions")
 @pytest.mark.parametrize("name, beams", [("generate_greedy", 1), ("generate_beam5", 5)])
 def test_captions(model, name, beams):
-    wanted = EXPECTED[name][:, 1:].tolist()  # the original put <s> in front
+    wanted = EXPECTED[name][:, 1:].tolist()  # the original put <s> first
     options = {"max_new_tokens": 12, "min_new_tokens": 8, "do_sample": False, "num_beams": beams}
-    # Three images too: with four, the first of each five beams has its image even where beams are laid out wrongly.
+    # Also three images: with four, the first of five beams gets its own image even if the beam layout is wrong.
     for rows in (slice(0, 4), slice(0, 3), slice(2, 3)):
         assert model.generate(PIXELS[rows], PROMPTS[rows], **options).tolist() == wanted[rows]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_losses_and_gradients(objective):
-    class_name, losses = OBJECTIVES[objective]
-    trainee = golden_model(class_name).train()
+    trainee = golden_model(OBJECTIVES[objective]).train()
     output = trainee(**training_batch(objective))
     output.loss.backward()
-    for name in losses:
+    for name in LOSSES[objective]:
         assert_close(output[name], EXPECTED[f"{objective}.{name}"], **TOLERANCE)
     start = f"{objective}.grad."
     names = [name.removeprefix(start) for name in EXPECTED if name.startswith(start)]

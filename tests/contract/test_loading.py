@@ -59,12 +59,12 @@ def test_saved_model_embeds_and_matches_to_the_same_bits(fresh, saved):
 
 @pytest.mark.feature("captions")
 @pytest.mark.fresh("load")
-def test_saved_model_writes_the_same_captions(fresh, saved):
+def test_saved_model_generates_the_same_captions(fresh, saved):
     assert len(saved["captions"]) == 4 and fresh["captions"] == saved["captions"]
 
 
 @pytest.mark.fresh("load")
-def test_saved_parts_come_back_by_automodel(fresh, saved):
+def test_saved_parts_load_by_automodel(fresh, saved):
     wanted = {
         "text_part": "InternVLTextModelWithProjection",
         "vision_part": "InternVLVisionModelWithProjection",
@@ -83,7 +83,7 @@ def test_auto_dtype_is_the_checkpoints(fresh):
 
 @pytest.mark.fresh("load")
 def test_original_checkpoint_loads_our_classes(fresh):
-    """Its config says `model_type: "internvl"`, which transformers takes for a model of its own."""
+    """Its config has `model_type: "internvl"`, the name of an unrelated model of transformers."""
     kind, model_type, state, embeds = fresh["original"]
     assert (kind, model_type) == ("InternVLModel", "internvl_14b")
     assert set(state) == set(load_file(GOLDEN / "tiny" / "model.safetensors"))
@@ -116,7 +116,7 @@ def test_nothing_optional_is_needed_for_captions(fresh):
 
 @pytest.fixture
 def broken(trained, tmp_path):
-    """A copy of the checkpoint in which `change(tensors)` was done to the shard that holds the culprit."""
+    """A function that copies the checkpoint and applies `change(tensors)` to the shard of the culprit."""
 
     def make(change):
         folder = shutil.copytree(trained, tmp_path / "broken")

@@ -3,15 +3,8 @@
 import pytest
 import torch
 
-from conftest import load
-
 pytestmark = pytest.mark.fresh("card")
 COMPLAINTS = ("Traceback", "not initialized", "not used when", "MISSING", "UNEXPECTED", "does not end with `</s>`")
-
-
-@pytest.fixture(scope="module")
-def half(trained):
-    return load(trained, dtype=torch.bfloat16).eval()
 
 
 @pytest.mark.parametrize("mode", ["InternVL-C", "InternVL-G"])

@@ -2,21 +2,17 @@
 
 import pytest
 import torch
-from PIL import Image
 from transformers import pipeline
 
-from conftest import ROOT
+from conftest import NAMES, opaque_images
 
-NAMES = ["panda", "pizza", "lion", "rocket"]
 LABELS = ["rocket", "panda", "lion", "pizza"]
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 @pytest.fixture(scope="module")
 def images():
-    """Opaque images: the pipelines turn transparent pixels black."""
-    clear = [Image.open(ROOT / "examples" / "pictures" / f"{name}.png").convert("RGBA") for name in NAMES]
-    return [Image.alpha_composite(Image.new("RGBA", each.size, "white"), each).convert("RGB") for each in clear]
+    return opaque_images()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import pytest
 
 @pytest.mark.feature("captions")  # the tool's own check writes captions
 @pytest.mark.fresh("publish")
-def test_the_tool_checks_what_it_made(interpreters, work):
+def test_the_tool_checks_its_output(interpreters, work):
     done = interpreters.start("publish").result()
     assert done.returncode == 0, done.stderr[-4000:]
     assert "It loads without network and gives the values of tiny." in done.stdout
@@ -19,11 +19,11 @@ def test_it_classifies_in_a_pipeline(fresh):
 
 
 @pytest.mark.fresh("published")
-def test_it_embeds_as_the_clone(fresh, interpreters):
+def test_it_gives_the_embeddings_of_the_clone(fresh, interpreters):
     assert fresh["embeds"] == interpreters.found("save")["embeds"]
 
 
 @pytest.mark.feature("captions")
 @pytest.mark.fresh("published")
-def test_it_writes_the_clones_captions(fresh, interpreters):
+def test_it_gives_the_captions_of_the_clone(fresh, interpreters):
     assert fresh["captions"] == interpreters.found("save")["captions"]

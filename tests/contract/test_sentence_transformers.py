@@ -5,12 +5,10 @@ import pytest
 import torch
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from conftest import ROOT
+from conftest import IMAGES, NAMES
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
 pytestmark = pytest.mark.feature("sentence-transformers")
-NAMES = ["panda", "lion", "pizza", "rocket"]
-IMAGES = [str(ROOT / "examples" / "pictures" / f"{name}.png") for name in NAMES]
 TEXTS = ["a photo of a panda", "狮子", "a  pizza with two spaces", "ロケット"]
 OPTIONS = {"trust_remote_code": True, "device": "cpu", "model_kwargs": {"dtype": torch.float32}}
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -59,7 +57,7 @@ def test_cross_encoder(cross_encoder, tiny, processor):
 
 @pytest.mark.fresh("sentences")
 @pytest.mark.parametrize("kind", ["embedder", "cross_encoder"])
-def test_what_was_saved_comes_back_in_a_fresh_process(fresh, interpreters, kind):
+def test_saved_models_load_in_a_fresh_process(fresh, interpreters, kind):
     before = interpreters.found("sentences_save")[kind]
     np.testing.assert_allclose(fresh[kind], before, rtol=0, atol=0)
     assert np.std(before) > 0

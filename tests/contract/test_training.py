@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from conftest import TOLERANCE, golden_model, training_batch
+from conftest import OBJECTIVES, TOLERANCE, golden_model, switch_checkpointing, training_batch
 
 pytestmark = pytest.mark.feature("training")
-OBJECTIVES = {"stage2": "InternVLForPreTraining", "retrieval": "InternVLForRetrieval"}
 UNUSED = {"stage2": "clip_projector.", "retrieval": "qllama.lm_head."}
 
 
@@ -23,16 +22,10 @@ def test_a_step_reaches_every_parameter_of_the_objective(objective):
         if name in without:
             continue
         assert parameter.grad.isfinite().all(), name
-        # A key's bias adds the same to all scores of a query, which softmax does not see.
+        # A key's bias adds a constant to all scores of a query, which softmax ignores.
         assert name.endswith("cross_attn.k_bias") or parameter.grad.abs().max() > 0, name
     optimizer.step()
     assert model(**training_batch(objective)).loss < first
-
-
-def switch_checkpointing(model, on):
-    """By the name that the installed version does not deprecate."""
-    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    getattr(model, f"{kind}_checkpointing_{'enable' if on else 'disable'}")()
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

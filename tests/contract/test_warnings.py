@@ -1,4 +1,4 @@
-"""Our code uses nothing that the libraries have deprecated."""
+"""Our code uses no deprecated names of the libraries."""
 
 import pytest
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from conftest import ROOT, repo_class, run_python
+from conftest import ROOT, STUB_CONFIG, repo_class, run_python
 
 InternVLTokenizer = repo_class("tokenization_internvl.InternVLTokenizer")
 InternVLProcessor = repo_class("processing_internvl.InternVLProcessor")
@@ -19,13 +19,6 @@ CLIPImageProcessorPil = sys.modules[InternVLProcessor.__module__].CLIPImageProce
 TINY = ROOT / "tiny"
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 MODES = "1 L P RGB RGBA CMYK YCbCr HSV I F LA PA RGBX RGBa La I;16 I;16L I;16B I;16N".split()
-STUB_CONFIG = """
-from transformers import PretrainedConfig
-
-
-class InternVLConfig(PretrainedConfig):
-    model_type = "internvl_14b"
-"""
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +40,7 @@ def normalised(grey):
 
 
 def grey_image(mode):
-    """An image of `mode`, 50 x 60, all of it grey 128; white for the mode that has no grey."""
+    """A 50 x 60 image of `mode`, all grey 128; white for the mode without grey."""
     grey = Image.new("L", (50, 60), 128)
     if mode.startswith("I;16"):
         values = np.full(3000, 128 * 257, ">u2" if mode.endswith("B") else "<u2")
@@ -63,7 +56,7 @@ def grey_image(mode):
 
 
 def assert_grey(pixel_values, grey, within=0.0):
-    """Every pixel is `grey` out of 255, up to `within` grey levels."""
+    """Check that every pixel is `grey` out of 255, up to `within` grey levels."""
     levels = (pixel_values[0].permute(1, 2, 0) * STD + MEAN) * 255
     assert (levels - grey).abs().max() <= within + 1e-3
 
@@ -109,7 +102,7 @@ def test_lab_is_converted(processor):
     assert_grey(processor(white)["pixel_values"], 255, within=3)
 
 
-def test_transparency_lies_on_white(processor, tmp_path):
+def test_transparent_pixels_become_white(processor, tmp_path):
     assert_grey(processor(Image.new("RGBA", (50, 60), (0, 0, 0, 0)))["pixel_values"], 255)
     assert_grey(processor(Image.new("LA", (50, 60), (0, 0)))["pixel_values"], 255)
     assert_grey(processor(Image.new("RGBA", (50, 60), (0, 0, 0, 128)))["pixel_values"], 127, within=1)
@@ -230,7 +223,7 @@ def test_caption_prompts_follow_the_images(processor):
         processor(images, ["a", "b", "c"], task="caption")
 
 
-def test_images_alone_bring_no_text(processor):
+def test_images_alone_give_no_text(processor):
     assert set(processor(Image.new("RGB", (5, 5)))) == {"pixel_values"}
     assert set(processor(Image.new("RGB", (5, 5)), "a")) == {"pixel_values", "input_ids", "attention_mask"}
 
@@ -246,7 +239,7 @@ def test_long_texts_keep_eos_and_are_reported(processor):
         assert processor(text="a cat on a mat", max_length=6)["input_ids"].shape == (1, 6)
 
 
-def test_prompts_are_not_cut_unless_asked(processor):
+def test_prompts_are_not_truncated_by_default(processor):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ids = processor(text="word " * 200, task="caption")["input_ids"]
@@ -334,7 +327,7 @@ def test_names_and_decoding(processor):
 
 
 def test_other_backends_are_replaced_by_pil(processor):
-    class TensorBackend:  # stands for torchvision's, which the test environments do not have
+    class TensorBackend:  # in place of torchvision's, which the test environments do not have
         crop_size = {"height": 48, "width": 48}
 
         def to_dict(self):

@@ -1,32 +1,22 @@
-"""What is noticed where parts meet: missing packages, another checkpoint's tokenizer, another size, another recipe."""
+"""Built-in checks: missing packages, another checkpoint's tokenizer, another image size, another recipe."""
 
 import json
 import sys
 
 import pytest
 import torch
-from transformers import AutoProcessor, BertTokenizer, CLIPImageProcessor
+from transformers import BertTokenizer, CLIPImageProcessor
 
-from conftest import ROOT, load, repo_class, run_interpreter
+from conftest import ROOT, repo_class, run_interpreter
 
-PICTURE = ROOT / "examples" / "pictures" / "panda.png"
-
-
-@pytest.fixture(scope="module")
-def model(trained):
-    return load(trained, dtype=torch.float32).eval()
+IMAGE = ROOT / "examples" / "pictures" / "panda.png"
 
 
 @pytest.fixture
-def processor(trained):
-    return AutoProcessor.from_pretrained(trained, trust_remote_code=True)
-
-
-@pytest.fixture
-def warnings_of(model, monkeypatch):
-    """The messages that the model gives, each time anew."""
+def warnings_of(tiny, monkeypatch):
+    """The model's warnings, also repeated ones."""
     messages = []
-    rooms = {cls.__module__ for part in (model, model.vision_model) for cls in type(part).__mro__}
+    rooms = {cls.__module__ for part in (tiny, tiny.vision_model) for cls in type(part).__mro__}
     for room in (sys.modules[name] for name in rooms if name.startswith("transformers_modules")):
         if hasattr(room, "logger"):
             monkeypatch.setattr(room.logger, "warning_once", messages.append)
@@ -36,8 +26,8 @@ def warnings_of(model, monkeypatch):
 # --------------------------------------------------------------------------------------- processor and checkpoint
 
 
-def test_the_checkpoints_own_processor_is_taken(model, processor):
-    model.check_processor(processor)
+def test_the_checkpoints_own_processor_is_accepted(tiny, processor):
+    tiny.check_processor(processor)
 
 
 @pytest.mark.parametrize(
@@ -49,21 +39,21 @@ def test_the_checkpoints_own_processor_is_taken(model, processor):
         ("vision_config.image_size", 96, r"48 x 48 pixels, but the model expects 96 x 96"),
     ],
 )
-def test_the_processor_of_another_checkpoint_is_noticed(model, processor, monkeypatch, field, value, complaint):
+def test_the_processor_of_another_checkpoint_is_refused(tiny, processor, monkeypatch, field, value, complaint):
     *path, name = field.split(".")
-    part = model.config
+    part = tiny.config
     for step in path:
         part = getattr(part, step)
     monkeypatch.setattr(part, name, value)
-    for call in (lambda: model.check_processor(processor), lambda: model.embed_classes(processor, ["panda"])):
+    for call in (lambda: tiny.check_processor(processor), lambda: tiny.embed_classes(processor, ["panda"])):
         with pytest.raises(ValueError, match=f"belongs to another checkpoint: .*{complaint}"):
             call()
 
 
-def test_what_is_no_processor(model, processor):
+def test_wrong_types_of_processors_are_refused(tiny, processor):
     for wrong in (processor.tokenizer, processor.image_processor, None):
         with pytest.raises(TypeError, match="`processor` must be an InternVLProcessor"):
-            model.check_processor(wrong)
+            tiny.check_processor(wrong)
 
 
 def test_a_tokenizer_of_another_kind_is_refused_by_the_processor(trained, tmp_path):
@@ -77,7 +67,7 @@ def test_a_tokenizer_of_another_kind_is_refused_by_the_processor(trained, tmp_pa
 
 
 def test_published_config_knows_its_prefix():
-    """The ids of `summarize:` as TRANSFORMERS.md has them, with `<s>` in front."""
+    """The ids of `<s>` and of `summarize:` in the published tokenizer."""
     assert json.loads((ROOT / "config.json").read_text())["embed_prefix_ids"] == [1, 19138, 675, 29901]
 
 
@@ -85,7 +75,7 @@ def test_published_config_knows_its_prefix():
 
 
 @torch.inference_mode()
-def test_another_recipe_is_noticed(model, processor, warnings_of):
+def test_another_recipe_causes_a_warning(tiny, processor, warnings_of):
     for arguments, expected in (
         ({"text": ["panda", "狐狸"]}, []),
         ({"text": ["panda", "a very long text about nothing at all"]}, []),
@@ -94,26 +84,26 @@ def test_another_recipe_is_noticed(model, processor, warnings_of):
         ({"text": ["panda"], "task": "caption"}, ["`</s>`", "`summarize:`"]),
     ):
         warnings_of.clear()
-        model.embed_text(**processor(**arguments))
+        tiny.embed_text(**processor(**arguments))
         assert len(warnings_of) == len(expected), (arguments, warnings_of)
         assert all(wanted in message for message, wanted in zip(warnings_of, expected))
 
 
 @torch.inference_mode()
-def test_the_prefix_is_looked_for_behind_left_padding(model, processor, warnings_of):
+def test_the_prefix_is_found_after_left_padding(tiny, processor, warnings_of):
     ids = processor(text=["panda", "a very long text about nothing at all"])
     order = torch.argsort(ids.attention_mask, dim=1, stable=True)
-    model.embed_text(ids.input_ids.gather(1, order), ids.attention_mask.gather(1, order))
-    model.embed_text(ids.input_ids[:, :2], ids.attention_mask[:, :2])  # shorter than the prefix: no `</s>`, no error
+    tiny.embed_text(ids.input_ids.gather(1, order), ids.attention_mask.gather(1, order))
+    tiny.embed_text(ids.input_ids[:, :2], ids.attention_mask[:, :2])  # shorter than the prefix: no `</s>`, no error
     assert [message for message in warnings_of if "summarize" in message] == []
 
 
 @torch.inference_mode()
-def test_another_size_is_noticed(model, processor, warnings_of):
-    pixels = processor(images=PICTURE).pixel_values
-    model.embed_image(pixels)
+def test_another_size_causes_a_warning(tiny, processor, warnings_of):
+    pixels = processor(images=IMAGE).pixel_values
+    tiny.embed_image(pixels)
     assert warnings_of == []
-    model.embed_image(torch.nn.functional.interpolate(pixels, 64))
+    tiny.embed_image(torch.nn.functional.interpolate(pixels, 64))
     assert len(warnings_of) == 1 and "64 x 64 pixels, but the checkpoint's positions are for 48 x 48" in warnings_of[0]
 
 
@@ -133,7 +123,7 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 
 
 def message_without(package, trained, folder, code):
-    """What a new interpreter says that lacks a package."""
+    """The error message of a new interpreter without a package."""
     guarded = "\n".join("    " + line for line in code.strip().splitlines())
     script = f"{HIDE}\ntry:\n{guarded}\nexcept Exception as error:\n    print('SAID', type(error).__name__, error)\n"
     return run_interpreter(script, folder, trained, package).stdout

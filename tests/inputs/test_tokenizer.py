@@ -1,4 +1,4 @@
-"""InternVLTokenizer against SentencePiece itself, and the ways it is loaded."""
+"""InternVLTokenizer equals SentencePiece itself, however it is loaded."""
 
 import copy
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from conftest import ROOT, repo_class, run_python
+from conftest import ROOT, STUB_CONFIG, repo_class, run_python
 
 InternVLTokenizer = repo_class("tokenization_internvl.InternVLTokenizer")
 TINY_MODEL = ROOT / "tiny" / "tokenizer.model"
@@ -34,14 +34,6 @@ ODD = ["summarize: A  double  space", " ", "   ", "a", "▁", "▁ a ▁", "😀
 ODD += ["\u00a0x", "é", "(<a>)", "[PAD]", "\x00"]
 PROMPTS = [t.format(n) for names in NAMES.values() for n in names for t in TEMPLATES] + ODD
 
-STUB_CONFIG = """
-from transformers import PretrainedConfig
-
-
-class InternVLConfig(PretrainedConfig):
-    model_type = "internvl_14b"
-"""
-
 
 @pytest.fixture(params=["tiny", pytest.param("real", marks=needs_real)])
 def model_file(request):
@@ -55,7 +47,7 @@ def tokenizer(model_file):
 
 @pytest.fixture
 def repository(tmp_path):
-    """The tokenizer part of the repository as the Hub would serve it, with a config class that loads nothing."""
+    """The tokenizer's files as the Hub would serve them, with a config class that imports nothing."""
     for name in (
         "compat_internvl.py",
         "tokenization_internvl.py",
@@ -73,7 +65,7 @@ def repository(tmp_path):
 
 
 def run_fresh(code, folder):
-    """The JSON that `code` prints last, run in a fresh process with an empty module cache."""
+    """Run `code` in a fresh process with an empty module cache; return the JSON that it prints last."""
     return json.loads(run_python(code, folder).stdout.splitlines()[-1])
 
 
@@ -105,7 +97,7 @@ def test_special_tokens_in_a_text_split_it(tokenizer, model_file):
     assert tokenizer.decode(expected[1:]) == "Hello <s>.</s><unk>"
 
 
-def test_empty_text_has_only_the_ends(tokenizer):
+def test_empty_text_has_only_bos_and_eos(tokenizer):
     assert tokenizer("")["input_ids"] == [1]
     assert tokenizer.decode([]) == ""
 
@@ -121,7 +113,7 @@ def test_eos_as_argument_and_as_attribute(model_file):
     assert tokenizer("a cat")["input_ids"][0] != 1
 
 
-def test_truncation_keeps_both_ends(tokenizer):
+def test_truncation_keeps_bos_and_eos(tokenizer):
     tokenizer.add_eos_token = True
     ids = tokenizer("word " * 200, max_length=80, truncation=True)["input_ids"]
     assert len(ids) == 80 and ids[0] == 1 and ids[-1] == 2
@@ -161,7 +153,7 @@ def test_added_tokens_survive_saving(tokenizer, tmp_path):
     assert loaded.pad_token_id == tokenizer.pad_token_id == tokenizer.vocab_size
 
 
-def test_masks_and_pairs_count_both_ends(tokenizer):
+def test_masks_and_pairs_count_bos_and_eos(tokenizer):
     tokenizer.add_eos_token = True
     assert tokenizer.get_special_tokens_mask([5, 6]) == [1, 0, 0, 1]
     assert tokenizer.get_special_tokens_mask([5], [6]) == [1, 0, 1, 1, 0, 1]
@@ -176,7 +168,7 @@ def test_pickle_and_deepcopy(tokenizer):
 
 
 @pytest.mark.parametrize("eos", [True, False])
-def test_saved_tokenizer_keeps_its_ends(tokenizer, tmp_path, eos):
+def test_saved_tokenizer_keeps_bos_and_eos(tokenizer, tmp_path, eos):
     tokenizer.add_eos_token = eos
     tokenizer.save_pretrained(tmp_path)
     loaded = InternVLTokenizer.from_pretrained(tmp_path)

@@ -33,7 +33,7 @@ print(json.dumps([caption, str(model.dtype), type(model).__name__, type(tokenize
 TEXTS = ["a photo of a red panda", "一张熊猫的照片", "二匹の猫の写真"]
 
 
-def picture(number: int, size=(48, 48)) -> Image.Image:
+def random_image(number: int, size=(48, 48)) -> Image.Image:
     image = Image.new("RGB", size, [(250, 240, 230), (30, 60, 90), (200, 30, 30)][number])
     ImageDraw.Draw(image).ellipse(
         (8, 10 + 4 * number, 40, 44), fill=[(220, 90, 20), (250, 250, 40), (20, 20, 20)][number]
@@ -43,16 +43,16 @@ def picture(number: int, size=(48, 48)) -> Image.Image:
 
 @pytest.fixture(scope="module", params=["random", "trained"])
 def checkpoint(request, tmp_path_factory) -> Path:
-    """A folder as the published one: code, tokenizer and weights side by side, 48-pixel pictures next to it."""
+    """A folder like the published one, with code, tokenizer and weights side by side."""
     if request.param == "trained" and not (ROOT / "tiny" / INDEX).is_file():
         pytest.skip("tiny/ holds no trained weights")
     return make_repository(tmp_path_factory.mktemp("card") / "checkpoint", flat=True, weights=request.param)
 
 
 def run_card(checkpoint: Path, folder: Path, snippet: str = MODEL_CARD):
-    """Run the snippet as a script of its own in `folder`; the tensors it kept, what it printed last, and its stderr."""
+    """Run the snippet as a script in `folder`; return the tensors that it kept, its last output line and its stderr."""
     for number in range(3):
-        picture(number).save(folder / f"image{number + 1}.png")
+        random_image(number).save(folder / f"image{number + 1}.png")
     done = run_python(BEFORE + snippet + AFTER, folder, checkpoint)
     return load_file(folder / "kept.safetensors"), json.loads(done.stdout.splitlines()[-1]), done.stderr
 
@@ -78,7 +78,7 @@ def test_card_shapes_and_probabilities(card):
     assert kept["pred"].shape[0] == 1 and kept["pred"].shape[1] >= 8
 
 
-def test_card_prints_no_warning_of_importance(card):
+def test_card_prints_no_important_warning(card):
     _, _, stderr = card
     for sign in (
         "Traceback",
@@ -94,10 +94,10 @@ def test_card_prints_no_warning_of_importance(card):
 
 
 def new_logits(checkpoint: Path, dtype: torch.dtype, input_ids: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-    """The logits of the snippet's pictures and texts by the new calls."""
+    """The logits of the snippet's images and texts by the new calls."""
     model = load(checkpoint, dtype=dtype)
     processor = load(checkpoint, AutoProcessor)
-    batch = processor([picture(number) for number in range(3)], TEXTS, padding="max_length")
+    batch = processor([random_image(number) for number in range(3)], TEXTS, padding="max_length")
     ids, mask = (batch["input_ids"], batch["attention_mask"]) if input_ids is None else (input_ids, None)
     with torch.no_grad():
         texts = model.embed_text(ids, mask)
@@ -108,7 +108,7 @@ def new_logits(checkpoint: Path, dtype: torch.dtype, input_ids: torch.Tensor | N
 def test_card_equals_the_new_calls(checkpoint, card):
     kept, (*_, tokenizer_name), _ = card
     ours = load(checkpoint, AutoProcessor)(text=TEXTS, padding="max_length")["input_ids"]
-    # Without trust_remote_code 5.x takes the library's own tokenizer, which may split some texts in another way.
+    # Without trust_remote_code 5.x uses the library's own tokenizer, which may split some texts differently.
     if tokenizer_name == "InternVLTokenizer":
         assert torch.equal(kept["input_ids"], ours)
     for mode, logits in new_logits(checkpoint, torch.bfloat16, kept["input_ids"]).items():
@@ -119,7 +119,7 @@ def test_card_equals_the_new_calls(checkpoint, card):
 def test_card_caption_equals_the_new_calls(checkpoint, card):
     kept, (caption, *_), _ = card
     model, processor = load(checkpoint, dtype=torch.bfloat16), load(checkpoint, AutoProcessor)
-    batch = processor([picture(0)], task="caption")
+    batch = processor([random_image(0)], task="caption")
     pred = model.generate(batch["pixel_values"].bfloat16(), kept["prompt"], num_beams=5, min_new_tokens=8)
     assert torch.equal(pred, kept["pred"])
     if torch.equal(kept["prompt"], batch["input_ids"]):
@@ -127,7 +127,7 @@ def test_card_caption_equals_the_new_calls(checkpoint, card):
 
 
 def test_card_with_remote_tokenizer_and_float16(checkpoint, tmp_path):
-    """What MMVP's script and most others do: the same in half precision, the tokenizer trusted too."""
+    """As in MMVP's script and most others: half precision, and `trust_remote_code` for the tokenizer too."""
     snippet = MODEL_CARD.replace("bfloat16", "float16").replace(
         "add_eos_token=True)", "add_eos_token=True, trust_remote_code=True)"
     )
@@ -154,11 +154,11 @@ def model(checkpoint):
 
 @pytest.fixture(scope="module")
 def batch(checkpoint):
-    return load(checkpoint, AutoProcessor)([picture(number) for number in range(3)], TEXTS, padding="max_length")
+    return load(checkpoint, AutoProcessor)([random_image(number) for number in range(3)], TEXTS, padding="max_length")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_mmvp_two_pictures_one_text(checkpoint, batch, model, dtype):
+def test_mmvp_two_images_one_text(checkpoint, batch, model, dtype):
     half = load(checkpoint, torch_dtype=dtype)
     pixels, ids = batch["pixel_values"][:2], batch["input_ids"][:1]
     for mode in ("InternVL-C", "InternVL-G"):
@@ -199,7 +199,7 @@ def test_retrieval_wrappers_positional(model, batch):
 
 @pytest.mark.parametrize("letter", ["C", "G"])
 def test_clip_benchmark_classes(checkpoint, model, batch, letter):
-    """They never pass a mode: `encode_image(image)` and `forward(image=, text=)` are the class's own."""
+    """It never passes a mode: `encode_image(image)` and `forward(image=, text=)` use the default of the class."""
     benchmark_class = repo_class(f"modeling_internvl.InternVL_{letter}")
     config = repo_class("configuration_internvl.InternVLConfig").from_pretrained(checkpoint)
     assert (config.force_image_size, config.use_backbone_lora, config.use_qllama_lora) == (None, 0, 0)
@@ -253,7 +253,7 @@ def test_rerankers(model, batch):
     torch.testing.assert_close(scores[range(3), range(3)], model.match(pixels, ids), rtol=1e-4, atol=2e-5)
 
 
-def test_calls_warn_of_nothing(model, batch):
+def test_calls_cause_no_warning(model, batch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(image=batch["pixel_values"], text=batch["input_ids"], mode="InternVL-G")

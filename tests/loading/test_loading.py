@@ -1,4 +1,4 @@
-"""Loading and saving as users do it: the Auto classes, local folders, old configs, damaged files, bare environments."""
+"""Loading and saving as users do: Auto classes, local folders, old configs, damaged files, minimal environments."""
 
 import ast
 import copy
@@ -25,8 +25,10 @@ from transformers.utils import is_accelerate_available
 from conftest import (
     CODE,
     GOLDEN,
+    IDS,
     INDEX,
     IS_V5,
+    PIXELS,
     ROOT,
     TOLERANCE,
     assert_same_tensors,
@@ -39,12 +41,10 @@ from conftest import (
     run_python,
 )
 
-# The model itself; the two hosts import what their hosts are.
+# The model itself, without the two files that import their hosts.
 HOSTS = ("handler.py", "sentence_transformers_internvl.py")
 MODULES = {name: ast.parse((ROOT / name).read_text()) for name in CODE if name not in HOSTS}
 CULPRIT = "itm_head.bias"
-PIXELS = torch.linspace(-2, 2, 2 * 3 * 48 * 48).sin().view(2, 3, 48, 48)
-IDS = torch.tensor([[1, 405, 353, 2326, 2, 0], [1, 405, 353, 77, 900, 2]])
 
 
 WEIGHTS = ["random", "trained"]
@@ -129,7 +129,7 @@ def test_root_config_is_the_published_one(repository):
 
 
 def outputs(model, pixels, ids):
-    """What each kind of call gives."""
+    """The outputs of each kind of call."""
     with torch.no_grad():
         image, text = model(image=pixels.to(model.dtype), text=ids, mode="InternVL-G")
         captions = model.generate(pixels, ids[:, :4], num_beams=2, min_new_tokens=3, max_new_tokens=5)
@@ -137,7 +137,7 @@ def outputs(model, pixels, ids):
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
-# The same function for a fresh process.
+# The same function, for a fresh process.
 OUTPUTS = """
 import sys, torch
 from safetensors.torch import load_file, save_file
@@ -165,7 +165,7 @@ def test_saved_folder_holds_the_code(saved):
     assert config["auto_map"]["AutoModel"].endswith("modeling_internvl.InternVLModel")
 
 
-def test_saved_model_comes_back_in_a_fresh_process(saved, tmp_path):
+def test_saved_model_loads_in_a_fresh_process(saved, tmp_path):
     folder, model = saved
     save_file({"pixels": PIXELS, "ids": IDS}, tmp_path / "inputs.safetensors")
     code = (
@@ -192,7 +192,7 @@ print(type(model).__name__, type(processor).__name__, type(processor.tokenizer).
 
 @pytest.mark.parametrize("force_image_size", [None, 72])
 def test_resized_positions_are_saved_and_loaded(flat, tmp_path, force_image_size):
-    """A picture size set in the config, and then changed by resizing: the table that was saved decides."""
+    """The image size is set in the config, then changed by resizing: the saved table decides."""
     config = load(flat, AutoConfig)
     fields = config.to_dict() | {"force_image_size": force_image_size}
     model_class = repo_class("modeling_internvl.InternVLModel")
@@ -207,7 +207,7 @@ def test_resized_positions_are_saved_and_loaded(flat, tmp_path, force_image_size
     torch.testing.assert_close(again.float().encode_image(pixels), model.encode_image(pixels))
 
 
-# What nobody must have to install; `google` is protobuf.
+# Packages that nobody must have to install; `google` is protobuf.
 OPTIONAL = (
     "accelerate peft timm einops torchvision torchaudio flash_attn apex kernels scipy sklearn pandas cv2 xformers"
 )
@@ -302,7 +302,7 @@ OLD_FIELDS = {
 
 @pytest.fixture
 def original(tmp_path):
-    """The goldens' checkpoint beside our code, with a config.json as the original code wrote it."""
+    """The goldens' checkpoint and our code in one folder, with a config.json as the original code wrote it."""
     folder = tmp_path / "original"
     folder.mkdir()
     for name in CODE:
@@ -353,7 +353,7 @@ def test_original_config_loads_our_classes(original, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert saved["model_type"] == "internvl_14b" and saved["tie_word_embeddings"] is False
-    assert "hidden_size" not in saved  # the language tower's is the only source
+    assert "hidden_size" not in saved  # the language tower's value is the only source
     assert_is_golden(load(tmp_path / "saved", dtype=torch.float32))
 
 
@@ -376,7 +376,7 @@ def test_parts_are_read_from_a_composite_file(flat, original, tmp_path):
     for folder, width, heads in ((flat, 128, 4), (original, 100, 25)):
         vision = vision_class.from_pretrained(folder)
         assert (vision.model_type, vision.hidden_size, vision.num_attention_heads) == ("intern_vit_6b", width, heads)
-    # Old files often do not say what their parts are, or call the language tower a "llama".
+    # Old files often do not name the type of their parts, or call the language tower a "llama".
     (tmp_path / "bare").mkdir()
     shutil.copy(GOLDEN / "tiny" / "config.json", tmp_path / "bare")
     assert vision_class.from_pretrained(tmp_path / "bare").hidden_size == 100
@@ -417,7 +417,7 @@ def unusual_config():
 
 
 def fields(config) -> dict:
-    """`to_dict` without what transformers notes about the process: its version, where the config came from."""
+    """`to_dict` without what transformers records about the process: its version, and the path of the config."""
     skipped = ("transformers_version", "_name_or_path", "_commit_hash", "auto_map", "_attn_implementation_autoset")
     return {name: fields_of_dict(value, skipped) for name, value in config.to_dict().items() if name not in skipped}
 
@@ -494,7 +494,7 @@ def test_config_given_as_objects_equals_one_given_as_dicts():
 
 @pytest.mark.parametrize("class_name", ["InternVLModel", "InternVLForPreTraining", "InternVLForRetrieval"])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_constructors_are_quiet_and_change_no_config(class_name, device, capfd):
+def test_constructors_are_silent_and_change_no_config(class_name, device, capfd):
     model_class = repo_class(f"modeling_internvl.{class_name}")
     config = golden_config("tiny")
     before = copy.deepcopy(config.to_dict())
@@ -502,7 +502,7 @@ def test_constructors_are_quiet_and_change_no_config(class_name, device, capfd):
         model = model_class(config)
     after = config.to_dict()
     assert {name: after[name] for name in before} == before
-    # What transformers itself adds is the name of the dtype and of the attention function.
+    # transformers itself adds only the names of the dtype and of the attention function.
     assert set(after) - set(before) <= {"dtype", "torch_dtype", "_attn_implementation_autoset", "architectures"}
     assert capfd.readouterr() == ("", "")
     assert {parameter.device.type for parameter in model.parameters()} == {device}
@@ -603,7 +603,7 @@ def test_tensors_that_do_not_fit_are_an_error(own_flat, change, message):
 
 
 @pytest.mark.parametrize("change", [drop, add])
-def test_not_strict_loads_them(own_flat, change):
+def test_not_strict_loads_tensors_that_do_not_fit(own_flat, change):
     change_shard(own_flat, change)
     model, info = load(own_flat, strict=False, output_loading_info=True)
     culprits = {name for kind in ("missing_keys", "unexpected_keys") for name in info[kind]}
@@ -624,7 +624,7 @@ def test_strict_refuses_another_shape_even_when_sizes_are_ignored(own_flat):
         load(own_flat, ignore_mismatched_sizes=True)
 
 
-def test_many_missing_tensors_are_summed_up(own_flat):
+def test_many_missing_tensors_are_summarised(own_flat):
     change_shard(
         own_flat, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("clip_proj")]
     )
@@ -653,7 +653,7 @@ def test_misspelt_options_are_refused(flat):
 
 # ------------------------------------------------------------------------------------------------------------ imports
 
-# Everything outside the standard library that the root modules import, wherever the import stands.
+# All imports of the root modules from outside the standard library, also those inside functions.
 ALLOWED_TOP = {
     "huggingface_hub": {"snapshot_download"},
     "PIL": {"Image", "ImageCms", "ImageOps"},
@@ -708,7 +708,7 @@ def imports_of(tree: ast.Module) -> list[tuple[str, str | None, bool]]:
 def test_only_allowed_imports(name):
     for module, imported, is_inside in imports_of(MODULES[name]):
         if module.startswith("."):
-            # `from . import x` is missed by the loader, and a relative import in a function is fetched all the same.
+            # The loader misses `from . import x`, and it fetches a relative import even inside a function.
             is_lazy = (name, module) == ("modeling_internvl.py", ".training_internvl")
             assert f"{module[1:]}.py" in MODULES and is_inside == is_lazy, f"{module} in {name}"
             continue

@@ -1,4 +1,4 @@
-"""Loading costs no more than it must, and the options of from_pretrained mean what they mean everywhere."""
+"""Loading copies no weights needlessly, and the options of from_pretrained work as in every transformers model."""
 
 import shutil
 from pathlib import Path
@@ -6,21 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import IS_V5, load, make_repository, repo_class, run_interpreter
-
-IDS = torch.tensor([[1, 405, 353, 2326, 2, 0], [1, 405, 353, 77, 900, 2]])
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_repository(tmp_path_factory.mktemp("options") / "repository", flat=True)
-
+from conftest import IS_V5, load, repo_class, run_interpreter
 
 # --------------------------------------------------------------------------------------------------- mapped, not copied
 
 
 def mapped_regions(folder: Path) -> list[range]:
-    """Where this process has the shards of `folder` mapped into its memory."""
+    """The addresses at which this process has mapped the shards of `folder`."""
     regions = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         if line.endswith(".safetensors") and str(folder) in line:
@@ -32,8 +24,8 @@ def mapped_regions(folder: Path) -> list[range]:
 @pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="needs Linux")
 @pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"dtype": "auto"}, {"torch_dtype": torch.bfloat16}])
 @pytest.mark.parametrize("part", ["joint", "contrastive", "text"])
-def test_weights_are_the_mapped_shards_themselves(folder, tmp_path, options, part):
-    own = shutil.copytree(folder, tmp_path / "own")
+def test_weights_are_mapped_not_copied(flat, tmp_path, options, part):
+    own = shutil.copytree(flat, tmp_path / "own")
     if part == "text":
         model_class = repo_class("modeling_internvl.InternVLTextModelWithProjection")
         model = model_class.from_pretrained(own, **options)
@@ -48,7 +40,7 @@ def test_weights_are_the_mapped_shards_themselves(folder, tmp_path, options, par
     assert regions and copied == []
 
 
-def test_no_weight_is_initialised_before_it_is_loaded(folder, monkeypatch):
+def test_no_weight_is_initialised_before_it_is_loaded(flat, monkeypatch):
     def refuse(self, *args, **kwargs):
         if self.device.type != "meta":
             raise AssertionError("a weight was initialised")
@@ -56,7 +48,7 @@ def test_no_weight_is_initialised_before_it_is_loaded(folder, monkeypatch):
 
     for name in ("normal_", "uniform_", "zero_", "fill_"):
         monkeypatch.setattr(torch.Tensor, name, refuse)
-    load(folder, dtype=torch.bfloat16)
+    load(flat, dtype=torch.bfloat16)
 
 
 # ------------------------------------------------------------------------------------------------------------ options
@@ -65,7 +57,7 @@ def test_no_weight_is_initialised_before_it_is_loaded(folder, monkeypatch):
 @pytest.mark.parametrize(
     "options, dtype",
     [
-        ({}, torch.bfloat16 if IS_V5 else torch.float32),  # 4.57 loads float32 unless told otherwise
+        ({}, torch.bfloat16 if IS_V5 else torch.float32),  # 4.57 loads float32 by default
         ({"dtype": "auto"}, torch.bfloat16),
         ({"torch_dtype": "auto"}, torch.bfloat16),
         ({"dtype": "float16"}, torch.float16),
@@ -73,24 +65,24 @@ def test_no_weight_is_initialised_before_it_is_loaded(folder, monkeypatch):
         ({"low_cpu_mem_usage": True, "dtype": "auto"}, torch.bfloat16),
     ],
 )
-def test_dtypes(folder, options, dtype):
-    model = load(folder, **options)
+def test_dtypes(flat, options, dtype):
+    model = load(flat, **options)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert model.config.dtype == dtype
 
 
-def test_the_path_may_be_named(folder):
-    """As transformers names it."""
+def test_the_path_may_be_a_keyword_argument(flat):
+    """By the name of transformers' argument."""
     model_class = repo_class("modeling_internvl.InternVLModel")
-    named = model_class.from_pretrained(pretrained_model_name_or_path=folder, dtype="auto")
-    assert torch.equal(named.itm_head.weight, model_class.from_pretrained(folder, dtype="auto").itm_head.weight)
+    named = model_class.from_pretrained(pretrained_model_name_or_path=flat, dtype="auto")
+    assert torch.equal(named.itm_head.weight, model_class.from_pretrained(flat, dtype="auto").itm_head.weight)
 
 
 @pytest.fixture(scope="module")
-def hub_cache(folder, tmp_path_factory):
+def hub_cache(flat, tmp_path_factory):
     """
-    A cache folder as huggingface_hub leaves it behind, with two revisions: `main`, whose weights are at its root, and
-    `old`, whose `logit_scale` is another and which also has the checkpoint in a subfolder.
+    A cache folder with the layout of huggingface_hub and two revisions: `main` has the weights at its root; `old` has
+    another `logit_scale`, and also the checkpoint in a subfolder.
     """
     from safetensors.torch import load_file, save_file
 
@@ -99,7 +91,7 @@ def hub_cache(folder, tmp_path_factory):
     for revision, commit in (("main", "a" * 40), ("old", "b" * 40)):
         (repository / "refs").mkdir(parents=True, exist_ok=True)
         (repository / "refs" / revision).write_text(commit)
-        shutil.copytree(folder, repository / "snapshots" / commit)
+        shutil.copytree(flat, repository / "snapshots" / commit)
     old = repository / "snapshots" / ("b" * 40)
     for shard in old.glob("*.safetensors"):
         tensors = load_file(shard)

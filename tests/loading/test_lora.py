@@ -1,4 +1,4 @@
-"""Checkpoints of the original's LoRA fine-tuning load merged: `use_backbone_lora`, `use_qllama_lora`, PEFT's names."""
+"""The original's LoRA checkpoints load with merged adapters: `use_backbone_lora`, `use_qllama_lora`, PEFT's names."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 def adapted(tower, rank, targets):
-    """A tower as the original has PEFT wrap it, with adapters that are not 0."""
+    """A tower wrapped by PEFT as in the original, with adapters that are not 0."""
     options = {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.05, "target_modules": targets}
     wrapped = get_peft_model(tower, LoraConfig(**options, init_lora_weights=False))
     for name, parameter in wrapped.named_parameters():
@@ -37,7 +37,7 @@ def inputs_of(model):
 
 
 def outputs_of(model):
-    """What both towers give, through every call that users have."""
+    """The outputs of both towers, from every public call."""
     pixels, ids = inputs_of(model)
     with torch.inference_mode():
         embeds = [model.embed_image(pixels, mode) for mode in ("InternVL-C", "InternVL-G")]
@@ -55,7 +55,7 @@ def save(folder, state, **fields):
 
 
 def fine_tuned(folder):
-    """A repository with a checkpoint as PEFT wraps it, and the outputs that PEFT's own merging gives."""
+    """A repository with a checkpoint wrapped by PEFT, and the outputs after PEFT's own merging."""
     make_repository(folder, flat=True)
     model = load(folder, dtype=torch.float32).eval()
     with torch.random.fork_rng():
@@ -101,8 +101,8 @@ def test_the_adapters_matter(checkpoint, tmp_path):
         assert (before - after).abs().max() > 1e-2
 
 
-def test_names_of_older_peft(checkpoint, tmp_path):
-    """What is adapted kept its own name, without `base_layer`."""
+def test_names_of_older_peft_versions(checkpoint, tmp_path):
+    """Adapted layers keep their names, without `base_layer`."""
     _, state, expected = checkpoint
     make_repository(tmp_path / "old", flat=True)
     save(tmp_path / "old", {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}, **RANKS)
@@ -110,7 +110,7 @@ def test_names_of_older_peft(checkpoint, tmp_path):
 
 
 def test_one_tower_alone_and_pickled_shards(checkpoint, tmp_path):
-    """Only the vision tower was tuned, and the checkpoint is of the older format, in two files."""
+    """Only the vision tower was tuned, and the checkpoint has the older format, in two files."""
     _, state, expected = checkpoint
     folder = make_repository(tmp_path / "one", flat=True)
     plain = load(folder, dtype=torch.float32).state_dict()
@@ -130,14 +130,14 @@ def test_parts_load_merged(checkpoint):
     folder, _, expected = checkpoint
     pixels, ids = inputs_of(load(folder))
     with torch.inference_mode():
-        pictures = repo_class("modeling_internvl.InternVLVisionModelWithProjection").from_pretrained(
+        images = repo_class("modeling_internvl.InternVLVisionModelWithProjection").from_pretrained(
             folder, dtype=torch.float32
         )
         texts = repo_class("modeling_internvl.InternVLTextModelWithProjection").from_pretrained(
             folder, dtype=torch.float32
         )
         tower = repo_class("modeling_intern_vit.InternVisionModel").from_pretrained(folder, dtype=torch.float32)
-        torch.testing.assert_close(pictures.eval().embed_image(pixels), expected[0], **TOLERANCE)
+        torch.testing.assert_close(images.eval().embed_image(pixels), expected[0], **TOLERANCE)
         torch.testing.assert_close(texts.eval().embed_text(ids), expected[2], **TOLERANCE)
         whole = load(folder, dtype=torch.float32).eval().vision_model(pixels).last_hidden_state
         torch.testing.assert_close(tower.eval()(pixels).last_hidden_state, whole, **TOLERANCE)
@@ -173,7 +173,7 @@ def test_on_the_disk(checkpoint, tmp_path):
             load(folder, **options)
 
 
-def test_what_is_saved_is_a_plain_checkpoint(checkpoint, tmp_path):
+def test_the_saved_checkpoint_is_plain(checkpoint, tmp_path):
     folder, _, expected = checkpoint
     load(folder, dtype=torch.float32).save_pretrained(tmp_path / "merged")
     code = """
@@ -206,7 +206,7 @@ def test_half_an_adapter_is_refused(checkpoint, tmp_path):
         load(folder)
 
 
-def test_adapters_that_the_config_does_not_speak_of_are_refused(checkpoint, tmp_path):
+def test_adapters_that_the_config_does_not_mention_are_refused(checkpoint, tmp_path):
     _, state, _ = checkpoint
     folder = make_repository(tmp_path / "silent", flat=True)
     save(folder, state)
@@ -228,7 +228,7 @@ def test_merging_by_hand():
 
 
 def test_it_loads_by_id(checkpoint, tmp_path):
-    """From a cache that lies as the Hub's client leaves it, without network."""
+    """From a cache with the layout of the Hub's client, without network."""
     folder, _, expected = checkpoint
     commit = "a" * 40
     cached = tmp_path / "models--org--tuned"

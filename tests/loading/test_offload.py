@@ -1,14 +1,12 @@
-"""Parts of the model on the CPU, on disk or elsewhere: every public method gives what it gives in one piece."""
+"""With offloaded parts every public method gives the results of the model in one piece."""
 
 import pytest
 import torch
 
-from conftest import IS_V5, load, make_repository, repo_class
+from conftest import IDS, IS_V5, PIXELS, load, repo_class
 
 pytest.importorskip("accelerate")
 
-PIXELS = torch.linspace(-2, 2, 2 * 3 * 48 * 48).sin().view(2, 3, 48, 48)
-IDS = torch.tensor([[1, 405, 353, 2326, 2, 0], [1, 405, 353, 77, 900, 2]])
 PROMPT = torch.tensor([[1, 405, 353]])
 OWN = ("query_tokens", "text_projection", "logit_scale")
 PLANS = {
@@ -49,11 +47,6 @@ CALLS = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_repository(tmp_path_factory.mktemp("offload") / "repository", flat=True)
-
-
 def results(model) -> dict[str, tuple[torch.Tensor, ...]]:
     with torch.inference_mode():
         return {
@@ -63,50 +56,50 @@ def results(model) -> dict[str, tuple[torch.Tensor, ...]]:
 
 
 @pytest.fixture(scope="module")
-def in_one_piece(folder):
-    return results(load(folder, dtype=torch.bfloat16))
+def in_one_piece(flat):
+    return results(load(flat, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_every_method_equals_the_model_in_one_piece(folder, in_one_piece, plan, tmp_path):
-    model = load(folder, dtype=torch.bfloat16, offload_folder=str(tmp_path), **PLANS[plan])
+def test_every_method_equals_the_model_in_one_piece(flat, in_one_piece, plan, tmp_path):
+    model = load(flat, dtype=torch.bfloat16, offload_folder=str(tmp_path), **PLANS[plan])
     on_disk = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
     assert on_disk, "the plan offloads nothing"
-    for _ in range(2):  # what was fetched once must be fetched again
+    for _ in range(2):  # a second call must fetch the weights again
         for name, tensors in results(model).items():
             for tensor, expected in zip(tensors, in_one_piece[name], strict=True):
                 assert tensor.dtype == expected.dtype and torch.equal(tensor, expected), name
     assert on_disk == [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
 
 
-def test_offloading_reads_the_checkpoint_itself(folder, tmp_path):
-    """Weights in the dtype of the files are not written to the disk a second time."""
-    model = load(folder, dtype=torch.bfloat16, device_map={"": "disk"}, offload_folder=str(tmp_path / "copies"))
+def test_offloading_reads_the_checkpoint_itself(flat, tmp_path):
+    """Weights in the dtype of the files are not copied to the offload folder."""
+    model = load(flat, dtype=torch.bfloat16, device_map={"": "disk"}, offload_folder=str(tmp_path / "copies"))
     model.embed_text(IDS)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".json"]
 
 
-def test_a_checkpoint_of_one_file_is_offloaded(folder, in_one_piece, tmp_path):
-    load(folder, dtype=torch.bfloat16).save_pretrained(tmp_path / "one", max_shard_size="1GB")
+def test_a_checkpoint_of_one_file_is_offloaded(flat, in_one_piece, tmp_path):
+    load(flat, dtype=torch.bfloat16).save_pretrained(tmp_path / "one", max_shard_size="1GB")
     assert (tmp_path / "one" / "model.safetensors").is_file()
     model = load(tmp_path / "one", dtype=torch.bfloat16, device_map={"": "disk"}, offload_folder=str(tmp_path))
     assert model.qllama.lm_head.weight.device.type == "meta"
     assert torch.equal(model.embed_text(IDS, IDS > 0), in_one_piece["embed_text"][0])
 
 
-def test_a_moved_model_offloads_between_calls(folder, in_one_piece):
+def test_a_moved_model_offloads_between_calls(flat, in_one_piece):
     """accelerate's `cpu_offload` and `disk_offload` on a loaded model, without from_pretrained."""
     from accelerate import cpu_offload
 
-    model = cpu_offload(load(folder, dtype=torch.bfloat16), execution_device=torch.device("cpu"))
+    model = cpu_offload(load(flat, dtype=torch.bfloat16), execution_device=torch.device("cpu"))
     assert model.query_tokens.device.type == "meta"
     for name, tensors in results(model).items():
         assert all(torch.equal(*pair) for pair in zip(tensors, in_one_piece[name], strict=True)), name
 
 
-def test_a_part_is_offloaded_too(folder, in_one_piece):
+def test_a_part_is_offloaded_too(flat, in_one_piece):
     text_model = repo_class("modeling_internvl.InternVLTextModelWithProjection").from_pretrained(
-        folder, dtype=torch.bfloat16, device_map={"": "cpu", "qllama": "disk"}
+        flat, dtype=torch.bfloat16, device_map={"": "cpu", "qllama": "disk"}
     )
     with torch.inference_mode():
         assert torch.equal(text_model.embed_text(IDS, IDS > 0), in_one_piece["embed_text"][0])
@@ -127,35 +120,35 @@ BAD_PLANS = {
 
 
 @pytest.mark.parametrize("case", BAD_PLANS)
-def test_a_bad_plan_fails_before_anything_is_loaded(folder, case, monkeypatch):
+def test_a_bad_plan_fails_before_anything_is_loaded(flat, case, monkeypatch):
     device_map, max_memory, message = BAD_PLANS[case]
     monkeypatch.setattr("transformers.modeling_utils.safe_open", None)
     with pytest.raises(ValueError, match=message):
-        load(folder, dtype=torch.bfloat16, device_map=device_map, max_memory=max_memory)
+        load(flat, dtype=torch.bfloat16, device_map=device_map, max_memory=max_memory)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "auto", "float32", None])
-def test_budgets_count_in_the_dtype_that_is_loaded(folder, dtype):
+def test_budgets_count_in_the_dtype_that_is_loaded(flat, dtype):
     """600 KB hold the largest block in bfloat16 (534 KB) and not in float32 (1,067 KB)."""
     options = {"device_map": "auto", "max_memory": {0: "600KB", "cpu": "1GB"}}
     options |= {} if dtype is None else {"dtype": dtype}
-    if dtype == "float32" or (dtype is None and not IS_V5):  # 4.57 loads float32 if not told otherwise
+    if dtype == "float32" or (dtype is None and not IS_V5):  # 4.57 loads float32 by default
         with pytest.raises(ValueError, match="needs 1,067,008 in torch.float32"):
-            load(folder, **options)
+            load(flat, **options)
     else:
         try:
-            load(folder, **options)
-        except Exception as error:  # without an accelerator torch may fail on what was accepted
+            load(flat, **options)
+        except Exception as error:  # without an accelerator torch may fail on an accepted map
             assert "max_memory" not in str(error)
 
 
-def test_a_device_with_budget_0_is_left_out(folder):
-    model = load(folder, dtype=torch.bfloat16, device_map="auto", max_memory={0: 0, "cpu": "1GB"})
+def test_a_device_with_budget_0_is_left_out(flat):
+    model = load(flat, dtype=torch.bfloat16, device_map="auto", max_memory={0: 0, "cpu": "1GB"})
     assert all(parameter.device.type == "cpu" for parameter in model.parameters())
 
 
-def test_a_map_by_hand_is_not_changed(folder):
+def test_a_users_device_map_is_not_changed(flat):
     device_map = {"": "cpu", "qllama": "disk"}
-    model = load(folder, dtype=torch.bfloat16, device_map=device_map)
+    model = load(flat, dtype=torch.bfloat16, device_map=device_map)
     assert device_map == {"": "cpu", "qllama": "disk"}
     assert model.hf_device_map["qllama"] == "disk" and model.hf_device_map["vision_model"] == "cpu"

@@ -1,4 +1,4 @@
-"""Parts of the joint model, loaded from its checkpoint: their own tensors only, and the joint model's values."""
+"""Parts loaded from the joint model's checkpoint read only their own tensors and give the joint model's values."""
 
 import shutil
 
@@ -7,24 +7,17 @@ import torch
 import transformers.modeling_utils
 from transformers import AutoModelForTextEncoding
 
-from conftest import INDEX, ROOT, load, make_repository, repo_class, run_python
+from conftest import IDS, INDEX, PIXELS, ROOT, load, repo_class, run_python
 
-PIXELS = torch.linspace(-2, 2, 2 * 3 * 48 * 48).sin().view(2, 3, 48, 48)
-IDS = torch.tensor([[1, 405, 353, 2326, 2, 0], [1, 405, 353, 77, 900, 2]])
 TEXT = "modeling_internvl.InternVLTextModelWithProjection"
-PICTURES = "modeling_internvl.InternVLVisionModelWithProjection"
+VISION = "modeling_internvl.InternVLVisionModelWithProjection"
 TOWER = "modeling_intern_vit.InternVisionModel"
-PARTS = [TEXT, PICTURES, TOWER]
+PARTS = [TEXT, VISION, TOWER]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_repository(tmp_path_factory.mktemp("parts") / "repository", flat=True)
-
-
-@pytest.fixture(scope="module")
-def joint(folder):
-    return load(folder, dtype=torch.bfloat16)
+def joint(flat):
+    return load(flat, dtype=torch.bfloat16)
 
 
 def load_part(reference, folder, **options):
@@ -32,7 +25,7 @@ def load_part(reference, folder, **options):
 
 
 def values(part) -> dict[str, torch.Tensor]:
-    """All that a part gives, by the joint model's names of it."""
+    """All outputs of a part, by the names of the joint model."""
     found = {}
     with torch.inference_mode():
         if hasattr(part, "text_projection"):
@@ -50,14 +43,14 @@ def values(part) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("reference", PARTS)
-def test_parts_equal_the_joint_model_bit_for_bit(folder, joint, reference):
-    part, whole = load_part(reference, folder), values(joint)
+def test_parts_equal_the_joint_model_bit_for_bit(flat, joint, reference):
+    part, whole = load_part(reference, flat), values(joint)
     found = values(part)
     assert found and all(torch.equal(tensor, whole[name]) for name, tensor in found.items())
 
 
-def test_forward_of_the_text_model(folder, joint):
-    model = load_part(TEXT, folder)
+def test_forward_of_the_text_model(flat, joint):
+    model = load_part(TEXT, flat)
     for mask in (None, IDS > 0, torch.tensor([[0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])):
         with torch.inference_mode():
             output = model(IDS, mask)
@@ -72,8 +65,8 @@ def test_forward_of_the_text_model(folder, joint):
         model(IDS * 0)
 
 
-def test_forward_of_the_vision_model(folder, joint):
-    model = load_part(PICTURES, folder)
+def test_forward_of_the_vision_model(flat, joint):
+    model = load_part(VISION, flat)
     with torch.inference_mode():
         output, tower = model(PIXELS, output_hidden_states=True), joint.vision_model(PIXELS, output_hidden_states=True)
     assert torch.equal(output.image_embeds, joint.encode_image(PIXELS, "InternVL-C"))
@@ -83,16 +76,16 @@ def test_forward_of_the_vision_model(folder, joint):
 
 
 @pytest.mark.parametrize("call", ["encode_image", "embed_image"])
-def test_the_vision_model_has_no_queries(folder, call):
+def test_the_vision_model_has_no_queries(flat, call):
     with pytest.raises(ValueError, match="InternVL-G.* needs the queries"):
-        getattr(load_part(PICTURES, folder), call)(PIXELS, "InternVL-G")
+        getattr(load_part(VISION, flat), call)(PIXELS, "InternVL-G")
 
 
-# ------------------------------------------------------------------------------------------- what they hold and read
+# ---------------------------------------------------------------------------------------------- their tensors
 
 
 class Recorder:
-    """Stands in for `safe_open` and notes the tensors whose values are asked for."""
+    """Replaces `safe_open` and records the tensors whose values are read."""
 
     def __init__(self, monkeypatch):
         self.read, recorder, original = set(), self, transformers.modeling_utils.safe_open
@@ -138,12 +131,12 @@ def own_names(part, reference) -> set[str]:
 
 
 @pytest.mark.parametrize("reference", [*PARTS, "contrastive_only"])
-def test_only_own_tensors_are_read(folder, joint, reference, monkeypatch):
+def test_only_own_tensors_are_read(flat, joint, reference, monkeypatch):
     recorder = Recorder(monkeypatch)
     if reference == "contrastive_only":
-        part = load(folder, dtype=torch.bfloat16, contrastive_only=True)
+        part = load(flat, dtype=torch.bfloat16, contrastive_only=True)
     else:
-        part = load_part(reference, folder)
+        part = load_part(reference, flat)
     assert recorder.read == own_names(part, reference)
     assert recorder.read < set(joint.state_dict())
 
@@ -154,13 +147,13 @@ def parameters_in_billions(model_class, config) -> float:
 
 
 def test_sizes_of_the_parts_at_14_billion(config_14b):
-    sizes = {reference: parameters_in_billions(repo_class(reference), config_14b) for reference in (TEXT, PICTURES)}
+    sizes = {reference: parameters_in_billions(repo_class(reference), config_14b) for reference in (TEXT, VISION)}
     sizes[TOWER] = parameters_in_billions(repo_class(TOWER), config_14b.vision_config)
     joint = repo_class("modeling_internvl.InternVLModel")
     sizes["joint"] = parameters_in_billions(joint, config_14b)
     config_14b.contrastive_only = True
     sizes["contrastive_only"] = parameters_in_billions(joint, config_14b)
-    assert sizes == {TEXT: 6.68, PICTURES: 5.94, TOWER: 5.9, "joint": 13.83, "contrastive_only": 12.62}
+    assert sizes == {TEXT: 6.68, VISION: 5.94, TOWER: 5.9, "joint": 13.83, "contrastive_only": 12.62}
 
 
 @pytest.fixture
@@ -169,11 +162,11 @@ def config_14b():
 
 
 @pytest.mark.parametrize("reference", PARTS)
-def test_parts_are_strict_about_their_own_tensors(folder, tmp_path, reference):
+def test_parts_are_strict_about_their_own_tensors(flat, tmp_path, reference):
     from safetensors.torch import load_file, save_file
 
-    own = shutil.copytree(folder, tmp_path / "own")
-    culprit = {TEXT: "text_projection", PICTURES: "clip_projector.norm1_q.bias"}.get(
+    own = shutil.copytree(flat, tmp_path / "own")
+    culprit = {TEXT: "text_projection", VISION: "clip_projector.norm1_q.bias"}.get(
         reference, "vision_model.encoder.layers.1.ls1"
     )
     for shard in own.glob("*.safetensors"):
@@ -192,8 +185,8 @@ def test_parts_are_strict_about_their_own_tensors(folder, tmp_path, reference):
 
 
 @pytest.fixture(scope="module")
-def contrastive(folder):
-    return load(folder, dtype=torch.bfloat16, contrastive_only=True)
+def contrastive(flat):
+    return load(flat, dtype=torch.bfloat16, contrastive_only=True)
 
 
 def test_contrastive_only_equals_the_joint_model(contrastive, joint):
@@ -217,7 +210,7 @@ NEED_QUERIES = {
 
 
 @pytest.mark.parametrize("call", NEED_QUERIES)
-def test_contrastive_only_refuses_the_rest_at_once(contrastive, call, monkeypatch):
+def test_contrastive_only_refuses_other_calls_at_once(contrastive, call, monkeypatch):
     monkeypatch.setattr(contrastive.vision_model, "forward", None)
     with pytest.raises(ValueError, match="needs the queries"):
         NEED_QUERIES[call](contrastive)
@@ -233,15 +226,15 @@ def test_contrastive_only_is_kept_when_saved(contrastive, tmp_path):
 # ------------------------------------------------------------------------------------------------ auto class, saving
 
 
-def test_the_text_model_has_an_auto_class(folder, joint):
-    model = load(folder, AutoModelForTextEncoding, dtype=torch.bfloat16)
+def test_the_text_model_has_an_auto_class(flat, joint):
+    model = load(flat, AutoModelForTextEncoding, dtype=torch.bfloat16)
     assert type(model).__name__ == "InternVLTextModelWithProjection"
     assert torch.equal(model.encode_text(IDS), joint.encode_text(IDS))
 
 
-@pytest.mark.parametrize("reference", [TEXT, PICTURES])
-def test_a_saved_part_loads_by_auto_model_in_a_fresh_process(folder, tmp_path, reference):
-    part = load_part(reference, folder)
+@pytest.mark.parametrize("reference", [TEXT, VISION])
+def test_a_saved_part_loads_by_auto_model_in_a_fresh_process(flat, tmp_path, reference):
+    part = load_part(reference, flat)
     part.save_pretrained(tmp_path / "saved")
     torch.save(values(part), tmp_path / "expected.pt")
     code = """
@@ -258,9 +251,9 @@ torch.save(model.state_dict(), sys.argv[2])
     assert all(torch.equal(state[name], tensor) for name, tensor in part.state_dict().items())
 
 
-@pytest.mark.parametrize("reference", [TEXT, PICTURES])
-def test_parts_get_sane_fresh_weights_and_gradients(folder, reference):
-    config = repo_class("configuration_internvl.InternVLConfig").from_pretrained(folder)
+@pytest.mark.parametrize("reference", [TEXT, VISION])
+def test_parts_get_finite_fresh_weights_and_gradients(flat, reference):
+    config = repo_class("configuration_internvl.InternVLConfig").from_pretrained(flat)
     model = repo_class(reference)(config).train()
     for tensor in values(model).values():
         assert tensor.isfinite().all()

@@ -1,4 +1,4 @@
-"""Tensor parallelism: what `_tp_plan` splits, and that two processes (gloo, CPU) give the results of one."""
+"""Tensor parallelism: the modules that `_tp_plan` splits; two processes (gloo, CPU) give the results of one."""
 
 import os
 import socket
@@ -27,16 +27,16 @@ def load(name, folder, **parallel):
 
 
 def inputs_for(model):
-    """Three pictures, texts that end with `</s>` and prompts that do not; rows of different length, on either side."""
+    """Three images; texts that end with `</s>`, padded on the right; prompts without it, padded on the left."""
     generator = torch.Generator().manual_seed(0)
-    pictures = torch.randn(3, 3, *2 * [model.config.vision_config.image_size], generator=generator)
+    images = torch.randn(3, 3, *2 * [model.config.vision_config.image_size], generator=generator)
     ids = torch.randint(3, model.config.qllama_config.vocab_size, (3, 7), generator=generator)
     ids[:, 0] = 1
     texts = torch.cat([ids, torch.full((3, 1), 2)], dim=1)
     texts[1, 4:] = torch.tensor([2, 0, 0, 0])
     prompts = ids.clone()
     prompts[2, :3] = torch.tensor([0, 0, 1])
-    return pictures, texts, prompts
+    return images, texts, prompts
 
 
 CALLS = {
@@ -56,12 +56,12 @@ CALLS = {
     "hidden_states": lambda m, pixels, *_: m.vision_model(pixels, output_hidden_states=True).hidden_states,
     "generate-greedy": lambda m, pixels, _, prompts: m.generate(pixels, prompts, max_new_tokens=4),
     "generate-beams": lambda m, pixels, _, prompts: m.generate(pixels, prompts, num_beams=2, max_new_tokens=4),
-    # Whatever is asked of the prompt, the cache has the heads of the rank alone.
+    # With any options the cache holds only the heads of the rank.
     "generate-static": lambda m, pixels, _, prompts: m.generate(pixels, prompts[:1], max_new_tokens=4, **STATIC),
 }
 
 
-# By model: the second only has to show that it is loaded as well.
+# By model: the second only has to show that it loads too.
 COMPARED = {"golden": [*CALLS], "tiny": ["forward-G", "generate-greedy"]}
 
 
@@ -69,18 +69,18 @@ def results_of(name, model):
     inputs = inputs_for(model)
     with torch.inference_mode():
         results = {call: CALLS[call](model, *inputs) for call in COMPARED[name]}
-    # transformers 5 takes another path through its split layers where gradients are recorded.
+    # transformers 5 runs its split layers differently when gradients are recorded.
     results["with-gradients"] = CALLS["forward-G"](model, *inputs)[0].detach()
     return results
 
 
 def bytes_in_memory(model):
-    """What the parameters' memory really is: a share that is a view of its tensor would keep all of it."""
+    """The memory that the parameters really use: a shard that is a view would keep the whole tensor."""
     tensors = {name: getattr(p, "_local_tensor", p) for name, p in model.named_parameters()}
     return {name: tensor.untyped_storage().nbytes() for name, tensor in tensors.items()}
 
 
-# ------------------------------------------------------------------------------------------- what the ranks run
+# --------------------------------------------------------------------------------------------------- jobs of a rank
 
 
 def work(rank, port, folder):
@@ -91,7 +91,7 @@ def work(rank, port, folder):
     try:
         for name in MODELS:
             parallel = {"tp_plan": "auto"}
-            if IS_V5 and name == "golden":  # the same by its new name; the old one warns
+            if IS_V5 and name == "golden":  # the same under its new name; the old one warns
                 parallel = {"distributed_config": {"tp_size": WORLD}}
             model = load(name, folder, **parallel).eval()
             held = bytes_in_memory(model)  # first: transformers 4.57 moves biases when it runs
@@ -104,10 +104,10 @@ def work(rank, port, folder):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """By model, what each rank held and computed. The processes are started once: they are what takes time."""
+    """By model, the bytes and results of each rank. The processes start once, because starting takes long."""
     folder = tmp_path_factory.mktemp("ranks")
     golden_model().save_pretrained(folder)
-    load("tiny", None)  # the loader copies the code; both ranks are to find it there
+    load("tiny", None)  # the loader copies the code here, so that both ranks find it
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -136,8 +136,8 @@ def test_two_ranks_give_the_results_of_one(ranks, alone, name, call):
 
 
 @pytest.mark.heavy
-def test_a_rank_holds_what_the_plan_says(ranks, alone):
-    # Of the tiny checkpoint alone: it is converted, where the other one stays mapped from its file in places.
+def test_a_rank_holds_the_shards_of_the_plan(ranks, alone):
+    # Only the tiny checkpoint: it is converted, while parts of the other one stay mapped from its file.
     model, _ = alone["tiny"]
     expected = tensor_parallel_plan.bytes_held(model, WORLD)
     for held, _ in ranks["tiny"]:
@@ -147,11 +147,11 @@ def test_a_rank_holds_what_the_plan_says(ranks, alone):
 
 @pytest.fixture(scope="module")
 def published():
-    """The 14B model, without memory for its weights."""
+    """The 14B model on the meta device."""
     return tensor_parallel_plan.empty_model(ROOT)
 
 
-def test_every_rule_of_the_plan_speaks_of_layers_and_none_of_two(published):
+def test_every_rule_of_the_plan_matches_layers_and_no_two_overlap(published):
     layers = [name for name, _ in published.named_modules()]
     found = [tensor_parallel_plan.rules_for(published._tp_plan, layer) for layer in layers]
     assert {rule for rules in found for rule in rules} == set(published._tp_plan)
@@ -159,7 +159,7 @@ def test_every_rule_of_the_plan_speaks_of_layers_and_none_of_two(published):
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_the_published_sizes_divide(published, ranks):
+def test_the_published_sizes_are_divisible(published, ranks):
     split = tensor_parallel_plan.split_dimensions(published)
     sizes = {name: published.get_parameter(name).shape[dimension] for name, dimension in split.items()}
     assert len(split) == 48 * (6 if IS_V5 else 7) + 32 * 7 + 16 * 4  # 4.57 also splits the bias of `fc2`
@@ -168,7 +168,7 @@ def test_the_published_sizes_divide(published, ranks):
     assert heads % ranks == 0 and published.config.qllama_config.num_attention_heads % heads == 0
 
 
-def test_the_table_adds_up(published, monkeypatch, capsys):
+def test_the_table_of_bytes_is_right(published, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["tensor_parallel_plan.py"])
     tensor_parallel_plan.main()
     _, _, *lines = capsys.readouterr().out.splitlines()
@@ -200,7 +200,7 @@ def test_ranks_that_cannot_share_the_language_tower_are_refused():
         module.check_ranks(config, 8)
 
 
-def test_one_rank_is_no_tensor_parallelism(monkeypatch):
+def test_one_rank_is_accepted(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     module = sys.modules[repo_class("loading_internvl.InternPreTrainedModel").__module__]
     assert module.tensor_parallel_ranks() == module.tensor_parallel_ranks(tp_plan="auto") == 1

@@ -1,4 +1,4 @@
-"""Attention goes through transformers' registry, in the form that FlashAttention needs: no mask but the padding."""
+"""Attention uses transformers' registry, in the form that FlashAttention needs: the only masks are for padding."""
 
 import logging
 import re
@@ -24,7 +24,7 @@ from conftest import TOLERANCE, golden, golden_config, golden_model, repo_class,
 
 @dataclass
 class Call:
-    """What the registry's function was called with."""
+    """The arguments of one call of the registry's function."""
 
     module: nn.Module
     query: torch.Tensor
@@ -47,8 +47,8 @@ def record(module, query, key, value, attention_mask, *, dropout, scaling, is_ca
 
 def flash_attention(query, key, value, padding, scaling, is_causal):
     """
-    What FlashAttention computes: [B, heads, N, D] queries and S keys -> [B, N, heads, D]. Causality is aligned at the
-    bottom right; padding is 2-D [B, S], is not seen and gives 0.
+    The result of FlashAttention: [B, heads, N, D] queries and S keys -> [B, N, heads, D]. Causality is aligned at the
+    bottom right; padding is 2-D [B, S], is masked and gives 0.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -58,7 +58,7 @@ def flash_attention(query, key, value, padding, scaling, is_causal):
     if is_causal:
         visible = visible & torch.ones(length, total, dtype=torch.bool).tril(total - length)
     scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~visible, -torch.inf)
-    states = torch.softmax(scores, dim=-1).nan_to_num() @ value  # NaN: a row at padding sees nothing
+    states = torch.softmax(scores, dim=-1).nan_to_num() @ value  # NaN: a row at padding attends to nothing
     if length <= total:
         states = states * real[:, None, total - length :, None]
     return states.transpose(1, 2)
@@ -74,11 +74,11 @@ def no_calls_yet():
 
 
 @pytest.fixture
-def nothing_beside_the_registry(monkeypatch):
-    """Neither torch's fused attention nor a softmax of the model's own may run."""
+def only_the_registry(monkeypatch):
+    """Forbid torch's fused attention and any softmax of the model's own."""
 
     def forbidden(*_args, **_kwargs):
-        raise AssertionError("attention was computed beside the registry")
+        raise AssertionError("attention was computed outside the registry")
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", forbidden)
     monkeypatch.setattr(F, "softmax", forbidden)
@@ -103,7 +103,7 @@ def summary(model):
     return Counter((kind_of(names[c.module]), c.is_causal, c.mask is not None) for c in CALLS)
 
 
-# ----------------------------------------------------------------------------------------------------- what is run
+# ---------------------------------------------------------------------------------------------------------- calls
 
 CAPTION = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
 INPUTS = golden("tiny/inputs")
@@ -114,10 +114,10 @@ PADDED_PROMPTS[1, 5:] = 77
 assert (LEFT[:, -1] == 2).all()
 
 # Attention modules of golden/tiny: 3 in the vision tower, 4 self- and 2 cross-attentions in QLLaMA, 2 pools.
-# Each call: what to run, and how often that calls (kind, is_causal, with padding).
+# Each entry: the call, and how often it calls attention, by (kind, is_causal, with padding).
 VISION = {("vision", False, False): 3}
 QUERIES = {("self", False, False): 4, ("cross", False, False): 2}
-SEES_ALL = {("self", False, True): 4, ("cross", False, False): 2}  # [queries ; text] of the matching
+BIDIRECTIONAL = {("self", False, True): 4, ("cross", False, False): 2}  # [queries ; text] in matching
 TEXT = {("self", True, False): 4}
 RUNS = {
     "encode_image_c": (lambda m: m.encode_image(PIXELS, "InternVL-C"), VISION | {("pool", False, False): 1}),
@@ -127,14 +127,14 @@ RUNS = {
     ),
     "encode_text": (lambda m: m.encode_text(IDS), TEXT),
     "encode_text, left-padded": (lambda m: m.encode_text(LEFT), TEXT),
-    "match": (lambda m: m.match(PIXELS, IDS), VISION | SEES_ALL),
-    "match, left-padded": (lambda m: m.match(PIXELS, LEFT), VISION | SEES_ALL),
+    "match": (lambda m: m.match(PIXELS, IDS), VISION | BIDIRECTIONAL),
+    "match, left-padded": (lambda m: m.match(PIXELS, LEFT), VISION | BIDIRECTIONAL),
     "match, without padding": (lambda m: m.match(PIXELS, PROMPTS), VISION | QUERIES),
     "match, all pairs": (
         lambda m: m.match(PIXELS, IDS, all_pairs=True),
-        VISION | {call: 4 * times for call, times in SEES_ALL.items()},
+        VISION | {call: 4 * times for call, times in BIDIRECTIONAL.items()},
     ),
-    # The queries with the prompt but for its last token, and one pass for each new token.
+    # The queries with the prompt except its last token, then one pass for each new token.
     "generate": (
         lambda m: m.generate(PIXELS, PROMPTS, **CAPTION),
         VISION | {("cross", False, False): 2, ("self", True, False): 4, ("self", False, False): 4 + 5 * 4},
@@ -153,7 +153,7 @@ RUNS = {
 TRAINING = {
     "stage2": (
         "InternVLForPreTraining",
-        # Matching; contrast and captioning in one pass over [queries ; caption], whose queries go again; summaries.
+        # Matching; contrast and captioning in one pass over [queries ; caption], which repeats the queries; summaries.
         VISION
         | {("self", False, True): 4, ("self", True, False): 4 + 4, ("self", False, False): 4}
         | {("cross", False, False): 4, ("pool2", False, False): 1},
@@ -168,7 +168,7 @@ TRAINING = {
 
 
 def check_calls(model, dtype):
-    """What FlashAttention demands of every call, and what the checkpoint does."""
+    """Check what FlashAttention requires of every call, and the checkpoint's scaling."""
     assert CALLS
     for call in CALLS:
         batch, heads, length, head_dim = call.query.shape
@@ -187,8 +187,8 @@ def check_calls(model, dtype):
             assert call.mask.any(dim=1).all() and not call.mask.all()
 
 
-def check_pixels_are_seen_whole(model):
-    """The vision tower, the cross-attentions and the pools see all tokens of the picture."""
+def check_all_tokens_are_attended(model):
+    """Check that the vision tower, the cross-attentions and the pools attend to all tokens of the image."""
     tokens = 1 + model.config.vision_config.position_grid**2
     names = {module: name for name, module in model.named_modules()}
     for call in CALLS:
@@ -215,12 +215,12 @@ def test_every_attention_module_is_known():
 
 @pytest.mark.parametrize("run", RUNS)
 @torch.no_grad()
-def test_inference_goes_through_the_registry(run, nothing_beside_the_registry):
+def test_inference_goes_through_the_registry(run, only_the_registry):
     model = golden_model(attn_implementation="recorder")
     call, expected_calls = RUNS[run]
     call(model)
     check_calls(model, torch.float32)
-    check_pixels_are_seen_whole(model)
+    check_all_tokens_are_attended(model)
     assert summary(model) == expected_calls
     called = {call.module for call in CALLS}
     kinds = {kind for kind, _, _ in expected_calls}
@@ -229,7 +229,7 @@ def test_inference_goes_through_the_registry(run, nothing_beside_the_registry):
 
 @pytest.mark.parametrize("run", RUNS)
 @torch.no_grad()
-def test_flash_attentions_results_are_sdpas(run):
+def test_flash_attention_gives_the_results_of_sdpa(run):
     call, _ = RUNS[run]
     expected = call(golden_model(attn_implementation="sdpa"))
     assert not CALLS
@@ -247,13 +247,13 @@ def test_half_precision_reaches_the_registry(run):
 
 
 @pytest.mark.parametrize("objective", TRAINING)
-def test_training_goes_through_the_registry(objective, nothing_beside_the_registry):
+def test_training_goes_through_the_registry(objective, only_the_registry):
     class_name, expected_calls = TRAINING[objective]
     model = golden_model(class_name, "recorder").train()
     extra = {"image_ids": INPUTS["train.image_ids"]} if objective == "retrieval" else {}
     output = model(**training_batch(), **extra)
     check_calls(model, torch.float32)
-    check_pixels_are_seen_whole(model)
+    check_all_tokens_are_attended(model)
     assert summary(model) == expected_calls
 
     output.loss.backward()  # runs the checkpointed vision tower again
@@ -280,8 +280,8 @@ def test_dropout_only_in_training():
             assert call.dropout == (rates.get(kind_of(names[call.module]), 0.0) if mode else 0.0)
 
 
-def test_grouped_heads_are_left_to_the_attention_function():
-    """FlashAttention takes fewer key/value heads as they are: repeating them would waste what they save."""
+def test_grouped_heads_are_passed_to_the_attention_function():
+    """FlashAttention accepts fewer key/value heads: repeating them would waste memory."""
     fields = golden_config().to_dict()
     fields["qllama_config"]["num_key_value_heads"] = 2
     config = repo_class("configuration_internvl.InternVLConfig")(**fields, attn_implementation="recorder")
@@ -295,12 +295,12 @@ def test_grouped_heads_are_left_to_the_attention_function():
     assert len(CALLS) == 4, "sdpa and eager did not go to the recorder"
 
 
-# --------------------------------------------------------------------------------------------- which function is taken
+# --------------------------------------------------------------------------------------------- which function is used
 
 
 @pytest.fixture
 def flash_recorder(monkeypatch):
-    """The recorder under a name of FlashAttention's family, set where the model reads it."""
+    """A model that uses the recorder under a name that begins with "flash"."""
     AttentionInterface.register("flash_recorder", record)
     AttentionMaskInterface.register("flash_recorder", flash_attention_mask)
     model = golden_model()
@@ -312,8 +312,8 @@ def flash_recorder(monkeypatch):
 
 
 @torch.no_grad()
-def test_flash_attention_is_not_given_float32(flash_recorder):
-    """Its kernels have no float32; sdpa computes the same."""
+def test_flash_attention_gets_no_float32(flash_recorder):
+    """FlashAttention has no float32 kernels; sdpa computes the same."""
     features = {"encode_image_g": lambda m: m.encode_image(PIXELS, "InternVL-G"), "encode_text": RUNS["encode_text"][0]}
     for name, call in features.items():
         assert_close(call(flash_recorder), golden("tiny/expected")[name], **TOLERANCE)
@@ -326,7 +326,7 @@ def test_flash_attention_is_not_given_float32(flash_recorder):
 
 @pytest.fixture
 def messages():
-    """Everything that is logged or warned of."""
+    """All log messages and warnings."""
     found = []
     handler = logging.Handler()
     handler.emit = lambda entry: found.append(entry.getMessage())
@@ -366,9 +366,9 @@ def test_set_attn_implementation_after_loading(tmp_path, monkeypatch, messages, 
 
 
 def count_attention(monkeypatch):
-    """Count the calls of sdpa, which the registry holds, and of eager, which the repository does."""
+    """Count the calls of sdpa, which is in the registry, and of eager, which is in the repository."""
     counts = Counter()
-    # The towers and the joint model may each hold a copy of its own of that module.
+    # The towers and the joint model may each have their own copy of that module.
     users = ("modeling_intern_vit.InternAttention", "modeling_internvl.PoolingAttention")
     bases = [each for name in users for each in repo_class(name).__mro__ if each.__name__ == "RegistryAttention"]
     for place in {sys.modules[base.__module__] for base in bases}:
@@ -389,11 +389,11 @@ def counting(name, function, counts):
 @pytest.mark.slow
 @torch.no_grad()
 def test_flex_attention():
-    """Slow: torch compiles it anew for every shape."""
+    """Slow: torch compiles it again for every shape."""
     states = torch.ones(1, 1, 4, 4)
     try:
         torch.compile(flex_attention)(states, states, states)
-    except Exception as error:  # whatever the compiler finds missing
+    except Exception as error:  # for anything that the compiler misses
         pytest.skip(f"flex_attention does not run here: {error!r:.200}")
     model = golden_model(attn_implementation="flex_attention")
     expected = golden("tiny/expected")
@@ -408,13 +408,13 @@ def test_flex_attention():
 
 
 def vision_config_module():
-    """The module whose `is_flash_attn_2_available` the vision config of the joint config asks."""
+    """The module whose `is_flash_attn_2_available` the vision config of the joint config calls."""
     base = type(golden_config().vision_config)
     return sys.modules[base.__module__]
 
 
 @torch.no_grad()
-def test_without_flash_attn_sdpa_is_taken_silently(monkeypatch, messages, capfd):
+def test_without_flash_attn_sdpa_is_used_silently(monkeypatch, messages, capfd):
     monkeypatch.setattr(vision_config_module(), "is_flash_attn_2_available", lambda: False)
     fields = golden_config().to_dict()
     fields["vision_config"]["use_flash_attn"] = True
@@ -428,7 +428,7 @@ def test_without_flash_attn_sdpa_is_taken_silently(monkeypatch, messages, capfd)
     assert capfd.readouterr() == ("", "")
 
 
-def test_with_flash_attn_the_vision_tower_asks_for_it(monkeypatch):
+def test_with_flash_attn_the_vision_tower_uses_it(monkeypatch):
     module = vision_config_module()
     monkeypatch.setattr(module, "is_flash_attn_2_available", lambda: True)
     make = module.InternVisionConfig
@@ -445,7 +445,7 @@ def test_with_flash_attn_the_vision_tower_asks_for_it(monkeypatch):
 # -------------------------------------------------------------------------------------------------------- the norms
 
 
-NORMS = 3 * 4 + 4 * 2 + 2 * 2 + 1  # vision; QLLaMA's layers, cross-attentions and last norm
+NORMS = 3 * 4 + 4 * 2 + 2 * 2 + 1  # vision; QLLaMA's layers, cross-attentions and final norm
 
 
 def test_every_norm_has_the_epsilon_of_the_config():
@@ -454,7 +454,7 @@ def test_every_norm_has_the_epsilon_of_the_config():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_the_norm_with_fewer_passes_gives_the_same(dtype):
+def test_the_fast_norm_gives_the_same(dtype):
     norm = repo_class("attention_internvl.RMSNorm")(48, eps=1e-3).to(dtype)
     torch.nn.init.normal_(norm.weight)
     contiguous = torch.randn(2, 5, 3 * 48, dtype=dtype)
@@ -468,7 +468,7 @@ def test_the_norm_with_fewer_passes_gives_the_same(dtype):
         assert_close(norm(states), expected, rtol=0, atol=0)
 
 
-def test_gradients_go_through_the_norm_and_the_scaled_branches():
+def test_gradients_pass_through_the_norm_and_the_scaled_branches():
     config = golden_config(attn_implementation="eager").vision_config
     layer = repo_class("modeling_intern_vit.InternVisionEncoderLayer")(config, 0.0).double()
     states = torch.randn(1, 3, config.hidden_size, dtype=torch.float64, requires_grad=True)

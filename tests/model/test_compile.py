@@ -1,4 +1,4 @@
-"""torch.compile takes each part whole, and once for all batches, lengths and decoding steps."""
+"""torch.compile makes one graph of each part, once for all batches, lengths and decoding steps."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from conftest import TOLERANCE, golden, golden_model
 INPUTS = golden("tiny/inputs")
 PIXELS, PROMPTS = INPUTS["pixel_values"], INPUTS["prompt_ids"]
 ATTENTIONS = ["eager", "sdpa"]
-# What is compiled, and what it gets.
+# The compiled calls and their inputs.
 PARTS = {
     "vision_model": (lambda model, pixels: model.vision_model(pixels).last_hidden_state, "pixels"),
     "embed_image": (lambda model, pixels: model.embed_image(pixels, mode="InternVL-G"), "pixels"),
@@ -22,14 +22,14 @@ DECODING = {"greedy": (1, {"num_beams": 1}), "beams": (3, {"num_beams": 5})}  # 
 
 @pytest.fixture
 def graphs():
-    """A backend that counts the graphs it gets, and runs them as they are."""
+    """A backend that counts its graphs and runs them unchanged."""
     torch._dynamo.reset()
     yield CompileCounterWithBackend("eager")
     torch._dynamo.reset()
 
 
 def make_batch(kind: str, rows: int, length: int) -> torch.Tensor:
-    """Pictures or texts with the sizes marked that may vary. A batch of one has a graph of its own in torch."""
+    """Images or texts, with dynamic sizes marked. In torch a batch of one has its own graph."""
     generator = torch.Generator().manual_seed(rows)
     if kind == "pixels":
         batch, varying = torch.randn(rows, 3, 56, 56, generator=generator), {0}
@@ -43,7 +43,7 @@ def make_batch(kind: str, rows: int, length: int) -> torch.Tensor:
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("part", PARTS)
 @torch.no_grad()
-def test_one_graph_for_all_batches(graphs, part, attention):
+def test_all_batches_share_one_graph(graphs, part, attention):
     call, kind = PARTS[part]
     model = golden_model(attn_implementation=attention)
     compiled = torch.compile(call, fullgraph=True, backend=graphs)
@@ -58,17 +58,17 @@ def test_one_graph_for_all_batches(graphs, part, attention):
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("decoding", DECODING)
-def test_one_graph_for_all_decoding_steps(graphs, decoding, attention):
+def test_all_decoding_steps_share_one_graph(graphs, decoding, attention):
     model, (rows, arguments) = golden_model(attn_implementation=attention), DECODING[decoding]
     arguments = {"max_new_tokens": 12, "min_new_tokens": 12, **arguments}
     prompts = PROMPTS[:rows].clone()
-    prompts[0, 3:] = 0  # padded, so that rows have masks and positions of their own
+    prompts[0, 3:] = 0  # padded, so that rows have their own masks and positions
     expected = model.generate(PIXELS[:rows], prompts, **arguments)
     model.qllama.compile(fullgraph=True, backend=graphs)
     for _ in range(2):
         tokens = model.generate(PIXELS[:rows], prompts, cache_implementation="static", **arguments)
         assert tokens.tolist() == expected.tolist()
-        assert graphs.frame_count == 2  # the first step takes the prompt's last embedding, all others take an id
+        assert graphs.frame_count == 2  # the first step gets the prompt's last embedding, all others get an id
     shorter = arguments | {"max_new_tokens": 7, "min_new_tokens": 7}
     model.generate(PIXELS[:rows], prompts, cache_implementation="static", **shorter)
     assert graphs.frame_count == 2

@@ -11,14 +11,13 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
-from conftest import TOLERANCE, golden, golden_model, repo_class, training_batch
+from conftest import OBJECTIVES, TOLERANCE, golden, golden_model, repo_class, training_batch
 
 WORLD = 2
-CLASSES = {"stage2": "InternVLForPreTraining", "retrieval": "InternVLForRetrieval"}
 
 
 def modeling():
-    """The module that the repository's training classes live in."""
+    """The module of the repository's training classes."""
     return sys.modules[repo_class("modeling_internvl.InternVLForPreTraining").__module__]
 
 
@@ -30,19 +29,19 @@ def losses_and_gradients(model, batch):
     return losses, gradients
 
 
-# ------------------------------------------------------------------------------------------- what the ranks run
+# --------------------------------------------------------------------------------------------------- jobs of a rank
 
 
 def step(rank, objective, parallel):
     share = len(golden("tiny/inputs")["pixel_values"]) // WORLD
-    model = golden_model(CLASSES[objective])
+    model = golden_model(OBJECTIVES[objective])
     if parallel:
         model = DistributedDataParallel(model, find_unused_parameters=True)
     return losses_and_gradients(model, training_batch(objective, slice(rank * share, (rank + 1) * share)))
 
 
 def weighted_sum_of_gathered(rank):
-    """On rank r, the loss weighs row i of all the gathered rows with (r + 1) * 10^i."""
+    """On rank r, the loss weights row i of all gathered rows with (r + 1) * 10^i."""
     local = torch.tensor([[1.0 + rank], [3.0 + rank]], requires_grad=True)
     gathered = modeling().GatherWithGradient.apply(local)
     weights = (rank + 1) * torch.tensor([[1.0], [10.0], [100.0], [1000.0]])
@@ -51,7 +50,7 @@ def weighted_sum_of_gathered(rank):
 
 
 def gathered_beside_a_sibling(rank):
-    """The gradient of `sibling + gathered` is one tensor, which both sides are handed, the gathered side first."""
+    """The gradient of `sibling + gathered` is one tensor, which both sides receive, the gathered side first."""
     local, other = torch.ones(2, 1, requires_grad=True), torch.zeros(2 * WORLD, 1, requires_grad=True)
     sibling = other * 1.0
     gathered = modeling().GatherWithGradient.apply(local)
@@ -92,9 +91,9 @@ def work(rank, init_file, folder):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What every job returned on rank 0 and on rank 1. The processes are started once: they are what takes time."""
+    """The results of every job on rank 0 and on rank 1. The processes start once, because starting takes long."""
     folder = tmp_path_factory.mktemp("ranks")
-    golden_model()  # the loader copies the code; both ranks are to find it there
+    golden_model()  # the loader copies the code here, so that both ranks find it
     mp.spawn(work, (str(folder / "init"), str(folder)), nprocs=WORLD)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
 
@@ -104,7 +103,7 @@ def ranks(tmp_path_factory):
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("parallel", ["", "-ddp"], ids=["averaged-here", "DistributedDataParallel"])
-@pytest.mark.parametrize("objective", CLASSES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_losses_and_gradients_of_two_ranks(ranks, objective, parallel):
     (first_losses, first), (second_losses, second) = (results[objective + parallel] for results in ranks)
     expected = golden("tiny/expected_world2")
@@ -112,7 +111,7 @@ def test_losses_and_gradients_of_two_ranks(ranks, objective, parallel):
     names = [name.split(".grad.")[1] for name in expected if name.startswith(f"{objective}.grad.")]
     assert len(names) == 4
     for name in names:
-        if parallel:  # DistributedDataParallel has averaged already
+        if parallel:  # DistributedDataParallel has already averaged
             assert_close(first[name], second[name], rtol=0, atol=0)
         average = (first[name] + second[name]) / WORLD
         assert_close(average, expected[f"{objective}.grad.{name}"], **TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
@@ -120,20 +119,20 @@ def test_losses_and_gradients_of_two_ranks(ranks, objective, parallel):
 
 def test_every_tensor_of_two_ranks_is_covered():
     names = {tuple(name.split(".")[:2]) for name in golden("tiny/expected_world2")}
-    assert names == {(objective, kind) for objective in CLASSES for kind in ("losses_per_rank", "grad")}
+    assert names == {(objective, kind) for objective in OBJECTIVES for kind in ("losses_per_rank", "grad")}
 
 
 @pytest.mark.heavy
 def test_gather_concatenates_and_sums_the_ranks_gradients(ranks):
     (first, first_grad), (second, second_grad) = (results["weighted"] for results in ranks)
     assert first.tolist() == second.tolist() == [[1.0], [3.0], [2.0], [4.0]]
-    # Both ranks' weights of a row: 1 + 2 times a power of ten.
+    # The weights of a row on both ranks: 1 + 2 times a power of ten.
     assert first_grad.tolist() == [[3.0], [30.0]]
     assert second_grad.tolist() == [[300.0], [3000.0]]
 
 
 @pytest.mark.heavy
-def test_gather_leaves_the_incoming_gradient_alone(ranks):
+def test_gather_does_not_change_the_incoming_gradient(ranks):
     (first, other), (second, other_second) = (results["sibling"] for results in ranks)
     assert first.tolist() == [[0.0], [2.0]] and second.tolist() == [[4.0], [6.0]]
     assert other.tolist() == other_second.tolist() == [[0.0], [1.0], [2.0], [3.0]]
@@ -155,17 +154,17 @@ def world_of_one(tmp_path):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("objective", CLASSES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_single_rank_does_not_communicate(world_of_one, monkeypatch, objective):
     for name in ("all_gather", "all_reduce"):
         monkeypatch.setattr(dist, name, functools.partial(pytest.fail, f"{name} was called"))
-    losses, gradients = losses_and_gradients(golden_model(CLASSES[objective]), training_batch(objective))
+    losses, gradients = losses_and_gradients(golden_model(OBJECTIVES[objective]), training_batch(objective))
     expected = golden("tiny/expected")
     assert_close(losses[0], expected[f"{objective}.loss"], **TOLERANCE)
     assert_close(gradients["query_tokens"], expected[f"{objective}.grad.query_tokens"], **TOLERANCE)
 
 
-def test_gather_of_a_single_rank_changes_nothing(world_of_one):
+def test_gather_of_a_single_rank_returns_its_input(world_of_one):
     local = torch.randn(3, 2, requires_grad=True)
     gathered = modeling().GatherWithGradient.apply(local)
     assert_close(gathered, local, rtol=0, atol=0)
@@ -179,7 +178,7 @@ def test_gather_of_a_single_rank_changes_nothing(world_of_one):
 
 @pytest.fixture
 def second_of_two(monkeypatch):
-    """This process as the second of two ranks; what it gathers from the first is its own, negated."""
+    """This process as the second of two ranks; it gathers its own tensors, negated, from the first."""
     summed = []
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
@@ -189,9 +188,9 @@ def second_of_two(monkeypatch):
     return summed
 
 
-@pytest.mark.parametrize("objective", CLASSES)
-def test_the_pairs_of_the_second_rank_stand_behind_those_of_the_first(second_of_two, objective):
-    model, embeds = golden_model(CLASSES[objective]), torch.eye(3, 8)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_rows_of_the_second_rank_follow_those_of_the_first(second_of_two, objective):
+    model, embeds = golden_model(OBJECTIVES[objective]), torch.eye(3, 8)
     given = torch.ones(3)
     if objective == "retrieval":
         given = model._soft_targets(torch.tensor([1, 2, 3]), 3, embeds.device)

@@ -1,4 +1,4 @@
-"""Every tensor that the original implementation left in golden/ is reproduced (docs/model.md, "Goldens")."""
+"""The model reproduces every tensor of the original implementation in golden/ (docs/model.md, "Goldens")."""
 
 import json
 
@@ -8,14 +8,20 @@ from torch.testing import assert_close
 from transformers import DynamicCache
 
 from benchmarks.golden_wide import regenerated, regenerated_pixels
-from conftest import GOLDEN, TOLERANCE, golden, golden_config, golden_model, repo_class, training_batch
+from conftest import (
+    GOLDEN,
+    LOSSES,
+    OBJECTIVES,
+    TOLERANCE,
+    golden,
+    golden_config,
+    golden_model,
+    repo_class,
+    training_batch,
+)
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 GENERATE = {"max_new_tokens": 12, "min_new_tokens": 8, "do_sample": False}
-OBJECTIVES = {
-    "stage2": ("InternVLForPreTraining", ("loss", "loss_itm", "loss_itc", "loss_itg")),
-    "retrieval": ("InternVLForRetrieval", ("loss", "loss_itm", "loss_itc")),
-}
 GRADIENTS = (
     "clip_projector2.cross_attn.q.weight",
     "itm_head.weight",
@@ -45,7 +51,7 @@ def with_queries(model, input_ids):
     return torch.cat([queries, model.get_input_embeddings()(input_ids)], dim=1)
 
 
-# What computes each forward tensor of golden/tiny/expected.
+# The call that computes each forward tensor of golden/tiny/expected.
 FORWARD = {
     "vision.last_hidden_state": lambda m, i: m.vision_model(i["pixel_values"]).last_hidden_state,
     "vision.pooler_output": lambda m, i: m.vision_model(i["pixel_values"]).pooler_output,
@@ -92,7 +98,7 @@ def both_models(request):
 
 def test_every_expected_tensor_has_a_test():
     covered = set(FORWARD) | set(GENERATED) | {RESIZED}
-    for objective, (_, losses) in OBJECTIVES.items():
+    for objective, losses in LOSSES.items():
         covered |= {f"{objective}.{name}" for name in losses} | {f"{objective}.grad.{name}" for name in GRADIENTS}
     assert covered == set(golden("tiny/expected"))
 
@@ -117,8 +123,8 @@ def test_forward_of_one_row(both_models, name):
 
 
 @torch.no_grad()
-def test_prefix_logits_by_way_of_the_cache(both_models):
-    """The queries are run into a cache, then the prompt is, which never meets the picture."""
+def test_prefix_logits_with_a_cache(both_models):
+    """The queries fill a cache first; the prompt follows, without the image."""
     inputs = golden("tiny/inputs")
     image_states = both_models.vision_model(inputs["pixel_values"]).last_hidden_state
     queries = both_models.query_tokens.expand(len(image_states), -1, -1)
@@ -138,12 +144,12 @@ def test_prefix_logits_by_way_of_the_cache(both_models):
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", GENERATED)
 def test_generate(both_models, name, cache):
-    inputs, expected = golden("tiny/inputs"), golden("tiny/expected")[name][:, 1:]  # the original puts <s> in front
+    inputs, expected = golden("tiny/inputs"), golden("tiny/expected")[name][:, 1:]  # the original puts <s> first
     kind = {"cache_implementation": "static"} if cache == "static" else {}
     arguments = GENERATE | kind | {"num_beams": GENERATED[name]}
     everything = {"pixel_values": inputs["pixel_values"], "input_ids": inputs["prompt_ids"]}
     everything["attention_mask"] = torch.ones_like(inputs["prompt_ids"])
-    # Three pictures too: with four, the first of each five beams has its picture even where beams are laid out wrongly.
+    # Also three images: with four, the first of five beams gets its own image even if the beam layout is wrong.
     for rows in (slice(0, 4), slice(0, 3), *(slice(row, row + 1) for row in range(4))):
         tokens = both_models.generate(**{key: tensor[rows] for key, tensor in everything.items()}, **arguments)
         assert_close(tokens, expected[rows], rtol=0, atol=0)
@@ -151,7 +157,7 @@ def test_generate(both_models, name, cache):
 
 @torch.no_grad()
 def test_greedy_tokens_without_a_cache(both_models):
-    """The golden's tokens are what a loop picks that runs everything anew for each token."""
+    """A loop that runs everything again for each token gives the golden's tokens."""
     inputs = golden("tiny/inputs")
     image_states = both_models.vision_model(inputs["pixel_values"]).last_hidden_state
     ids, length = inputs["prompt_ids"], inputs["prompt_ids"].shape[1]
@@ -172,8 +178,7 @@ def test_greedy_tokens_without_a_cache(both_models):
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointed", "stored"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_losses_and_gradients(objective, checkpointing, implementation):
-    class_name, losses = OBJECTIVES[objective]
-    model = golden_model(class_name, implementation).train()
+    model = golden_model(OBJECTIVES[objective], implementation).train()
     assert model.vision_model.encoder.gradient_checkpointing, "on by default, as in the original"
     model.vision_model.encoder.gradient_checkpointing = checkpointing
     runs = []
@@ -184,7 +189,7 @@ def test_losses_and_gradients(objective, checkpointing, implementation):
 
     assert len(runs) == (2 if checkpointing else 1), "a checkpointed layer runs again in the backward pass"
     expected = golden("tiny/expected")
-    for name in losses:
+    for name in LOSSES[objective]:
         assert_close(output[name], expected[f"{objective}.{name}"], **TOLERANCE)
     for name in GRADIENTS:
         gradient = model.get_parameter(name).grad
@@ -205,7 +210,7 @@ def test_published_widths():
     """One layer of each tower at the widths of the published checkpoint; needs 2.5 GB of memory."""
     fields = json.loads((GOLDEN / "wide" / "config.json").read_text())
     assert fields["vision_config"]["hidden_size"] == 3200 and fields["qllama_config"]["hidden_size"] == 4096
-    with torch.device("meta"):  # built without memory of its own, then given the tensors themselves
+    with torch.device("meta"):  # built on the meta device, then assigned the tensors
         model = repo_class("modeling_internvl.InternVLModel")(golden_config("wide"))
     parameters = {name: regenerated(name, parameter.shape) for name, parameter in model.named_parameters()}
     model.load_state_dict(parameters, strict=True, assign=True)

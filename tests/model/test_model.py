@@ -9,23 +9,34 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig
 from transformers.generation.streamers import BaseStreamer
 
-from conftest import GOLDEN, ROOT, TOLERANCE, golden, golden_config, golden_model, load, repo_class, training_batch
+from conftest import (
+    GOLDEN,
+    OBJECTIVES,
+    ROOT,
+    TOLERANCE,
+    first_end,
+    golden,
+    golden_config,
+    golden_model,
+    repo_class,
+    switch_checkpointing,
+    training_batch,
+)
 
 INPUTS = golden("tiny/inputs")
 PIXELS, IDS, PROMPTS = INPUTS["pixel_values"], INPUTS["input_ids"], INPUTS["prompt_ids"]
 MASK = (IDS > 0).long()
 MODES = ("InternVL-C", "InternVL-G")
-OBJECTIVES = {"stage2": "InternVLForPreTraining", "retrieval": "InternVLForRetrieval"}
 EXACT = {"rtol": 0, "atol": 0}
 GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
 
 
 @pytest.fixture(scope="module")
 def model():
-    """Shared by tests that leave it as it is."""
+    """Shared by tests that do not change it."""
     return golden_model()
 
 
@@ -42,7 +53,7 @@ def changed_config(vision=None, qllama=None, **fields):
 
 
 def left_padded(ids, mask, extra=0):
-    """The same texts with their padding, and more of it, on the left; and the mask."""
+    """The same texts with more padding, all on the left, and their mask."""
     length = ids.shape[1] + extra
     moved = torch.zeros(len(ids), length, dtype=ids.dtype)
     moved_mask = torch.zeros(len(ids), length, dtype=mask.dtype)
@@ -78,7 +89,7 @@ def test_padding_side_and_length_do_not_matter(model, call):
 
 @pytest.mark.parametrize("call", TEXT_CALLS)
 @torch.no_grad()
-def test_padding_in_the_middle_is_passed_over(model, call):
+def test_padding_in_the_middle_is_skipped(model, call):
     ids, mask = torch.full((4, 24), 99), torch.zeros(4, 24, dtype=torch.long)
     scattered = sorted(set(range(24)) - {0, 7, 8, 15})
     ids[:, scattered], mask[:, scattered] = IDS, MASK
@@ -86,7 +97,7 @@ def test_padding_in_the_middle_is_passed_over(model, call):
 
 
 @torch.no_grad()
-def test_text_features_stay_where_their_tokens_are(model):
+def test_text_features_keep_the_positions_of_their_tokens(model):
     expected = model.get_text_features(IDS, MASK)
     ids, mask = left_padded(IDS, MASK, 3)
     actual = model.get_text_features(ids, mask)
@@ -101,7 +112,7 @@ def test_text_features_stay_where_their_tokens_are(model):
 @pytest.mark.parametrize("call", ["embed_text", "match", "generate"])
 @torch.no_grad()
 def test_id_zero_inside_a_text(model, call):
-    """0 is also `<unk>`: with a mask it is a token like any other, wherever it stands."""
+    """0 is also `<unk>`: with a mask it is an ordinary token at any position."""
     ids = IDS[:, :10].clone()
     ids[:, -1] = 2
     ids[:, 4] = 0
@@ -117,7 +128,7 @@ def test_id_zero_inside_a_text(model, call):
             "generate": lambda p=pixels, i=ids[one], m=mask[one]: model.generate(p, i, m, **GREEDY),
         }[call]()
         assert_close(alone, actual[one], **TOLERANCE)
-    if call == "embed_text":  # what the definition says: the state at the last position
+    if call == "embed_text":  # by definition the state at the last position
         states = model.qllama.model(input_ids=ids, use_cache=False).last_hidden_state
         assert_close(actual, F.normalize(states[:, -1] @ model.text_projection, dim=-1), **TOLERANCE)
         assert (actual - run(model, ids, None)).abs().max() > 0.01, "without a mask, 0 is padding"
@@ -152,7 +163,7 @@ def test_match_pairs_are_the_diagonal_of_all_pairs(model):
 
 
 @torch.no_grad()
-def test_embeddings_have_length_one(model):
+def test_embeddings_have_unit_length(model):
     for mode in MODES:
         raw = model.encode_image(PIXELS, mode)
         assert (raw.norm(dim=-1) - 1).abs().min() > 1e-3
@@ -178,7 +189,7 @@ def test_default_modes_of_the_classes(expected):
 
 
 @torch.no_grad()
-def test_every_call_of_internvl_g_has_another_default(expected):
+def test_every_call_of_internvl_g_has_its_own_default(expected):
     model = golden_model("InternVL_G")
     assert_close(model(IDS, PIXELS).logits_per_image, expected["logits_per_image_g"], **TOLERANCE)
     assert_close(model(image=PIXELS, text=IDS)[0], expected["logits_per_image_g"], **TOLERANCE)
@@ -243,7 +254,7 @@ def test_language_tower_outputs(model):
 
 @pytest.fixture
 def warnings_logged():
-    """What the modeling code warns of; `warning_once` forgets what it said to other tests."""
+    """The warnings of the modeling code; `warning_once` is reset for each test."""
     from transformers.utils import logging as transformers_logging
 
     found = []
@@ -258,7 +269,7 @@ def warnings_logged():
 
 
 @torch.no_grad()
-def test_a_text_without_its_end_is_warned_of_once(model, warnings_logged):
+def test_a_text_without_eos_causes_one_warning(model, warnings_logged):
     ids, mask = left_padded(IDS, MASK)
     for _ in range(2):
         model.embed_text(IDS)
@@ -287,23 +298,17 @@ def test_every_parameter_that_an_objective_uses_gets_a_gradient(objective):
     model = golden_model(OBJECTIVES[objective]).train()
     model(**training_batch(objective)).loss.backward()
     unused = {
-        # The contrast of stage 2 is made with the queries alone.
+        # The contrast of stage 2 uses only the queries.
         "stage2": {name for name, _ in model.named_parameters() if name.startswith("clip_projector.")},
-        # Retrieval writes nothing.
+        # Retrieval generates nothing.
         "retrieval": {"qllama.lm_head.weight"},
     }[objective]
     assert len(unused) == {"stage2": 14, "retrieval": 1}[objective]
     assert without_gradient(model) == unused
     flat = {n for n, p in model.named_parameters() if n not in unused and not p.grad.abs().max() > 0}
-    # A key's bias adds the same to all scores of a query: softmax does not see it. Rounding may leave a trace.
+    # A key's bias adds a constant to all scores of a query, which softmax ignores. Rounding may leave a trace.
     assert {name for name in flat if not name.endswith("cross_attn.k_bias")} == set()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-
-
-def switch_checkpointing(model, on, *arguments):
-    """By the name that the installed version does not deprecate."""
-    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    getattr(model, f"{kind}_checkpointing_{'enable' if on else 'disable'}")(*arguments)
 
 
 def count_layer_runs(model):
@@ -338,7 +343,9 @@ def test_checkpointing_changes_no_gradient(objective):
         model(**training_batch(objective)).loss.backward()
         gradients[setting] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     passes = 3 * 4  # matching, contrast and captioning or queries, summaries
-    assert runs["default"] == {"vision": 2 * 3, "qllama": passes}, "on in the vision tower alone, as in the original"
+    assert runs["default"] == {"vision": 2 * 3, "qllama": passes}, (
+        "it is on only in the vision tower, as in the original"
+    )
     for setting in ("on", "on, reentrant", "on, not reentrant"):
         assert runs[setting] == {"vision": 2 * 3, "qllama": 2 * passes}
     assert runs["off"] == {"vision": 3, "qllama": passes}
@@ -351,7 +358,7 @@ def test_checkpointing_changes_no_gradient(objective):
 def test_checkpointing_recomputes_only_in_training(own_model):
     runs = count_layer_runs(own_model)
     own_model.encode_image(PIXELS).sum().backward()
-    assert runs["vision"] == 3, "in eval mode nothing is recomputed"
+    assert runs["vision"] == 3, "eval mode recomputes nothing"
     with torch.no_grad():
         own_model.train().encode_image(PIXELS)
     assert runs["vision"] == 6
@@ -410,7 +417,7 @@ def test_drop_path_drops_whole_samples_and_keeps_the_expectation():
 
 @torch.no_grad()
 def test_a_layer_whose_branches_are_dropped_is_the_identity():
-    """Both residual branches are subject to stochastic depth, each by itself."""
+    """Stochastic depth drops the two residual branches independently."""
     layer = vision_with_drop_path(0.5).encoder.layers[-1].train()
     states = torch.randn(1, 4, 100).expand(64, -1, -1)
     torch.manual_seed(0)
@@ -425,7 +432,7 @@ def test_a_layer_whose_branches_are_dropped_is_the_identity():
 
 @pytest.mark.parametrize("size", [(14, 14), (14, 70), (70, 28), (56, 56), (42, 56), (98, 98), (28, 112)], ids=str)
 @torch.no_grad()
-def test_any_resolution_of_whole_patches(model, size):
+def test_any_multiple_of_the_patch_size(model, size):
     pixels = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
     tokens = 1 + (size[0] // 14) * (size[1] // 14)
     states = model.vision_model(pixels).last_hidden_state
@@ -439,7 +446,7 @@ def test_any_resolution_of_whole_patches(model, size):
 @pytest.mark.parametrize("size", [(42, 70), (28, 112)], ids=str)
 @torch.no_grad()
 def test_positions_follow_height_and_width(model, size):
-    """The table is stretched as a grid, rows first; the class position stays as it is."""
+    """The table is interpolated as a grid, rows first; the class position does not change."""
     embeddings = model.vision_model.embeddings
     height, width = size[0] // 14, size[1] // 14
     pixels = torch.zeros(1, 3, *size)
@@ -460,7 +467,7 @@ def test_resized_positions_are_used_saved_and_loaded(own_model, tmp_path):
     table = own_model.vision_model.embeddings.position_embedding
     assert table.shape == (1, 1 + 7 * 7, 100) and table.requires_grad
 
-    # Its own size now, and sizes that are interpolated from the new table.
+    # The new table's own size, and sizes that are interpolated from it.
     pixels = torch.randn(2, 3, 98, 98, generator=torch.Generator().manual_seed(0))
     patches = own_model.vision_model.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
     assert_close(own_model.vision_model.embeddings(pixels)[:, 1:], patches + table[:, 1:], **TOLERANCE)
@@ -517,7 +524,7 @@ def test_prompts_of_unequal_length(model, decoding, side):
 
 @pytest.mark.parametrize("decoding", DECODING)
 def test_padding_may_have_an_embedding_of_zeros(own_model, decoding):
-    """As a trained checkpoint's has; the first prompt is a short one, where some static caches count what they hold."""
+    """As in a trained checkpoint. The first prompt is short: some static caches count their filled positions."""
     with torch.no_grad():
         own_model.get_input_embeddings().weight[0] = 0
     prompts = sorted(UNEQUAL, key=len)
@@ -535,48 +542,40 @@ def test_a_static_cache_has_room_for_the_prompt_too(model):
     assert torch.equal(model.generate(PIXELS[:1], PROMPTS[:1], cache_implementation="static", **options), wanted)
 
 
-def test_a_prompt_with_an_end_is_warned_of_once(model, warnings_logged):
+def test_a_prompt_with_eos_causes_one_warning(model, warnings_logged):
     for _ in range(2):
         model.generate(PIXELS[:1], IDS[:1], max_new_tokens=1)
     assert [message.split(":")[0] for message in warnings_logged] == ["A prompt ends with `</s>`"]
 
 
-def test_writing_stops_at_a_text(trained):
-    """`stop_strings` needs the tokenizer, which transformers hands to the model too."""
-    model, processor = load(trained, dtype=torch.float32), load(trained, AutoProcessor)
+def test_generation_stops_at_a_string(tiny, processor):
+    """`stop_strings` needs the tokenizer, which transformers also passes to the model."""
     inputs = processor(images=[Image.new("RGB", (48, 48), "orange")], task="caption")
     options = {"max_new_tokens": 8, "min_new_tokens": 8}
-    whole = processor.tokenizer.decode(model.generate(**inputs, **options)[0])
+    whole = processor.tokenizer.decode(tiny.generate(**inputs, **options)[0])
     stop = whole.strip()[2:5]
-    ids = model.generate(**inputs, stop_strings=[stop], tokenizer=processor.tokenizer, max_new_tokens=8)
+    ids = tiny.generate(**inputs, stop_strings=[stop], tokenizer=processor.tokenizer, max_new_tokens=8)
     assert processor.tokenizer.decode(ids[0]).rstrip().endswith(stop) or len(ids[0]) < 8
 
 
-def test_a_prompt_changes_what_is_written(model):
+def test_a_prompt_changes_the_caption(model):
     texts = {tuple(model.generate(PIXELS[:1], torch.tensor([prompt]), **GREEDY)[0].tolist()) for prompt in UNEQUAL}
     assert len(texts) > 1
 
 
-def test_one_prompt_for_all_pictures(model, expected):
+def test_one_prompt_for_all_images(model, expected):
     tokens = model.generate(PIXELS, PROMPTS[:1], **GREEDY)
     assert tokens.tolist() == expected["generate_greedy"][:, 1:9].tolist()
 
 
 def test_without_a_prompt(own_model):
-    """The config's prompt is taken, or `<s>` alone."""
+    """The config's prompt is used, or `<s>` alone."""
     start = own_model.generate(PIXELS, **GREEDY)
     assert start.tolist() == own_model.generate(PIXELS, torch.tensor([[1]]), **GREEDY).tolist()
     own_model.config.caption_prompt_ids = PROMPTS[0].tolist()
     prompted = own_model.generate(PIXELS, **GREEDY)
     assert prompted.tolist() == own_model.generate(PIXELS, PROMPTS, **GREEDY).tolist()
     assert prompted.tolist() != start.tolist()
-
-
-def first_end(model):
-    """A token that greedy decoding writes for the first picture, not as the first one; and its place."""
-    tokens = model.generate(PIXELS[:1], PROMPTS[:1], max_new_tokens=8, do_sample=False, eos_token_id=319)[0].tolist()
-    place = next(i for i, token in enumerate(tokens) if i >= 2 and token not in tokens[:i])
-    return tokens[place], place
 
 
 def test_numbers_of_new_tokens(model):
@@ -592,7 +591,7 @@ def test_numbers_of_new_tokens(model):
 
 
 def test_lengths_count_as_in_the_original(model):
-    """`max_length` and `min_length` count the new tokens and one `<s>`, whatever the prompt and the queries take."""
+    """`max_length` and `min_length` count the new tokens and one `<s>`, but not the prompt and the queries."""
     end, place = first_end(model)
     common = {"do_sample": False, "eos_token_id": end}
     for prompt in (PROMPTS[:1], torch.tensor([[1]])):
@@ -602,11 +601,11 @@ def test_lengths_count_as_in_the_original(model):
     assert by_length.tolist() == by_new.tolist()
     assert place + 2 <= by_length.shape[1] <= 8
     both = model.generate(PIXELS[:1], PROMPTS[:1], max_length=9, max_new_tokens=3, do_sample=False, eos_token_id=319)
-    assert both.shape == (1, 3), "new tokens are the clearer wish"
+    assert both.shape == (1, 3), "`max_new_tokens` takes precedence"
 
 
-def test_rows_end_by_themselves(model):
-    """A row that has ended is filled with the padding id, and goes on as it would alone."""
+def test_rows_end_independently(model):
+    """A row gets the same tokens as alone, followed by padding ids."""
     end, place = first_end(model)
     tokens = model.generate(PIXELS, PROMPTS, max_new_tokens=12, do_sample=False, eos_token_id=end)
     lengths = set()
@@ -628,7 +627,7 @@ def test_sampling_with_a_seed(model):
     assert sample(0) != sample(1)
 
 
-def test_several_sequences_per_picture(model, expected):
+def test_several_sequences_per_image(model, expected):
     tokens = model.generate(PIXELS[:2], PROMPTS[:2], num_beams=5, num_return_sequences=5, **GREEDY)
     assert tokens.shape == (10, 8)
     best = model.generate(PIXELS[:2], PROMPTS[:2], num_beams=5, **GREEDY)
@@ -641,8 +640,8 @@ def test_several_sequences_per_picture(model, expected):
     assert len(sampled) == 6 and len({tuple(row) for row in sampled.tolist()}) > 2
 
 
-def test_sampled_sequences_belong_to_their_pictures(model):
-    """With next to no temperature every sample is the greedy text of its own picture."""
+def test_sampled_sequences_belong_to_their_images(model):
+    """At a very low temperature every sample is the greedy caption of its own image."""
     tokens = model.generate(
         PIXELS, PROMPTS, do_sample=True, temperature=1e-4, num_return_sequences=2, max_new_tokens=8, min_new_tokens=8
     )
@@ -676,20 +675,20 @@ def test_streamer(model):
     assert [token for piece in streamer.tokens for token in piece] == tokens[0].tolist()
 
 
-def test_pictures_run_once_whatever_is_asked(own_model):
+def test_images_are_encoded_once(own_model):
     runs = count_layer_runs(own_model)
     own_model.generate(PIXELS, PROMPTS, num_beams=4, num_return_sequences=2, **GREEDY)
     assert runs["vision"] == 3
-    assert runs["qllama"] == 4 * (1 + 8)  # queries and prompts but for their last token, then a step for each new token
+    assert runs["qllama"] == 4 * (1 + 8)  # queries and prompts except the last token, then a step for each new token
 
 
 @pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}])
-def test_a_prompt_is_never_read_in_parts(model, cache):
+def test_a_prompt_is_never_prefilled_in_chunks(model, cache):
     plain = model.generate(PIXELS, PROMPTS, **GREEDY)
     assert torch.equal(model.generate(PIXELS, PROMPTS, prefill_chunk_size=2, **cache, **GREEDY), plain)
 
 
-def test_generate_leaves_the_configs_alone(own_model):
+def test_generate_does_not_change_the_configs(own_model):
     before = own_model.generation_config.to_dict()
     generation_config = type(own_model.generation_config)(max_new_tokens=3, min_new_tokens=3)
     tokens = own_model.generate(PIXELS, PROMPTS, generation_config=generation_config, do_sample=False)
@@ -703,7 +702,7 @@ def test_generate_leaves_the_configs_alone(own_model):
 
 
 def test_generate_in_training_mode(own_model):
-    """`generate` in a training loop: no gradient, the same tokens, the cache is used all the same."""
+    """`generate` in a training loop: no gradient, the same tokens, and the cache is used."""
     plain = own_model.generate(PIXELS, PROMPTS, **GREEDY)
     switch_checkpointing(own_model, True)
     tokens = own_model.train().generate(PIXELS, PROMPTS, **GREEDY)
@@ -718,7 +717,7 @@ def test_generate_in_training_mode(own_model):
 def test_half_precision_stays_close(model, own_model, dtype):
     half = own_model.to(dtype)
     for mode in MODES:
-        embeds = half.embed_image(PIXELS, mode)  # float32 pixels are brought to the model's precision
+        embeds = half.embed_image(PIXELS, mode)  # float32 pixels are cast to the model's dtype
         assert embeds.dtype == dtype and embeds.isfinite().all()
         assert F.cosine_similarity(embeds.float(), model.embed_image(PIXELS, mode)).min() > 0.995
     embeds = half.embed_text(IDS)
@@ -732,8 +731,8 @@ def test_half_precision_stays_close(model, own_model, dtype):
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @torch.no_grad()
-def test_no_nan_beside_padding(implementation, dtype):
-    """A row that is mostly padding: nothing overflows, and nothing is divided by nothing."""
+def test_no_nan_next_to_padding(implementation, dtype):
+    """A row that is mostly padding causes no overflow and no division by zero."""
     model = golden_model(attn_implementation=implementation).to(dtype)
     ids, mask = torch.zeros(4, 60, dtype=torch.long), torch.zeros(4, 60, dtype=torch.long)
     ids[:, :20], mask[:, :20] = IDS, MASK
@@ -754,7 +753,7 @@ def test_training_in_bfloat16(objective):
     model = golden_model(OBJECTIVES[objective]).bfloat16().train()
     output = model(**training_batch(objective))
     output.loss.backward()
-    assert output.loss.dtype == torch.float32, "losses are summed in float32"
+    assert output.loss.dtype == torch.float32, "losses are computed in float32"
     for name, loss in output.items():
         assert_close(loss.detach(), reference[name].detach(), rtol=0.05, atol=0.05)
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
@@ -781,7 +780,7 @@ def test_label_smoothing(expected):
             wanted = sum(smoothed_contrast(model, e, texts, targets).mean() for e in (images, pooled))
         assert_close(output.loss_itc, wanted, **TOLERANCE)
         is_smoothed = bool(abs(output.loss_itc - expected[f"{objective}.loss_itc"]) > 1e-3)
-        assert is_smoothed == (objective == "stage2"), "the original smooths no labels in retrieval"
+        assert is_smoothed == (objective == "stage2"), "the original has no label smoothing in retrieval"
         assert_close(output.loss_itm, expected[f"{objective}.loss_itm"], **TOLERANCE)
 
 
@@ -794,14 +793,14 @@ def summary_embeds(model, ids=INPUTS["train.summarize_input_ids"]):
 
 
 def smoothed_contrast(model, images, texts, targets, smoothing=0.0):
-    """Each row's cross-entropy with `smoothing` of the targets spread evenly over all, both directions averaged."""
+    """Each row's cross-entropy with label smoothing, averaged over both directions."""
     logits = model.logit_scale.exp() * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
     targets = (1 - smoothing) * targets + smoothing / len(images)
     return -(targets * (logits.log_softmax(dim=1) + logits.T.log_softmax(dim=1))).sum(dim=1) / 2
 
 
 def with_short_texts(batch, name, rows, length):
-    """Texts of some rows cut to `length` tokens."""
+    """The texts, those of some rows shortened to `length` tokens."""
     ids, mask = batch[f"{name}_input_ids"].clone(), batch[f"{name}_attention_mask"].clone()
     ids[rows, length - 1], ids[rows, length:], mask[rows, length:] = 2, 0, 0
     mask[rows, :length] = 1
@@ -809,7 +808,7 @@ def with_short_texts(batch, name, rows, length):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_rows_that_say_nothing_leave_finite_losses(objective):
+def test_empty_texts_leave_finite_losses(objective):
     batch = training_batch(objective)
     every = slice(None)
     batch = with_short_texts(with_short_texts(batch, "positive", every, 2), "negative", every, 2)
@@ -826,7 +825,7 @@ def test_rows_that_say_nothing_leave_finite_losses(objective):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-def test_rows_that_are_left_out_count_for_nothing():
+def test_empty_texts_have_no_loss():
     model = golden_model("InternVLForPreTraining").train()
     plain = model(**training_batch())
     logits = model.match(
@@ -842,7 +841,7 @@ def test_rows_that_are_left_out_count_for_nothing():
     assert_close(longer.loss_itm, losses[:3].mean(), **TOLERANCE)
     assert abs(three.loss_itm - longer.loss_itm) > 1e-4, "a text of three tokens counts"
 
-    # The last summary of the golden has five tokens: it is left out already.
+    # The golden's last summary has five tokens, so it is left out already.
     five = with_short_texts(training_batch(), "summarize", [1], 5)
     texts = summary_embeds(model, five["summarize_input_ids"])
     losses = smoothed_contrast(model, query_embeds(model), texts, torch.eye(4))
@@ -888,7 +887,7 @@ def test_losses_do_not_depend_on_the_padding(objective):
             assert_close(output[name], loss, **TOLERANCE)
 
 
-def test_retrieval_without_image_ids_has_a_row_of_its_own_each(own_model):
+def test_without_image_ids_each_row_is_its_own_class(own_model):
     model = golden_model("InternVLForRetrieval").train()
     batch = training_batch()
     own = model(**batch)
@@ -901,8 +900,8 @@ def test_retrieval_without_image_ids_has_a_row_of_its_own_each(own_model):
 # ------------------------------------------------------------------------------------------------------------- building
 
 
-def test_nothing_but_parameters(model):
-    """No buffers: on the meta device, from which models are loaded, those that are not saved come back as garbage."""
+def test_the_model_has_no_buffers(model):
+    """No buffers: loading starts on the meta device, where buffers that are not saved become garbage."""
     assert list(model.buffers()) == []
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
 
@@ -917,7 +916,7 @@ def test_builds_on_the_meta_device(class_name):
 
 
 def test_forward_on_the_meta_device():
-    """Shapes can be asked for without weights; nothing looks at values."""
+    """Shapes can be computed without weights; no code depends on values."""
     model = golden_model().to("meta")
     output = model(IDS.to("meta"), PIXELS.to("meta"), mode="InternVL-G")
     assert output.logits_per_image.shape == (4, 4) and output.logits_per_image.device.type == "meta"
@@ -971,10 +970,10 @@ def test_original_signatures():
     ]
 
 
-def test_a_rank_that_is_ready_goes_on_with_the_others(own_model, monkeypatch):
-    """With `synced_gpus` its cache grows and its ids do not; its steps are to run, whatever they give."""
+def test_a_finished_rank_continues_with_the_others(own_model, monkeypatch):
+    """With `synced_gpus` its cache grows and its ids do not; its steps must run, and their results are ignored."""
     expected = own_model.generate(PIXELS, PROMPTS, max_new_tokens=3, do_sample=False)
-    left = iter([1.0] * 7)  # another rank has four tokens more to write
+    left = iter([1.0] * 7)  # another rank has four more tokens to generate
 
     def other_ranks(flag, *arguments, **options):
         flag.fill_(next(left, 0.0))

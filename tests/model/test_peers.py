@@ -1,4 +1,4 @@
-"""Both towers against implementations that others maintain: transformers' own InternVL vision tower and LLaMA."""
+"""Both towers equal independent implementations: transformers' own InternVL vision tower and LLaMA."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ VISION_SIZES = {
     "num_hidden_layers": 3,
     "image_size": 56,
     "patch_size": 14,
-    "layer_norm_eps": 1e-6,  # the peer's qk-norm always has 1e-6
+    "layer_norm_eps": 1e-6,  # the peer's qk-norm always uses 1e-6
 }
 TEXT_SIZES = {
     "hidden_size": 64,
@@ -46,7 +46,7 @@ VISION_NAMES = {  # ours: the peer's
 
 @torch.no_grad()
 def randomised(model):
-    """Random values of every parameter, norms and scales included, so that none can go unnoticed."""
+    """Set every parameter, including norms and scales, to random values, so that each one affects the result."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim > 1
@@ -70,7 +70,7 @@ def vision_pair(qk_norm=True, bias=False):
             attention_bias=bias,
             norm_type="rms_norm",
             use_absolute_position_embeddings=True,
-            use_mean_pooling=True,  # means: no norm after the last layer
+            use_mean_pooling=True,  # that is, no norm after the last layer
             use_mask_token=False,
         )
     )
@@ -101,9 +101,9 @@ def test_vision_tower(qk_norm, bias, size):
     ours, peer = vision_pair(qk_norm, bias)
     pixels = torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(1))
     if size == (28, 112):
-        # As many patches as the table has, in another shape: the peer interpolates here as well.
+        # As many patches as in the table, in another shape: the peer interpolates here too.
         assert (size[0] // 14) * (size[1] // 14) == (56 // 14) ** 2
-    peer_states = []  # by hooks: on 4.57 the peer refuses `output_hidden_states`
+    peer_states = []  # with hooks, because on 4.57 the peer refuses `output_hidden_states`
     for module in (peer.embeddings, *peer.encoder.layer):
         module.register_forward_hook(lambda _module, _inputs, output: peer_states.append(first_tensor(output)))
     expected = peer(pixels).last_hidden_state
@@ -160,7 +160,7 @@ def test_causal_text(text_pair):
     ids = token_ids(3, 100)
     actual, expected = ours(ids, output_hidden_states=True), peer(ids, output_hidden_states=True)
     assert_close(actual.logits, expected.logits, **TOLERANCE)
-    for index in range(TEXT_SIZES["num_hidden_layers"]):  # the peer's last entry has the final norm
+    for index in range(TEXT_SIZES["num_hidden_layers"]):  # the peer applies the final norm to its last entry
         assert_close(actual.hidden_states[index], expected.hidden_states[index], **TOLERANCE)
 
 
@@ -176,8 +176,8 @@ def test_padded_text(text_pair, side):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
-def test_cached_text_in_pieces(text_pair, side):
-    """Padding, a cache and pieces of several tokens at once."""
+def test_cached_text_in_chunks(text_pair, side):
+    """Padding and a cache, several tokens per call."""
     ours, peer = text_pair
     ids, mask = padded(side)
     expected = peer(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
@@ -192,7 +192,7 @@ def test_cached_text_in_pieces(text_pair, side):
 
 @torch.no_grad()
 def test_greedy_decoding(text_pair):
-    """Step by step with a cache, as against the peer's own `generate`."""
+    """Decoding step by step with a cache equals the peer's `generate`."""
     ours, peer = text_pair
     ids, mask = padded("left")
     arguments = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False}
@@ -205,7 +205,7 @@ def test_greedy_decoding(text_pair):
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         output = ours(tokens[-1], attention_mask=mask, past_key_values=output.past_key_values, use_cache=True)
     assert torch.cat(tokens, dim=1).tolist() == expected[:, ids.shape[1] :].tolist()
-    assert len({tuple(row) for row in torch.cat(tokens, dim=1).tolist()}) == 3, "three texts that go on differently"
+    assert len({tuple(row) for row in torch.cat(tokens, dim=1).tolist()}) == 3, "the three texts continue differently"
 
 
 def test_text_gradients(text_pair):

@@ -1,4 +1,4 @@
-"""What makes the model fast changes no result: pictures seen once, padding not computed, prompts once per picture."""
+"""Optimisations change no result: images are encoded once, padding is skipped, prompts run once per image."""
 
 import pytest
 import torch
@@ -6,15 +6,14 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoProcessor
 
-from conftest import TOLERANCE, golden, golden_config, golden_model, load, make_repository, repo_class
+from conftest import TOLERANCE, golden, golden_config, golden_model, repo_class
 
 MODES = ("InternVL-C", "InternVL-G")
 
 
 class Calls:
-    """How often modules ran, and on how many positions."""
+    """Counts how often modules ran, and on inputs of which shape."""
 
     def __init__(self, *modules: nn.Module):
         self.sizes: list[tuple[int, ...]] = []
@@ -41,11 +40,11 @@ def texts(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, ids > 0
 
 
-# ------------------------------------------------------------------------------------------------ pictures seen once
+# ----------------------------------------------------------------------------------------------- images encoded once
 
 
 @torch.no_grad()
-def test_what_was_seen_serves_every_call_with_the_same_results(model, inputs):
+def test_look_at_gives_every_call_the_same_results(model, inputs):
     pixels, (ids, mask) = inputs["pixel_values"], texts(4, 7)
     wanted = [
         *(model.embed_image(pixels, mode) for mode in MODES),
@@ -71,12 +70,12 @@ def test_what_was_seen_serves_every_call_with_the_same_results(model, inputs):
 
     for one, other in zip(found, wanted, strict=True):
         assert_close(one, other, rtol=0, atol=0)
-    assert len(towers.sizes) == 1 and len(queries.sizes) == 1 + len(pixels)  # matching runs them with every text
+    assert len(towers.sizes) == 1 and len(queries.sizes) == 1 + len(pixels)  # matching runs the queries with every text
     assert all(map(torch.equal, keys, (layer.keys for layer in seen.query_cache.layers)))
 
 
 @torch.no_grad()
-def test_pictures_seen_without_queries_run_them_when_they_are_needed(model, inputs):
+def test_queries_run_when_they_are_needed_after_look_at(model, inputs):
     pixels = inputs["pixel_values"]
     seen = model.look_at(pixels, queries=False)
     assert seen.query_states is None and seen.query_cache is None
@@ -86,13 +85,13 @@ def test_pictures_seen_without_queries_run_them_when_they_are_needed(model, inpu
     assert torch.equal(model.generate(seen, max_new_tokens=5), model.generate(pixels, max_new_tokens=5))
 
 
-def test_only_pictures_can_be_looked_at(model, inputs):
+def test_look_at_takes_only_images(model, inputs):
     for what in (None, "a.png", model.look_at(inputs["pixel_values"], queries=False)):
         with pytest.raises(TypeError, match=f"`pixel_values` must be a tensor.*{type(what).__name__}"):
             model.look_at(what)
 
 
-def test_a_model_without_queries_cannot_run_them():
+def test_a_model_without_queries_refuses_them():
     config = golden_config()
     config.contrastive_only = True
     model = repo_class("modeling_internvl.InternVLModel")(config).eval()
@@ -113,20 +112,20 @@ def test_look_at_gives_the_original_features(model, inputs):
 
 @pytest.mark.parametrize("beams", [1, 3])
 @torch.no_grad()
-def test_several_prompts_for_one_picture(model, inputs, beams):
-    picture, (ids, mask) = inputs["pixel_values"][:1], texts(3, 6, 4)
+def test_several_prompts_for_one_image(model, inputs, beams):
+    image, (ids, mask) = inputs["pixel_values"][:1], texts(3, 6, 4)
     ids = ids.masked_fill(ids == 2, 5)  # a prompt does not end in </s>
     options = {"num_beams": beams, "max_new_tokens": 6, "min_new_tokens": 6}
-    alone = [model.generate(picture, row[None, :length], **options) for row, length in zip(ids, (3, 6, 4), strict=True)]
+    alone = [model.generate(image, row[None, :length], **options) for row, length in zip(ids, (3, 6, 4), strict=True)]
     towers, queries = Calls(model.vision_model), Calls(model.qllama.model.layers[0].cross_attn)
-    together = model.generate(picture, ids, mask, **options)
+    together = model.generate(image, ids, mask, **options)
     assert_close(together, torch.cat(alone), rtol=0, atol=0)
     assert len(towers.sizes) == len(queries.sizes) == 1
-    assert_close(model.generate(model.look_at(picture), ids, mask, **options), together, rtol=0, atol=0)
+    assert_close(model.generate(model.look_at(image), ids, mask, **options), together, rtol=0, atol=0)
 
 
 @torch.no_grad()
-def test_beams_cost_nothing_before_the_first_word(model, inputs):
+def test_beams_share_the_prompt(model, inputs):
     pixels, (ids, mask) = inputs["pixel_values"][:1], texts(5)
     layers, head = Calls(model.qllama.model.layers[0]), Calls(model.qllama.lm_head)
     model.generate(pixels, ids.masked_fill(ids == 2, 5), mask, num_beams=5, max_new_tokens=3, min_new_tokens=3)
@@ -135,7 +134,7 @@ def test_beams_cost_nothing_before_the_first_word(model, inputs):
     assert [size[:2] for size in head.sizes] == [(5, 1), (5, 1), (5, 1)]
 
 
-# --------------------------------------------------------------------------------------------- padding not computed
+# ------------------------------------------------------------------------------------------------ padding is skipped
 
 
 @torch.no_grad()
@@ -156,7 +155,7 @@ def test_columns_of_padding_are_not_computed(model):
 
 
 @torch.no_grad()
-def test_states_come_back_to_where_their_tokens_are(model):
+def test_states_return_to_the_positions_of_their_tokens(model):
     ids, mask = texts(4, 7, 2)
     wanted = model.get_text_features(ids, mask)
     holes = torch.zeros(3, 12, dtype=torch.long)
@@ -169,7 +168,7 @@ def test_states_come_back_to_where_their_tokens_are(model):
     assert_close(found[left > 0], wanted[mask], rtol=0, atol=0)
 
 
-# ------------------------------------------------------------------------------------------- texts of like length
+# --------------------------------------------------------------------------------------------- texts of similar length
 
 
 @torch.no_grad()
@@ -252,34 +251,25 @@ def test_texts_that_cannot_be_embedded(model, ids, options, error, words):
         model.embed_texts(ids, **options)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    repository = make_repository(tmp_path_factory.mktemp("speed") / "repository", weights="trained")
-    part = {"subfolder": "tiny"}
-    return load(repository, **part, dtype=torch.float32).eval(), load(repository, AutoProcessor, **part)
-
-
-def test_classes_are_embedded_whatever_the_processor_does_by_default(trained):
-    model, processor = trained
-    expected = model.embed_classes(processor, ["panda"])
+def test_embed_classes_ignores_the_default_task(tiny, processor):
+    expected = tiny.embed_classes(processor, ["panda"])
     processor.default_task = "caption"
     try:
-        assert_close(model.embed_classes(processor, ["panda"]), expected, rtol=0, atol=0)
+        assert_close(tiny.embed_classes(processor, ["panda"]), expected, rtol=0, atol=0)
     finally:
         processor.default_task = "embed"
     with pytest.raises(TypeError, match="`processor`.*InternVLTokenizer"):
-        model.embed_classes(processor.tokenizer, ["panda"])
+        tiny.embed_classes(processor.tokenizer, ["panda"])
 
 
-def test_classes_are_the_means_of_their_texts(trained):
-    model, processor = trained
+def test_classes_are_the_means_of_their_texts(tiny, processor):
     names, templates = ["panda", "狐狸", "a slice of pizza"], ["{}", "a photo of a {}", "{c}的图片"]
-    classes = model.embed_classes(processor, names, templates, max_tokens=40)
+    classes = tiny.embed_classes(processor, names, templates, max_tokens=40)
     assert not classes.requires_grad
     for name, embedding in zip(names, classes, strict=True):
-        alone = model.embed_text(**processor(text=[name, f"a photo of a {name}", f"{name}的图片"])).mean(0)
+        alone = tiny.embed_text(**processor(text=[name, f"a photo of a {name}", f"{name}的图片"])).mean(0)
         assert_close(embedding, nn.functional.normalize(alone, dim=-1), **TOLERANCE)
-    assert_close(model.embed_classes(processor, names), model.embed_text(**processor(text=names)), **TOLERANCE)
+    assert_close(tiny.embed_classes(processor, names), tiny.embed_text(**processor(text=names)), **TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -295,10 +285,9 @@ def test_classes_are_the_means_of_their_texts(trained):
         ((["panda"], "{}"), TypeError, "templates.*'{}'"),
     ],
 )
-def test_classes_that_cannot_be_embedded(trained, arguments, error, words):
-    model, processor = trained
+def test_classes_that_cannot_be_embedded(tiny, processor, arguments, error, words):
     with pytest.raises(error, match=words):
-        model.embed_classes(processor, *arguments)
+        tiny.embed_classes(processor, *arguments)
 
 
 # ---------------------------------------------------------------------------------------------------------- memory
@@ -317,7 +306,7 @@ class Operators(TorchDispatchMode):
 
 
 class Masks(TorchDispatchMode):
-    """Sizes of the bool and float tensors made that no layer's states explain: what a mask would be."""
+    """Records 4-D tensors whose last two sizes are in `sizes`, as those of a square mask."""
 
     def __init__(self, sizes):
         super().__init__()
@@ -331,7 +320,7 @@ class Masks(TorchDispatchMode):
 
 
 @torch.no_grad()
-def test_matching_texts_of_several_lengths_makes_no_square_mask(inputs):
+def test_matching_texts_of_several_lengths_allocates_no_square_mask(inputs):
     model = golden_model(attn_implementation="sdpa")
     ids, mask = texts(4, 7)
     length = model.config.num_query_token + 7

@@ -1,4 +1,4 @@
-"""A constant that stands in several files, because some are imported alone, is the same in all of them."""
+"""A constant that is repeated in several files, because some are imported alone, has the same value in all."""
 
 import ast
 import json
@@ -9,12 +9,12 @@ from transformers import AutoProcessor
 
 from conftest import ROOT
 
-# Files that are not imported together: a host loads `handler.py` and `sentence_transformers_internvl.py` by themselves.
+# Files that are not imported together: a host loads only `handler.py` or `sentence_transformers_internvl.py`.
 COPIES = {
     "MATCH_WEIGHT": ("handler.py", "examples/search_index.py", "tools/tiny/evaluate_tiny.py"),
     "MODES": ("handler.py", "modeling_internvl.py", "sentence_transformers_internvl.py"),
 }
-# Where the default prompt of captions stands as words.
+# Files that contain the default prompt of captions as text.
 PROMPTS = (
     "handler.py",
     "examples/embed_dataset.py",
@@ -25,7 +25,7 @@ PROMPTS = (
 
 
 def constants(path: Path) -> dict[str, object]:
-    """The literals that a module's top level gives names to."""
+    """The literals that are assigned to names at the top level of a module."""
     found = {}
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
@@ -48,7 +48,7 @@ def test_a_copy_that_differs_is_found(tmp_path):
 
 
 def test_the_default_prompt_is_the_same_in_words_and_in_ids():
-    """The processor's words, the config's ids, and the copies in programs that name a prompt of their own."""
+    """The processor's text, the config's ids, and the copies in programs."""
     prompt = constants(ROOT / "processing_internvl.py")["DEFAULT_PROMPT"]
     processor = AutoProcessor.from_pretrained(ROOT, subfolder="tiny", trust_remote_code=True)
     config = json.loads((ROOT / "tiny" / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""The preloaded interpreter of fresh.py: a fork of it behaves as the interpreter that it stands for."""
+"""A fork of the preloaded interpreter of fresh.py behaves like a new interpreter."""
 
 import json
 import os
@@ -19,13 +19,13 @@ print(json.dumps(state))
 """
 
 
-def test_a_fork_is_as_a_new_interpreter(tmp_path):
+def test_a_fork_is_like_a_new_interpreter(tmp_path):
     found, wanted = (json.loads(run(STATE, tmp_path, "a", 1).stdout) for run in (run_python, run_interpreter))
     assert found == wanted
     assert found["argv"] == ["-c", "a", "1"] and found["folder"] == str(tmp_path) and found["bare"] == []
 
 
-def test_a_script_is_run_as_the_command_does(tmp_path):
+def test_a_script_runs_as_from_the_command_line(tmp_path):
     (tmp_path / "beside.py").write_text("value = 3")
     script = tmp_path / "script.py"
     script.write_text("import sys, beside\nprint(__name__, __file__, sys.argv, beside.value)")
@@ -33,7 +33,7 @@ def test_a_script_is_run_as_the_command_does(tmp_path):
     assert done.stdout.split("\n")[0] == f"__main__ {script} {[str(script), 'x']} 3"
 
 
-def test_a_module_is_run_as_the_command_does(tmp_path):
+def test_a_module_runs_as_from_the_command_line(tmp_path):
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "module.py").write_text("import sys\nprint(__name__, __file__, sys.argv, sys.path[:2])")
     (tmp_path / "elsewhere").mkdir()
@@ -56,7 +56,7 @@ def test_a_module_is_run_as_the_command_does(tmp_path):
         ("import atexit, sys; atexit.register(print, 'end', file=sys.stderr)", 0, "end\n"),
     ],
 )
-def test_how_it_ends(tmp_path, code, status, said):
+def test_return_codes(tmp_path, code, status, said):
     done = run_fork(["-c", code], tmp_path)
     assert done.returncode == status and done.stderr.endswith(said) and bool(done.stderr) == bool(said)
 
@@ -75,12 +75,12 @@ print(sys.modules[type(AutoConfig.from_pretrained(sys.argv[1], trust_remote_code
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="counts threads as Linux shows them")
 def test_the_server_has_imported_everything_and_started_no_thread(tmp_path):
-    """A fork has the thread that forked alone: what waits for another one would wait for ever."""
+    """A fork has only the thread that forked; waiting for another thread would never end."""
     code = "import os, sys; print(len(os.listdir(f'/proc/{os.getppid()}/task')), 'transformers' in sys.modules)"
     assert run_python(code, tmp_path).stdout == "1 True\n"
 
 
-def test_what_hangs_is_an_error_and_is_stopped(tmp_path):
+def test_a_script_that_hangs_is_stopped_with_an_error(tmp_path):
     server = Server()
     request = {"command": ["-c", "while True: pass"], "folder": str(tmp_path)}
     request |= {"stdout": str(tmp_path / "o"), "stderr": str(tmp_path / "e"), "environment": dict(os.environ)}

@@ -1,4 +1,4 @@
-"""docs/model.md: headings that comments cite exist, and its table holds the parameters of the published checkpoint."""
+"""docs/model.md has the headings that comments cite, and a table of the published checkpoint's parameters."""
 
 import json
 import re
@@ -28,8 +28,8 @@ def cited_headings(text: str) -> set[str]:
 
 
 def expanded(name: str) -> list[str]:
-    """What bash makes of the braces in a name; none are nested."""
-    parts = re.split(r"\{([^{}]*)\}", name)  # what stands in braces has odd indices
+    """Expand braces in a name as bash does; they are not nested."""
+    parts = re.split(r"\{([^{}]*)\}", name)  # odd indices are inside braces
     return ["".join(each) for each in product(*(choices(part) if i % 2 else [part] for i, part in enumerate(parts)))]
 
 
@@ -59,12 +59,12 @@ def test_cited_headings_exist(page):
 
 
 def test_a_citation_names_a_heading():
-    """`docs/model.md` alone is a link; a comma behind it announces a heading."""
+    """`docs/model.md` alone is a link; a comma after it begins a list of headings."""
     for name, text in text_files().items():
         assert len(re.findall(r"docs/model\.md,", text)) == len(CITATION.findall(text)), name
 
 
-def test_nothing_cites_what_is_not_in_the_repository():
+def test_nothing_cites_a_file_outside_the_repository():
     old = re.compile(r"\bSP" + r"EC\b")
     assert not [name for name, text in text_files().items() if old.search(text)]
 
@@ -82,11 +82,11 @@ def test_the_counts(page, published):
 
 def test_the_table_of_parameters(page, published):
     table = parameters_in_table(page)
-    assert len(table) == len(dict(table)), "a name stands in two rows"
+    assert len(table) == len(dict(table)), "a name is in two rows"
     assert dict(table) == published
 
 
-def test_the_readers_of_the_page():
+def test_the_parsers_of_the_page():
     assert cited_headings('see docs/model.md, "A b" and "C", "D"; docs/model.md') == {"A b", "C"}
     assert expanded("a.{0..4..2}.{b,c}") == ["a.0.b", "a.0.c", "a.2.b", "a.2.c", "a.4.b", "a.4.c"]
     rows = "## Parameters\n\n| name | shape |\n|---|---|\n| `a{1,2}` (both) | 3 x 4 |\n| `b` | scalar |\n"

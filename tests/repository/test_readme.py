@@ -1,4 +1,4 @@
-"""README.md is true: its Python runs from top to bottom, and what its text names is there."""
+"""README.md is true: its Python runs from top to bottom, and all files and targets that it names exist."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from conftest import LAST_RESORT, ROOT
 README = ROOT / "README.md"
 PAGES = ("README.md", "CONTRIBUTING.md")
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```\s*$", re.DOTALL | re.MULTILINE)
-# A path is something with a slash or an ending that this repository uses, of plain characters.
+# A path consists of plain characters and has a slash, or an ending that this repository uses.
 ENDINGS = "py|json|md|model|safetensors|png|txt|ini|toml|yml|yaml"
 PLANS = re.compile("<!-- results:plans -->.*?<!-- /results:plans -->", re.DOTALL)
 PATH = re.compile(rf"(?<![\w/.:@-])((?:[\w-]+/)+[\w.-]*[\w/]|[\w-][\w.-]*\.(?:{ENDINGS}))(?![\w/])")
@@ -41,7 +41,7 @@ def make_targets(makefile: str) -> set[str]:
 
 
 def named_make_targets(text: str) -> set[str]:
-    """Targets of every `make X` in code, inline or fenced; prose about making something is none."""
+    """Targets of every `make X` in code, inline or fenced, but not in prose."""
     code = [*re.findall(r"`([^`\n]+)`", FENCE.sub("", text)), *(block for _, block in FENCE.findall(text))]
     lines = [line.strip() for each in code for line in each.splitlines()]
     calls = [re.match(r"(?:\$ )?make((?: [\w-]+)+)", line) for line in lines]
@@ -60,7 +60,7 @@ def named_paths(text: str) -> set[str]:
 
 
 def is_local(path: str) -> bool:
-    """Whether a path starts at something of this repository; "OpenGVLab/InternVL-14B-224px" does not."""
+    """Whether a path begins with a name of this repository; "OpenGVLab/InternVL-14B-224px" does not."""
     first = path.split("/")[0]
     return "/" not in path or (ROOT / first).exists() or first in {"tools", "tests", "tiny", "examples"}
 
@@ -70,7 +70,7 @@ def readme() -> str:
     return README.read_text()
 
 
-# What the readers' environment (`make venv`) has not got and the tests' has: as if they were not installed.
+# Packages of the tests' environment that the readers' environment (`make venv`) lacks. They are hidden.
 HIDDEN = "torchao bitsandbytes ray gradio mteb selenium matplotlib webdataset pycocoevalcap resvg_py pytest"
 RUNNER = """
 import json, sys, traceback
@@ -97,18 +97,18 @@ needs_weights = pytest.mark.skipif(
 
 
 def python_blocks(text: str, package: str = "") -> list[tuple[int, str]]:
-    """Line and code of the blocks that name this package as their need; without one, of those that name none."""
+    """Line and code of the blocks that need this package; by default, of the blocks that name none."""
     found = [match for match in FENCE.finditer(text) if match[1] == "python"]
     needs = [match[0].splitlines()[0].removeprefix("```python").strip() for match in found]
     return [(text[: match.start(2)].count("\n"), match[2]) for match, need in zip(found, needs) if need == package]
 
 
 def run_blocks(numbered: list[tuple[int, str]], folder: Path, hidden: str) -> None:
-    """In one namespace, from the repository's root, without network; a failure names the block and its line."""
+    """Run them in one namespace, at the repository's root, without network; a failure names the block and its line."""
     (folder / "blocks.json").write_text(json.dumps(numbered))
     (folder / "runner.py").write_text(NO_NETWORK + RUNNER)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules")}
-    environment["PYTHONPATH"] = str(ROOT)  # as a reader's interpreter has the folder that it was started in
+    environment["PYTHONPATH"] = str(ROOT)  # like the current folder of a reader's interpreter
     before = repository_files()
     command = [sys.executable, str(folder / "runner.py"), str(folder / "blocks.json"), hidden]
     options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": LAST_RESORT, "cwd": ROOT}
@@ -126,7 +126,7 @@ def test_python_blocks_run_in_order(readme, tmp_path):
 
 @needs_weights
 def test_the_block_that_needs_torchao(readme, tmp_path):
-    """Behind the first block, which loads the model and says where it is."""
+    """It runs after the first block, which loads the model and defines its path."""
     (block,) = python_blocks(readme, "torchao")
     run_blocks([python_blocks(readme)[0], block], tmp_path, "")
 
@@ -135,7 +135,7 @@ def test_every_python_block_is_run(readme):
     assert len(blocks(readme, "python")) == len(python_blocks(readme)) + len(python_blocks(readme, "torchao"))
 
 
-def test_what_readers_install_is_what_is_tested():
+def test_readers_install_the_tested_versions():
     wanted = (ROOT / "examples" / "requirements.txt").read_text("utf-8").splitlines()
     tested = (ROOT / "tests" / "requirements.txt").read_text("utf-8").splitlines()
     assert not [line for line in wanted if not line.startswith("#") and line not in tested]
@@ -182,7 +182,7 @@ def test_the_citation_is_that_of_the_readme(readme):
     assert found == dict(re.findall(r"(\w+) += \{(.*)\}", blocks(readme, "bibtex")[0]))
 
 
-def test_the_readers_of_the_readme_see_what_they_should():
+def test_the_parsers_of_the_readme():
     text = (
         "See `tools/absent.py`, [here](docs/gone.md#part), `make absent` and https://x.org/tools/no.py.\n"
         "To make sense of `repo/model` read `modeling_x.py`; `OpenGVLab/InternVL` is elsewhere.\n"

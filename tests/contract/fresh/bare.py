@@ -1,4 +1,4 @@
-"""Use the model where only its requirements can be imported, as after the README's install command."""
+"""Use the model with only its requirements importable, as after the README's install command."""
 
 import sys
 

@@ -8,7 +8,7 @@ from typing import Any
 from report import PICTURES, TRAINED, finish, part
 
 CARD = runpy.run_path(str(Path(__file__).resolve().parents[2] / "published_card.py"))["MODEL_CARD"]
-# It ends with a caption, which is a part of its own: a release may break that alone.
+# It ends with a caption, which is a separate part, because a release may break only captions.
 COMPARISON, CAPTION = CARD.split("# please set add_eos_token", 1)
 for number, name in enumerate(("panda", "fox", "bicycle"), 1):
     shutil.copy(PICTURES / f"{name}.png", f"image{number}.png")

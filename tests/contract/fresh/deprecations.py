@@ -32,7 +32,7 @@ from report import TRAINED, WORK, finish, image_paths, part  # noqa: E402
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, GenerationConfig, pipeline  # noqa: E402
 from transformers.dynamic_module_utils import get_class_from_dynamic_module  # noqa: E402
 
-# Recorded from here on: what the libraries warn of while importing each other is their own.
+# Recording begins here: warnings while the libraries import each other are not ours.
 warnings.showwarning = keep_warning
 warnings.simplefilter("always")
 transformers.logging.set_verbosity_warning()

@@ -1,4 +1,4 @@
-"""Helpers of the scripts in this folder. It imports torch late, so that it hides no missing import of the code."""
+"""Helpers of the scripts in this folder. torch is imported late, so that it hides no missing import of the code."""
 
 import hashlib
 import json
