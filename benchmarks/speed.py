@@ -3,7 +3,7 @@
 Run by whoever changes what the model computes or how (`make bench`).
 
     python -m benchmarks.speed               # everything, in less than 15 minutes on 2 quiet cores
-    python -m benchmarks.speed vision match  # some sections; of the others the last results are kept
+    python -m benchmarks.speed vision match  # some sections; the last results of the others are kept
 
 Needs tests/requirements.txt.
 """
@@ -11,15 +11,12 @@ Needs tests/requirements.txt.
 import argparse
 import copy
 import json
-import os
-import platform
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
-from importlib.metadata import version
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +29,10 @@ from transformers.utils import logging
 
 from benchmarks import measuring as m
 from benchmarks import quantised_accuracy as accuracy
-from benchmarks.measuring import BEAMS, PROMPT, QUERIES, WIDTH, Row, in_turn, pixels, prompts, written
+from benchmarks import this_machine
+from benchmarks.measuring import BEAMS, PROMPT, QUERIES, ROOT, WIDTH, Row, in_turn, pixels, prompts, written
 from tools.pages import put, table
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 MEASURED = ROOT / "benchmarks" / "speed.json"
 CURVES = ROOT / "benchmarks" / "curves.png"
@@ -44,56 +41,43 @@ HEAD = ("work", "figure", "value", "spread", "target", "met")
 INTRODUCTION = """\
 # How fast
 
-Written by `python -m benchmarks.speed` (`make bench`). `A / B` is a ratio of times within one run: what is
-compared runs in turn, A B A B ..., and the fastest run of A is divided by the fastest of B, since what else happens on
-a machine only adds time. The spread is that of runs next to each other; on a machine that others share, a difference
-of less than that between two runs of this command, some percent, means nothing. All models have the published widths,
-two layers a tower, random weights, float32, unless said.
+Written by `python -m benchmarks.speed` (`make bench`). `A / B` is a ratio of times within one run. The two run
+alternately, A B A B ..., and the fastest run of A is divided by the fastest of B, since other processes only add time.
+The spread is that of neighbouring runs; on a shared machine, smaller differences between two runs of this command, a
+few percent, mean nothing. Unless stated otherwise, models have the published widths, two layers a tower and random
+weights in float32.
 
-* `products`: the matrix products of the same work alone, every Linear and convolution that ran, with its weights and
+* `products`: the matrix products of the same work alone: every Linear and convolution that ran, with its weights and
   the shape of its input, and the two products of every attention.
-* `original`: the published implementation's way of doing the work, through this model: texts padded to 80, beams made
-  before the queries run, logits at every position. It is this model's own layers that do it, so they are faster there
-  than the original's were.
-* `transformers`: its own `InternVLVisionModel` (with qk-norm) and `LlamaForCausalLM`, of the same sizes, the same
-  weights in the same memory, with SDPA.
-* Targets are what the project set itself before it measured; `no` with a ratio of 1.00 to 1.03 is a difference that
-  lies within the spread.
-* Two layers a tower are not the 14B's 48 and 32: there the vision tower is a larger part of captions and zero-shot
-  calls, and the language head, here a third of a decoding step, next to nothing.
+* `original`: the work as the published implementation does it, with this model: texts padded to 80, beams made before
+  the queries run, logits at every position. Its layers are this model's, which are faster than the original's.
+* `transformers`: its own `InternVLVisionModel` (with qk-norm) and `LlamaForCausalLM`, of the same sizes and with the
+  same weights in the same memory, with SDPA.
+* The project set the targets before it measured. A ratio of 1.00 to 1.03 that misses its target is within the spread.
+* The 14B has 48 and 32 layers instead of two. There the vision tower is a larger part of captions and zero-shot calls,
+  and the language head, here a third of a decoding step, takes next to no time.
 """
 
 
 @dataclass
 class Bench:
-    """The rows and notes of a section, and the models, made when they are first needed."""
+    """The rows and notes of a section, and the models, built at their first use."""
 
     rounds: int
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    made: dict[str, nn.Module] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def model(self) -> Any:
-        if "joint" not in self.made:
-            self.made["joint"] = m.filled(m.joint_model())
-        return self.made["joint"]
+        return m.with_random_weights(m.joint_model().float())
 
-    @property
+    @cached_property
     def vision_peer(self) -> Any:
-        if "vision" not in self.made:
-            self.made["vision"] = m.sharing_weights(
-                m.vision_peer(self.model.config.vision_config), self.model.vision_model.state_dict()
-            )
-        return self.made["vision"]
+        return m.vision_peer_of(self.model)
 
-    @property
+    @cached_property
     def text_peer(self) -> Any:
-        if "text" not in self.made:
-            self.made["text"] = m.sharing_weights(
-                m.text_peer(self.model.config.qllama_config), self.model.qllama.state_dict()
-            )
-        return self.made["text"]
+        return m.text_peer_of(self.model)
 
     def add(self, row: Row) -> None:
         print("   ", " | ".join(row.cells()), flush=True)
@@ -117,10 +101,10 @@ def vision(bench: Bench) -> None:
             "transformers": lambda i=images: peer(i),
         }
         times = in_turn(ways, bench.rounds if batch > 1 else 2 * bench.rounds)
-        headline = "the vision encoder on 4 pictures takes {} x the time of its matrix products alone" if target else ""
+        headline = "the vision encoder on 4 images takes {} x the time of its matrix products alone" if target else ""
         bench.ratio(f"batch {batch}, 224 px", times, "ours", "products", target, headline)
         bench.ratio(f"batch {batch}, 224 px", times, "ours", "transformers", "<= 1")
-        # The one difference in products: the checkpoint has queries, keys and values in one weight.
+        # The products differ in one place: the checkpoint has queries, keys and values in one weight.
         weight, states = model.encoder.layers[0].attn.qkv.weight, torch.randn(batch * 257, m.VISION_WIDTH)
         ways = {
             "in one": partial(F.linear, states, weight),
@@ -134,8 +118,8 @@ def vision(bench: Bench) -> None:
     listed = sorted(((share, name) for name, share in shares.items() if share > 0.001), reverse=True)
     bench.notes.append(f"Profile, batch 4: {', '.join(f'{name} {share:.1%}' for share, name in listed)}.")
     bench.notes.append(
-        "The checkpoint keeps the weights of queries, keys and values in one; three products of a third, which is what "
-        "transformers' tower does, are faster by the ratio above in this machine's MKL."
+        "The checkpoint has queries, keys and values in one weight. transformers' tower computes three products with a "
+        "third of it each, which this machine's MKL does faster by the ratio above."
     )
 
 
@@ -187,7 +171,7 @@ KINDS = ("red", "blue", "green", "old", "young", "small", "large", "flying", "sl
 
 
 def class_names(count: int) -> list[str]:
-    """So many names of one to five words."""
+    """Names of one to five words."""
     examples = json.loads((ROOT / "examples" / "pictures" / "examples.json").read_text("utf-8"))
     nouns = [example["name"]["en"] for example in examples]
     with_kind = [f"{kind} {noun}" for kind in KINDS for noun in nouns]
@@ -232,9 +216,7 @@ def zero_shot(bench: Bench) -> None:
     times, work = in_turn(ways, 2), f"{len(names)} names x {len(TEMPLATES)} templates, and one image"
     bench.ratio(work, times, "text side", "its products", "<= 1.1")
     bench.ratio(work, times, "original, each call", "first call")
-    headline = (
-        f"zero-shot with {len(names)} names x {len(TEMPLATES)} templates: {{}} x faster from the second picture on"
-    )
+    headline = f"zero-shot with {len(names)} names x {len(TEMPLATES)} templates: {{}} x faster from the second image on"
     bench.ratio(work, times, "original, each call", "further call", "", headline)
 
 
@@ -274,11 +256,11 @@ def caption(bench: Bench) -> None:
         }
         least = {way: min(took) for way, took in in_turn(alone, 1, warm=False).items()}
         bound = (least["original"] + least["vision tower"]) / (least["ours"] + least["vision tower"])
+        share = min(times["vision tower"]) / min(times["ours, all"])
         bench.notes.append(
-            f"{what}: of ours with the vision tower, {min(times['vision tower']) / min(times['ours, all']):.0%} is the "
-            f"vision tower, which both ways run alike. The matrix products alone, of both ways with the vision tower, "
-            f"are to each other as {bound:.2f} to 1: more than that only what is no product could give. Of that the "
-            f"original had more than this model's layers, which stand for it here."
+            f"{what}: the vision tower takes {share:.0%} of our time, and both ways run the same one. By their matrix "
+            f"products alone, vision tower included, the ratio is {bound:.2f}; only other work can raise it, and the "
+            f"original had more of that than this model's layers, which represent it here."
         )
 
     with m.Products(model.qllama) as products:
@@ -298,23 +280,23 @@ def caption(bench: Bench) -> None:
 
 
 def sharing(bench: Bench) -> None:
-    """Pictures seen once for several calls"""
+    """Images seen once for several calls"""
     model, image, several, options = bench.model, pixels(1), prompts(4), written(4, beams=1)
 
-    def three_calls(picture: Any) -> None:
-        model.generate(picture, several[:1], **options)
-        model.embed_image(picture, "InternVL-G")
-        model.match(picture, m.ids(1, 12))
+    def three_calls(seen: Any) -> None:
+        model.generate(seen, several[:1], **options)
+        model.embed_image(seen, "InternVL-G")
+        model.match(seen, m.ids(1, 12))
 
     ways = {
         "apart": lambda: [model.generate(image, prompt, **options) for prompt in several.split(1)],
         "together": lambda: model.generate(image, several, **options),
     }
-    headline = "4 prompts on one picture in one call: {} x faster than in four calls"
+    headline = "4 prompts on one image in one call: {} x faster than in four calls"
     bench.ratio("4 prompts on one image, 4 tokens each", in_turn(ways, 2), "apart", "together", "", headline)
     ways = {"apart": lambda: three_calls(image), "with `look_at`": lambda: three_calls(model.look_at(image))}
     work = "caption of 4 tokens, InternVL-G embedding and match of one image"
-    headline = "caption, embedding and match of one picture with `look_at`: {} x faster than without"
+    headline = "caption, embedding and match of one image with `look_at`: {} x faster than without"
     bench.ratio(work, in_turn(ways, 2), "apart", "with `look_at`", "", headline)
 
 
@@ -338,14 +320,16 @@ def match(bench: Bench) -> None:
 def operators(bench: Bench) -> None:
     """Operators launched per layer, on a simulated card"""
 
-    def vision_peer(layers: int) -> Any:
-        return m.vision_peer(m.joint_config(layers).vision_config)
-
     def text_peer(layers: int) -> Any:
         return m.text_peer(m.joint_config(layers).qllama_config).model
 
     kinds: dict[str, tuple[Any, Any, Any, str]] = {
-        "vision": (lambda n: m.joint_model(n).vision_model, vision_peer, m.run_vision, "<= 13"),
+        "vision": (
+            lambda n: m.joint_model(n).vision_model,
+            lambda n: m.vision_peer(m.joint_config(n).vision_config),
+            m.run_vision,
+            "<= 13",
+        ),
         "text": (lambda n: m.joint_model(n).qllama.model, text_peer, m.run_text, "<= 24"),
         "decoding": (lambda n: m.joint_model(n).qllama.model, text_peer, m.run_decoding, "<= 26"),
     }
@@ -356,11 +340,11 @@ def operators(bench: Bench) -> None:
             count = m.operators_per_layer(peer, run, dtype)[0].total()
             bench.add(Row(name, f"transformers, {str(dtype).removeprefix('torch.')}", count))
         listed = ", ".join(f"{count:g} {kind}" for kind, count in sorted(found.items()))
-        also = f" CUDA's norm also copies {copies:g} inputs that do not lie in a row." if copies else ""
+        also = f" CUDA's norm also copies {copies:g} inputs that are not contiguous." if copies else ""
         bench.notes.append(f"{name}: {listed}.{also}")
     bench.notes.append(
-        "Counted are the operators that torch dispatches, without views. `rms_norm` and attention are one each, as on "
-        "CUDA; what these kernels launch inside was not observed: there is no card here. Ours are the same in float32."
+        "The counts are of the operators that torch dispatches, without views. `rms_norm` and attention count as one "
+        "each, as on CUDA; what these kernels launch inside is not known without a card. Ours are the same in float32."
     )
 
 
@@ -384,9 +368,6 @@ def memory(bench: Bench) -> None:
     def match(model: Any, texts: int, length: int) -> torch.Tensor:
         return model.match(images(1), **ids(texts, length), all_pairs=True)
 
-    def beam_cache(beams: int) -> float:
-        return beams * 2 * m.LAYERS * WIDTH * (QUERIES + PROMPT + 10) * 2 / 1e6
-
     calls: list[tuple[str, tuple[Any, Any], Callable[[Any, Any], Any]]] = [
         ("vision encoder, batch", (4, 8), lambda model, n: model.vision_model(images(n))),
         ("vision encoder, tokens", (1025, 4097), lambda model, n: model.vision_model(pixel_embeds=tokens(n))),
@@ -406,11 +387,11 @@ def memory(bench: Bench) -> None:
     peaks = [m.peak_megabytes(lambda model, n=n: write(model, n)) for n in beams]
     for size, peak in zip(beams, peaks, strict=True):
         bench.add(Row(f"caption of 10 tokens, beams: {size}", "MB", peak))
-    growth = beam_cache(beams[1]) - beam_cache(beams[0])
+    growth = (beams[1] - beams[0]) * 2 * m.LAYERS * WIDTH * (QUERIES + PROMPT + 10) * 2 / 1e6  # keys, values; 2 bytes
     bench.add(Row("caption", "growth with beams / growth of their caches", (peaks[1] - peaks[0]) / growth))
     bench.notes.append(
-        "Beyond the caches, what grows with beams is one layer's cache while it is extended, here one of two layers, "
-        "and the scores of all words."
+        "Beyond the caches, one layer's cache while it is extended (here one of two layers) and the scores of all "
+        "tokens grow with beams."
     )
 
 
@@ -437,7 +418,7 @@ def int8(bench: Bench) -> None:
         "vision encoder, batch 4": (">= 2.5", lambda each: each.vision_model(pixels(4)).last_hidden_state),
         "vision encoder, batch 1": ("", lambda each: each.vision_model(pixels(1)).last_hidden_state),
         "4 texts of 12 tokens": (">= 2.5", lambda each: each.embed_text(m.ids(4, 12))),
-        "the queries over 4 pictures": (">= 2.5", lambda each: each._query_states(states)),
+        "the queries over 4 images": (">= 2.5", lambda each: each._query_states(states)),
         "decoding, 5 rows": (
             ">= 2",
             lambda each: each.qllama.model(input_ids=step, cache=cache_of[each], use_cache=True)[0],
@@ -449,8 +430,8 @@ def int8(bench: Bench) -> None:
         headline = f"int8 on a CPU, {work}{also}: {{}} x faster than float32"
         bench.ratio(work, in_turn(ways, bench.rounds - 1), "float32", "int8", target, headline)
     bench.notes.append(
-        f"Quantising and all compiling took {time.perf_counter() - start:.0f} s, the runs included. `decoding` is the "
-        "decoder's layers; the language head stays in float32, and with two layers it would be a third of a step."
+        f"Quantising, compiling and these runs took {time.perf_counter() - start:.0f} s. `decoding` is the decoder's "
+        "layers; the language head stays in float32, and with two layers it would be a third of a step."
     )
     options = {"quantization_config": TorchAoConfig(Int8DynamicActivationInt8WeightConfig())}
     with tempfile.TemporaryDirectory() as folder:
@@ -465,9 +446,9 @@ def int8(bench: Bench) -> None:
     for name, each in zip(("float32", "int8"), pairs, strict=True):
         embeds = accuracy.outputs(each, accuracy.tiny_inputs())
         images, texts = embeds["image, InternVL-G"], embeds["text"].unflatten(0, (3, -1))
-        nearest = (images @ texts.transpose(1, 2)).argmax(-1)  # [languages, pictures]
+        nearest = (images @ texts.transpose(1, 2)).argmax(-1)  # [languages, images]
         right = (nearest == torch.arange(len(images))).sum()
-        work = f"tiny/, {nearest.numel()} searches for the names of the example pictures"
+        work = f"tiny/, {nearest.numel()} searches for the names of the example images"
         bench.add(Row(work, f"found by {name}", int(right)))
     bench.notes.append("`python -m tools.tiny.evaluate_tiny --int8` measures the whole table of tiny/ with int8.")
 
@@ -548,27 +529,26 @@ def curves(bench: Bench) -> None:
     model = bench.model
     seen = model.look_at(pixels(1), queries=False)
     series: dict[str, tuple[tuple[int, ...], Callable[[int], Any]]] = {
-        "encoder: pictures": ((1, 2, 4, 8), lambda n: model.vision_model(pixels(n))),
+        "encoder: images": ((1, 2, 4, 8), lambda n: model.vision_model(pixels(n))),
         "encoder: side in pixels": ((224, 448, 896), lambda n: model.vision_model(pixels(1, n))),
         "text: tokens of one text": ((4, 8, 16, 32, 80, 160, 320), lambda n: model.embed_text(m.ids(1, n))),
         "caption of 4 tokens: beams": ((1, 2, 5, 10), lambda n: model.generate(seen, prompts(1), **written(4, n))),
         "caption of 4 tokens: prompts": ((1, 2, 4, 8), lambda n: model.generate(seen, prompts(n), **written(4, 1))),
     }
-    drawn: dict[str, list[tuple[int, float, float]]] = {}
+    points: dict[str, list[tuple[int, float, float]]] = {}
     for name, (sizes, work) in series.items():
-        drawn[name] = []
+        points[name] = []
         for size in sizes:
             ways = {
                 "ours": lambda n=size, work=work: work(n),
                 "products": m.products_of(model, lambda n=size, work=work: work(n)),
             }
             times = in_turn(ways, 3 if name.startswith("text") else 1, warm=False)
-            drawn[name].append((size, min(times["ours"]), min(times["products"])))
-        print("   ", name, [f"{x}: {a:.2f} s, {b:.2f}" for x, a, b in drawn[name]], flush=True)
-        seconds = "; ".join(f"{size}: {ours:.2f}, {products:.2f}" for size, ours, products in drawn[name])
-        bench.notes.append(f"{name}, seconds of ours and of the products: {seconds}.")
-    draw(drawn)
-    bench.notes.append(f"![Seconds by size; what the matrix products take is drawn in]({CURVES.name})")
+            points[name].append((size, min(times["ours"]), min(times["products"])))
+        seconds = "; ".join(f"{size}: {ours:.2f}, {products:.2f}" for size, ours, products in points[name])
+        print(f"    {name}, seconds of ours and of the products: {seconds}.", flush=True)
+    draw(points)
+    bench.notes.append(f"![Seconds by size, beside those of the matrix products alone]({CURVES.name})")
 
 
 def draw(series: dict[str, list[tuple[int, float, float]]]) -> None:
@@ -588,36 +568,16 @@ def draw(series: dict[str, list[tuple[int, float, float]]]) -> None:
     figure.savefig(CURVES, dpi=90)
 
 
-SECTIONS: dict[str, Callable[[Bench], None]] = {
-    section.__name__: section
-    for section in (
-        vision,
-        text,
-        embedding,
-        zero_shot,
-        caption,
-        sharing,
-        match,
-        int8,
-        compiled,
-        operators,
-        memory,
-        overhead,
-        curves,
-    )
-}
+ALL = (vision, text, embedding, zero_shot, caption, sharing, match, int8, compiled, operators, memory, overhead, curves)
+SECTIONS: dict[str, Callable[[Bench], None]] = {section.__name__: section for section in ALL}
 
 
 # ---------------------------------------------------------------------------------------------------------- report
 
 
 def machine() -> str:
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.machine(),
-    )
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "torchao"))
-    return f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, no GPU used; {packages}"
+    packages = this_machine.listed(this_machine.versions("torch", "transformers", "torchao"))
+    return f"{this_machine.processor()}, {torch.get_num_threads()} threads, no GPU used; {packages}"
 
 
 def report(measured: dict[str, Any]) -> str:
@@ -634,14 +594,14 @@ def report(measured: dict[str, Any]) -> str:
 
 
 def summary(measured: dict[str, Any]) -> str:
-    """What the README says, as Markdown."""
+    """The README's list, as Markdown."""
     rows = [Row(**row) for found in measured.values() for row in found["rows"]]
     lines = [f"* {row.headline.format(format(row.value, '.3g'))};" for row in rows if row.headline]
     return "\n".join([*lines[:-1], lines[-1].replace(";", "."), "", f"On {measured['vision']['machine']}."])
 
 
 def write(measured: dict[str, Any]) -> None:
-    MEASURED.write_text(json.dumps(measured, indent=1, ensure_ascii=False) + "\n")
+    this_machine.write_json(MEASURED, measured)
     RESULTS.write_text(report(measured))
     if "vision" in measured:
         put(README, "speed", summary(measured))
@@ -649,8 +609,8 @@ def write(measured: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; all by default")
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("sections", nargs="*", help=f"some of {', '.join(SECTIONS)}; default: all")
+    parser.add_argument("--rounds", type=int, default=4, help="runs of each way")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
