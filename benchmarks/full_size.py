@@ -270,21 +270,9 @@ def disk_section(results: dict) -> list[str]:
     return lines + ([f"Peak RSS while writing: {gibibytes(written['peak_rss'])} GiB.", ""] if written else [])
 
 
-PLAN_HEAD = (
-    "plan",
-    "load s",
-    "RSS after load",
-    "peak RSS",
-    "anonymous",
-    "file-backed",
-    "limit",
-    "all stages s",
-    "GB read",
-)
-
-
 def plan_section(results: dict) -> list[str]:
-    head, rows = [*PLAN_HEAD, "load average"], []
+    head = ["plan", "load s", "RSS after load", "peak RSS", "anonymous", "file-backed", "limit", "all stages s"]
+    head, rows = [*head, "GB read", "load average"], []
     for plan, found in results["plans"].items():
         if "error" in found:
             rows.append([plan, f"did not run: {found['error']}", *["-"] * (len(head) - 2)])
