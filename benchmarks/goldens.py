@@ -30,7 +30,7 @@ def golden_config(folder: str = "tiny", attn_implementation: str | None = None) 
 def golden_model(class_name: str = "InternVLModel", attn_implementation: str | None = None) -> Any:
     """The model of golden/tiny, float32, in eval mode."""
     model = repo_class(f"modeling_internvl.{class_name}")(golden_config("tiny", attn_implementation))
-    model.load_state_dict(load_file(GOLDEN / "tiny" / "model.safetensors"), strict=True)
+    model.load_state_dict(golden_weights(), strict=True)
     return model.eval()
 
 

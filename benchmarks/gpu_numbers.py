@@ -107,28 +107,21 @@ def goldens(machine: Machine) -> dict[str, Any]:
     """The original's tensors and tokens by each attention: float32 within the tolerance, lower precisions by cosine."""
     result: dict[str, Any] = {}
     for folder in folders(machine):
-        inputs, expected = (golden_tensors(machine, name, folder) for name in ("inputs", "expected"))
         for attention in ATTENTIONS:
             for name, dtype in DTYPES.items():
                 if dtype == torch.float32 and attention.startswith("flash"):
                     continue  # FlashAttention has no float32
-                measure = (one_golden, machine, folder, attention, dtype, inputs, expected)
-                result[f"golden/{folder}, {attention}, {name}"] = machine.attempt(*measure)
+                found = machine.attempt(one_golden, machine, folder, attention, dtype)
+                result[f"golden/{folder}, {attention}, {name}"] = found
     return result
 
 
-def one_golden(
-    machine: Machine,
-    folder: str,
-    attention: str,
-    dtype: torch.dtype,
-    inputs: dict[str, torch.Tensor],
-    expected: dict[str, torch.Tensor],
-) -> dict[str, Any]:
+def one_golden(machine: Machine, folder: str, attention: str, dtype: torch.dtype) -> dict[str, Any]:
     if attention.startswith("flash"):
         require("flash_attn")
     if machine.is_cuda and (attention, folder) == ("flex_attention", "tiny"):
         raise Missing("flex_attention's kernels need heads of at least 16 channels; these have 4")
+    inputs, expected = (golden_tensors(machine, name, folder) for name in ("inputs", "expected"))
     model = golden_model(machine, attention, dtype, folder=folder)
     outputs = {name: each for name, each in golden_outputs(model, inputs).items() if name in expected}
     if dtype != torch.float32:
@@ -258,15 +251,12 @@ def processor(machine: Machine) -> dict[str, Any]:
             raise RuntimeError(f"with torchvision {torchvision}: {done.stderr[-1000:]}")
         return torch.load(out)
 
-    def compare() -> dict[str, Any]:
-        if not is_torchvision_available():
-            raise Missing("torchvision is not installed here")
-        with TemporaryDirectory() as folder:
-            one, other = inputs("there", Path(folder)), inputs("hidden", Path(folder))
-        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-        return {"equal": {name: list(tensor.shape) for name, tensor in one.items()}}
-
-    return {"with and without torchvision": machine.attempt(compare)}
+    if not is_torchvision_available():
+        raise Missing("torchvision is not installed here")
+    with TemporaryDirectory() as folder:
+        one, other = inputs("there", Path(folder)), inputs("hidden", Path(folder))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    return {"with and without torchvision": {"equal": {name: list(tensor.shape) for name, tensor in one.items()}}}
 
 
 # --------------------------------------------------------------------------------------------------------- float16

@@ -48,7 +48,7 @@ def best(
 
 
 def fastest(step: str, work: str, ways: Iterable[str] = OURS, batch: int | None = None, key: str = RATE) -> Measure:
-    """What `best` finds: its `key`."""
+    """A function of the results that gives the `key` of the row that `best` finds."""
     return lambda results: (best(results, step, work, ways, batch, key) or {}).get(key)
 
 
@@ -290,7 +290,7 @@ def goals_table(results: Results) -> list[str]:
     return table(["work", "goal", "measured", "met", "reason"], [goal.cells(results) for goal in GOALS])
 
 
-def simulated_table(simulated: dict[str, Any]) -> list[str]:
+def simulated_table(simulated: Results) -> list[str]:
     rows = [
         [row["work"], str(row["batch"]), row["way"], number(row[PEAK])]
         for step in STEPS_OF_ROWS
@@ -361,22 +361,20 @@ def draw(results: Results, path: Path) -> bool:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    measured: tuple[defaultdict, defaultdict] = (defaultdict(list), defaultdict(list))  # images, captions
-    ceilings: tuple[defaultdict, defaultdict] = (defaultdict(list), defaultdict(list))
+    lines: dict[tuple[int, str, str], list[tuple[int, float]]] = defaultdict(list)  # by axis, style and name
     for row in (*rows_of(results, "images"), *rows_of(results, "float8")):
-        measured[0][f"{row['work']}, {row['way']}"].append((row["batch"], row[RATE]))
+        lines[0, "o-", f"{row['work']}, {row['way']}"].append((row["batch"], row[RATE]))
         if row["way"] == "eager":
-            ceilings[0][f"{row['work']}, its products"].append((row["batch"], row[RATE] * row[TIMES]))
+            lines[0, "--", f"{row['work']}, its products"].append((row["batch"], row[RATE] * row[TIMES]))
     bandwidth = at(results, "ceilings", "memory of the device, a sum", "GB/s")
     for row in rows_of(results, "captions"):
-        measured[1][row["way"]].append((row["batch"], row[RATE]))
+        lines[1, "o-", row["way"]].append((row["batch"], row[RATE]))
         if row["way"] == "greedy" and bandwidth and "GB of weights a token" in row:
             ceiling = row["batch"] * bandwidth / row["GB of weights a token"]
-            ceilings[1]["reading the weights"].append((row["batch"], ceiling))
+            lines[1, "--", "reading the weights"].append((row["batch"], ceiling))
+    for (side, style, name), points in lines.items():
+        axes[side].plot(*zip(*sorted(points)), style, label=name, linewidth=1, markersize=3)
     for side, title in enumerate(("images a second", "tokens a second, captions")):
-        for lines, style in ((measured, "o-"), (ceilings, "--")):
-            for name, points in lines[side].items():
-                axes[side].plot(*zip(*sorted(points)), style, label=name, linewidth=1, markersize=3)
         axes[side].set(title=title, xlabel="batch", xscale="log", yscale="log")
         axes[side].legend(fontsize=6)
     figure.suptitle(machine(results), fontsize=8)

@@ -492,34 +492,40 @@ class InRam:
     """A model whose weights stay in RAM until the device needs them, and the outputs that it must reproduce."""
 
     def __init__(self, machine: Machine):
-        self.expected = dict(outputs_of(machine, machine.model()))
-        self.seconds = image_seconds(machine, machine.model())
+        self.machine, self.model = machine, machine.model()
+        self.expected = dict(outputs_of(machine, self.model))
+        self.alone = {(mode, batch): self.seconds(mode, batch) for mode in MODES for batch in batches(machine, 1, 16)}
         self.state = {name: each.cpu() for name, each in machine.take_model().state_dict().items()}
-        machine.forget()
         self.model = machine.empty_model()
+        machine.forget()
         self.model.load_state_dict(self.state, assign=True)
 
-    def copying(self, machine: Machine, names: Iterable[str]) -> dict[str, float]:
+    def seconds(self, mode: str, batch: int) -> float:
+        call = partial(self.model.embed_image, self.machine.pixels(batch), mode=mode)
+        return self.machine.seconds(call, warm=1)
+
+    def copying(self, names: Iterable[str]) -> dict[str, float]:
         """Seconds to copy those of the named weights that each mode uses."""
         used = {mode: [self.state[name] for name in names if name.startswith(parts)] for mode, parts in PARTS.items()}
-        return {mode: copy_seconds(machine, tensors) for mode, tensors in used.items()}
+        return {mode: copy_seconds(self.machine, tensors) for mode, tensors in used.items()}
 
-    def check(self, machine: Machine) -> list[str]:
+    def check(self) -> list[str]:
         """Raises `AssertionError` if an output differs in any bit from that of the model on one device."""
-        found = dict(outputs_of(machine, self.model))
+        found = dict(outputs_of(self.machine, self.model))
         different = [name for name, value in found.items() if not torch.equal(value, self.expected[name])]
         assert not different, f"{', '.join(different)} differ from the model on one device"
         return list(found)
 
-    def images(self, machine: Machine, copying: dict[str, float]) -> list[dict[str, Any]]:
-        return [
-            {
-                "mode": mode,
-                "batch": batch,
-                **machine.attempt(beside_copying, machine, self.model, mode, batch, alone, copying[mode]),
-            }
-            for (mode, batch), alone in self.seconds.items()
-        ]
+    def images(self, copying: dict[str, float]) -> list[dict[str, Any]]:
+        """Times of images, and their ratio to the longer one of copying the weights and computing."""
+
+        def times(mode: str, batch: int) -> dict[str, float]:
+            seconds, alone, copied = self.seconds(mode, batch), self.alone[mode, batch], copying[mode]
+            found = {"seconds": seconds, "seconds on one device": alone, "seconds to copy": copied}
+            return found | {"seconds / the longer": seconds / max(alone, copied)}
+
+        attempt = self.machine.attempt
+        return [{"mode": mode, "batch": batch, **attempt(times, mode, batch)} for mode, batch in self.alone]
 
 
 def on_a_small_card(machine: Machine, size: int) -> dict[str, Any]:
@@ -531,15 +537,15 @@ def on_a_small_card(machine: Machine, size: int) -> dict[str, Any]:
     with torch.inference_mode(False), torch.no_grad(), tempfile.TemporaryDirectory() as scratch:
         placed = InRam(machine)
         waiting = [name for name in placed.state if simulate_devices.device_of(report.device_map, name) != 0]
-        copying = placed.copying(machine, waiting)
+        copying = placed.copying(waiting)
         with small_card(machine, setup.cards[0]) as places:
             devices = {name: places[0] if where == 0 else places[1] for name, where in report.device_map.items()}
             keys = placed.model._skip_keys_device_placement
             dispatch_model(placed.model, devices, main_device=places[0], offload_dir=scratch, skip_keys=keys)
-            equal = placed.check(machine)
+            equal = placed.check()
             calls = simulate_devices.public_calls(placed.model, simulate_devices.BATCH, places[0])
             peaks = {call.name: machine.attempt(peak_of, machine, call) for call in calls}
-            rows = placed.images(machine, copying)
+            rows = placed.images(copying)
     failed = {name: found for name, found in peaks.items() if PEAK not in found}
     worst = max(peaks.keys() - failed, key=lambda name: peaks[name][PEAK] or 0)
     return {
@@ -559,38 +565,26 @@ def peak_of(machine: Machine, call: simulate_devices.Call) -> dict[str, Any]:
     return {PEAK: machine.peak(call.run)}
 
 
-def beside_copying(
-    machine: Machine, model: Any, mode: str, batch: int, alone: float, copying: float
-) -> dict[str, float]:
-    """Time of a batch of images as a multiple of the longer one of copying the weights and computing."""
-    seconds = machine.seconds(partial(model.embed_image, machine.pixels(batch), mode=mode), warm=1)
-    times = {"seconds": seconds, "seconds on one device": alone, "seconds to copy": copying}
-    return times | {"seconds / the longer": seconds / max(alone, copying)}
-
-
 def streamed(machine: Machine) -> dict[str, Any]:
     """All weights in RAM, with diffusers' group offloading: the next layer is copied while one computes."""
-    return {"diffusers, leaf_level": machine.attempt(by_group_offloading, machine)}
-
-
-def by_group_offloading(machine: Machine) -> dict[str, Any]:
     require("diffusers")
     from diffusers.hooks import apply_group_offloading
 
     with torch.inference_mode(False), torch.no_grad():
         waiting = InRam(machine)
-        model, copying = waiting.model, waiting.copying(machine, waiting.state)
+        model, copying = waiting.model, waiting.copying(waiting.state)
         for name, parameter in model.named_parameters(recurse=False):
             setattr(model, name, nn.Parameter(parameter.to(machine.device), requires_grad=False))
         options = {"onload_device": machine.device, "offload_type": "leaf_level", "use_stream": machine.is_cuda}
         for _, part in model.named_children():
             apply_group_offloading(part, **options)
         pixels = machine.pixels(1)
-        return {
-            "equal to the model on one device": waiting.check(machine),
+        found = {
+            "equal to the model on one device": waiting.check(),
             PEAK: machine.peak(lambda: model.embed_image(pixels, mode=MODES[1])),
-            "images": waiting.images(machine, copying),
+            "images": waiting.images(copying),
         }
+    return {"diffusers, leaf_level": found}
 
 
 @contextmanager
@@ -607,14 +601,6 @@ def small_card(machine: Machine, budget: int) -> Iterator[tuple[str, str]]:
         yield "cuda:0", "cpu"
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-def image_seconds(machine: Machine, model: Any) -> dict[tuple[str, int], float]:
-    return {
-        (mode, batch): machine.seconds(partial(model.embed_image, machine.pixels(batch), mode=mode), warm=1)
-        for mode in MODES
-        for batch in batches(machine, 1, 16)
-    }
 
 
 def copy_seconds(machine: Machine, tensors: list[torch.Tensor]) -> float:
@@ -644,10 +630,6 @@ def outputs_of(machine: Machine, model: Any) -> Iterator[tuple[str, torch.Tensor
 
 def load(machine: Machine) -> dict[str, Any]:
     """Seconds to load safetensors files, which the page cache holds, onto the device."""
-    return {"whole model": machine.attempt(loading, machine)}
-
-
-def loading(machine: Machine) -> dict[str, Any]:
     model = machine.take_model()
     size = sum(parameter.nbytes for parameter in model.parameters())
     with tempfile.TemporaryDirectory() as folder:
@@ -656,21 +638,18 @@ def loading(machine: Machine) -> dict[str, Any]:
         model.save_pretrained(folder)
         del model
         machine.forget()
-        kept = []
+        kept, local = [], {"trust_remote_code": True, "local_files_only": True}
 
         def once() -> None:
             kept.clear()
-            kept.append(
-                AutoModel.from_pretrained(
-                    folder, trust_remote_code=True, dtype="auto", device_map=str(machine.device), local_files_only=True
-                )
-            )
+            kept.append(AutoModel.from_pretrained(folder, dtype="auto", device_map=str(machine.device), **local))
             for parameter in kept[0].parameters():  # on a CPU, mapped weights are read at their first use
                 parameter.sum()
 
         seconds = machine.seconds(once, warm=1)
         files = len(list(Path(folder).glob("*.safetensors")))
-        return {"GB": size / 1e9, "files": files, "seconds": seconds, "GB/s": size / seconds / 1e9}
+    found = {"GB": size / 1e9, "files": files, "seconds": seconds, "GB/s": size / seconds / 1e9}
+    return {"whole model": found}
 
 
 STEPS = {step.__name__: step for step in (ceilings, images, captions, float8, texts, profile, placed, streamed, load)}

@@ -83,8 +83,10 @@ class Bench:
         print("   ", " | ".join(row.cells()), flush=True)
         self.rows.append(row)
 
-    def ratio(self, work: str, times: dict[str, list[float]], one: str, other: str, *more: str) -> None:
-        self.add(m.ratio(work, times, one, other, *more))
+    def ratios(self, work: str, times: dict[str, list[float]], *pairs: tuple[str, ...]) -> None:
+        """Add a row for each pair of ways, which may have a target and a headline: see `measuring.ratio`."""
+        for pair in pairs:
+            self.add(m.ratio(work, times, *pair))
 
 
 # ---------------------------------------------------------------------------------------------------------- towers
@@ -102,15 +104,15 @@ def vision(bench: Bench) -> None:
         }
         times = in_turn(ways, bench.rounds if batch > 1 else 2 * bench.rounds)
         headline = "the vision encoder on 4 images takes {} x the time of its matrix products alone" if target else ""
-        bench.ratio(f"batch {batch}, 224 px", times, "ours", "products", target, headline)
-        bench.ratio(f"batch {batch}, 224 px", times, "ours", "transformers", "<= 1")
+        pairs = (("ours", "products", target, headline), ("ours", "transformers", "<= 1"))
+        bench.ratios(f"batch {batch}, 224 px", times, *pairs)
         # The products differ in one place: the checkpoint has queries, keys and values in one weight.
         weight, states = model.encoder.layers[0].attn.qkv.weight, torch.randn(batch * 257, m.VISION_WIDTH)
         ways = {
             "in one": partial(F.linear, states, weight),
             "in three": partial(lambda x, parts: [F.linear(x, part) for part in parts], states, weight.chunk(3)),
         }
-        bench.ratio(f"batch {batch}, the product of qkv", in_turn(ways, 4 * bench.rounds), "in one", "in three")
+        bench.ratios(f"batch {batch}, the product of qkv", in_turn(ways, 4 * bench.rounds), ("in one", "in three"))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         model(pixels(4))
     took = {event.key.removeprefix("aten::"): event.self_cpu_time_total for event in profile.key_averages()}
@@ -133,16 +135,15 @@ def text(bench: Bench) -> None:
         "transformers": lambda: peer(input_ids=short, use_cache=False),
     }
     times, work = in_turn(ways, 3 * bench.rounds), "8 texts of 12 tokens, padded to 80 for `ours`"
-    bench.ratio(work, times, "ours", "products", "<= 1.1")
-    bench.ratio(work, times, "ours", "transformers", "<= 1")
+    bench.ratios(work, times, ("ours", "products", "<= 1.1"), ("ours", "transformers", "<= 1"))
     ways = {
         "ours": ways["ours"],
         "original": lambda: model.qllama.model(input_ids=padded, use_cache=False),
         "transformers, padded": lambda: peer(input_ids=padded, attention_mask=padded > 0, use_cache=False),
     }
-    times = in_turn(ways, 2)
-    bench.ratio(work, times, "original", "ours", "", "8 texts of 12 tokens: {} x faster than padded to 80")
-    bench.ratio(work, times, "ours", "transformers, padded", "<= 1")
+    headline = "8 texts of 12 tokens: {} x faster than padded to 80"
+    pairs = (("original", "ours", "", headline), ("ours", "transformers, padded", "<= 1"))
+    bench.ratios(work, in_turn(ways, 2), *pairs)
 
 
 def embedding(bench: Bench) -> None:
@@ -153,20 +154,13 @@ def embedding(bench: Bench) -> None:
         return model.embed_image(images, "InternVL-G")
 
     times = in_turn({"ours": embed, "products": m.products_of(model, embed)}, bench.rounds - 1)
-    bench.ratio("batch 4", times, "ours", "products", "<= 1.05")
+    bench.ratios("batch 4", times, ("ours", "products", "<= 1.05"))
 
 
 # ------------------------------------------------------------------------------------------------------- zero-shot
 
-TEMPLATES = (
-    "{}",
-    "a photo of a {}",
-    "a picture of the {}",
-    "{}的图片",
-    "一张{}的照片",
-    "{}の写真",
-    "a drawing of one {}",
-)
+ENGLISH = ("{}", "a photo of a {}", "a picture of the {}", "a drawing of one {}")
+TEMPLATES = (*ENGLISH, "{}的图片", "一张{}的照片", "{}の写真")
 KINDS = ("red", "blue", "green", "old", "young", "small", "large", "flying", "sleeping", "happy", "wooden", "wild")
 
 
@@ -213,11 +207,15 @@ def zero_shot(bench: Bench) -> None:
         "text side": text_side,
         "its products": m.products_of(model, text_side),
     }
-    times, work = in_turn(ways, 2), f"{len(names)} names x {len(TEMPLATES)} templates, and one image"
-    bench.ratio(work, times, "text side", "its products", "<= 1.1")
-    bench.ratio(work, times, "original, each call", "first call")
-    headline = f"zero-shot with {len(names)} names x {len(TEMPLATES)} templates: {{}} x faster from the second image on"
-    bench.ratio(work, times, "original, each call", "further call", "", headline)
+    work = f"{len(names)} names x {len(TEMPLATES)} templates"
+    headline = f"zero-shot with {work}: {{}} x faster from the second image on"
+    bench.ratios(
+        f"{work}, and one image",
+        in_turn(ways, 2),
+        ("text side", "its products", "<= 1.1"),
+        ("original, each call", "first call"),
+        ("original, each call", "further call", "", headline),
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- captions
@@ -245,15 +243,12 @@ def caption(bench: Bench) -> None:
             times[f"{way}, all"] = [sum(both) for both in zip(times[way], times["vision tower"], strict=True)]
         what = "the first token" if count == 1 else f"{count} tokens"
         work = f"{what}, one image, {BEAMS} beams"
-        bench.ratio(f"{work}, QLLaMA's part", times, "original", "ours", target)
-        headline = f"a caption with {BEAMS} beams, {what}: {{}} x faster"
-        bench.ratio(f"{work}, and the vision tower's time", times, "original, all", "ours, all", target, headline)
-        bench.ratio(f"{what}, QLLaMA's part; LLaMA with 101 positions", times, "ours", "transformers", "<= 1")
-        alone = {
-            "ours": m.products_of(model, ways["ours"]),
-            "original": m.products_of(model, ways["original"]),
-            "vision tower": m.products_of(model, ways["vision tower"]),
-        }
+        bench.ratios(f"{work}, QLLaMA's part", times, ("original", "ours", target))
+        pair = ("original, all", "ours, all", target, f"a caption with {BEAMS} beams, {what}: {{}} x faster")
+        bench.ratios(f"{work}, and the vision tower's time", times, pair)
+        work = f"{what}, QLLaMA's part; LLaMA with {QUERIES + PROMPT} positions"
+        bench.ratios(work, times, ("ours", "transformers", "<= 1"))
+        alone = {way: m.products_of(model, ways[way]) for way in ("ours", "original", "vision tower")}
         least = {way: min(took) for way, took in in_turn(alone, 1, warm=False).items()}
         bound = (least["original"] + least["vision tower"]) / (least["ours"] + least["vision tower"])
         share = min(times["vision tower"]) / min(times["ours, all"])
@@ -275,8 +270,7 @@ def caption(bench: Bench) -> None:
             products.run(step=-2)  # the last is empty
             times["products"].append(time.perf_counter() - start)
     work = f"each further step, {BEAMS} rows, with all that beam search does"
-    bench.ratio(work, times, "ours", "products", "<= 1.15")
-    bench.ratio(work, times, "ours", "transformers", "<= 1")
+    bench.ratios(work, times, ("ours", "products", "<= 1.15"), ("ours", "transformers", "<= 1"))
 
 
 def sharing(bench: Bench) -> None:
@@ -293,11 +287,11 @@ def sharing(bench: Bench) -> None:
         "together": lambda: model.generate(image, several, **options),
     }
     headline = "4 prompts on one image in one call: {} x faster than in four calls"
-    bench.ratio("4 prompts on one image, 4 tokens each", in_turn(ways, 2), "apart", "together", "", headline)
+    bench.ratios("4 prompts on one image, 4 tokens each", in_turn(ways, 2), ("apart", "together", "", headline))
     ways = {"apart": lambda: three_calls(image), "with `look_at`": lambda: three_calls(model.look_at(image))}
     work = "caption of 4 tokens, InternVL-G embedding and match of one image"
     headline = "caption, embedding and match of one image with `look_at`: {} x faster than without"
-    bench.ratio(work, in_turn(ways, 2), "apart", "with `look_at`", "", headline)
+    bench.ratios(work, in_turn(ways, 2), ("apart", "with `look_at`", "", headline))
 
 
 def match(bench: Bench) -> None:
@@ -306,12 +300,12 @@ def match(bench: Bench) -> None:
     seen = model.look_at(pixels(1), queries=False)
     repeated = type(seen)(seen.image_states.repeat(len(texts), 1, 1))
 
-    def ours() -> torch.Tensor:
-        return model.match(seen, texts, all_pairs=True)
-
-    ways = {"ours": ours, "original": lambda: model.match(repeated, texts)}
-    times, work = in_turn(ways, 1, warm=False), f"1 image x {len(texts)} texts of 12 tokens"
-    bench.ratio(work, times, "original", "ours", ">= 1")
+    ways = {
+        "ours": lambda: model.match(seen, texts, all_pairs=True),
+        "original": lambda: model.match(repeated, texts),
+    }
+    work = f"1 image x {len(texts)} texts of 12 tokens"
+    bench.ratios(work, in_turn(ways, 1, warm=False), ("original", "ours", ">= 1"))
 
 
 # ------------------------------------------------------------------------------------------------- a simulated card
@@ -376,19 +370,18 @@ def memory(bench: Bench) -> None:
         ("match, 1 image x texts of 12", (32, 64), lambda model, n: match(model, n, 12)),
         ("match, 1 image x 8 texts, tokens", (80, 160), lambda model, n: match(model, 8, n)),
         ("InternVL-G, batch", (4, 8), lambda model, n: model.embed_image(images(n), "InternVL-G")),
+        ("caption of 10 tokens, beams", (5, 20), write),
     ]
     for name, sizes, call in calls:
         peaks = [m.peak_megabytes(lambda model, n=n, call=call: call(model, n)) for n in sizes]
         for size, peak in zip(sizes, peaks, strict=True):
             bench.add(Row(f"{name}: {size}", "MB", peak))
+        if call is write:
+            caches = 15 * 2 * m.LAYERS * WIDTH * (QUERIES + PROMPT + 10) * 2 / 1e6  # keys and values, 2 bytes each
+            bench.add(Row("caption", "growth with beams / growth of their caches", (peaks[1] - peaks[0]) / caches))
+            continue
         factor, growth = round(sizes[1] / sizes[0], 2), round(peaks[1] / peaks[0], 2)
         bench.add(Row(name, f"growth, where the size grows {factor:g} x", growth, target=f"<= {factor:g}"))
-    beams = (5, 20)
-    peaks = [m.peak_megabytes(lambda model, n=n: write(model, n)) for n in beams]
-    for size, peak in zip(beams, peaks, strict=True):
-        bench.add(Row(f"caption of 10 tokens, beams: {size}", "MB", peak))
-    growth = (beams[1] - beams[0]) * 2 * m.LAYERS * WIDTH * (QUERIES + PROMPT + 10) * 2 / 1e6  # keys, values; 2 bytes
-    bench.add(Row("caption", "growth with beams / growth of their caches", (peaks[1] - peaks[0]) / growth))
     bench.notes.append(
         "Beyond the caches, one layer's cache while it is extended (here one of two layers) and the scores of all "
         "tokens grow with beams."
@@ -401,39 +394,39 @@ def memory(bench: Bench) -> None:
 def int8(bench: Bench) -> None:
     """int8 on the CPU: torchao, `Int8DynamicActivationInt8WeightConfig`, with `compile_layers`"""
     model, start = bench.model, time.perf_counter()
-    quantised = copy.deepcopy(model)
-    kept = type(model)._keep_unquantized
-    quantize_(
-        quantised,
+    quantised, kept, config = (
+        copy.deepcopy(model),
+        type(model)._keep_unquantized,
         Int8DynamicActivationInt8WeightConfig(),
-        filter_fn=lambda module, name: isinstance(module, nn.Linear) and not name.startswith(kept),
     )
+    quantize_(quantised, config, lambda module, name: isinstance(module, nn.Linear) and not name.startswith(kept))
     quantised.compile_layers()
     states, cache_of = model.vision_model(pixels(4)).last_hidden_state, {}
     for each in (model, quantised):
         cache_of[each] = DynamicCache(config=model.config.qllama_config)
         model.qllama.model(input_ids=m.ids(BEAMS, 101), cache=cache_of[each], use_cache=True)
     step = m.ids(BEAMS, 2)[:, :1]
+
+    def decode(each: Any) -> torch.Tensor:
+        return each.qllama.model(input_ids=step, cache=cache_of[each], use_cache=True)[0]
+
     calls: dict[str, tuple[str, Callable[[Any], torch.Tensor]]] = {
         "vision encoder, batch 4": (">= 2.5", lambda each: each.vision_model(pixels(4)).last_hidden_state),
         "vision encoder, batch 1": ("", lambda each: each.vision_model(pixels(1)).last_hidden_state),
         "4 texts of 12 tokens": (">= 2.5", lambda each: each.embed_text(m.ids(4, 12))),
         "the queries over 4 images": (">= 2.5", lambda each: each._query_states(states)),
-        "decoding, 5 rows": (
-            ">= 2",
-            lambda each: each.qllama.model(input_ids=step, cache=cache_of[each], use_cache=True)[0],
-        ),
+        "decoding, 5 rows": (">= 2", decode),
     }
     for work, (target, call) in calls.items():
         ways = {"int8": lambda c=call: c(quantised), "float32": lambda c=call: c(model)}
         also = " (without the language head)" if work.startswith("decoding") else ""
         headline = f"int8 on a CPU, {work}{also}: {{}} x faster than float32"
-        bench.ratio(work, in_turn(ways, bench.rounds - 1), "float32", "int8", target, headline)
+        bench.ratios(work, in_turn(ways, bench.rounds - 1), ("float32", "int8", target, headline))
     bench.notes.append(
         f"Quantising, compiling and these runs took {time.perf_counter() - start:.0f} s. `decoding` is the decoder's "
         "layers; the language head stays in float32, and with two layers it would be a third of a step."
     )
-    options = {"quantization_config": TorchAoConfig(Int8DynamicActivationInt8WeightConfig())}
+    options = {"quantization_config": TorchAoConfig(config)}
     with tempfile.TemporaryDirectory() as folder:
         accuracy.write_wide(Path(folder))
         pairs = [accuracy.load_wide(Path(folder), dtype=torch.float32, **which) for which in ({}, options)]
@@ -465,18 +458,17 @@ def compiled(bench: Bench) -> None:
         work()
         return graphs["unique_graphs"]
 
-    def batches() -> None:
-        for batch in (4, 2, 3):
-            images = pixels(batch)
-            torch._dynamo.mark_dynamic(images, 0)
-            vision(images)
+    def images_of(batch: int) -> torch.Tensor:
+        images = pixels(batch)
+        torch._dynamo.mark_dynamic(images, 0)
+        return images
 
     vision.compile(fullgraph=True)
-    bench.add(Row("vision encoder, batches of 4, 2 and 3", "graphs", graphs_of(batches), target="<= 1"))
-    images = pixels(2)
-    torch._dynamo.mark_dynamic(images, 0)
+    count = graphs_of(lambda: [vision(images_of(batch)) for batch in (4, 2, 3)])
+    bench.add(Row("vision encoder, batches of 4, 2 and 3", "graphs", count, target="<= 1"))
+    images = images_of(2)
     times = in_turn({"eager": lambda: model.vision_model(images), "compiled": lambda: vision(images)}, bench.rounds)
-    bench.ratio("vision encoder, batch 2", times, "eager", "compiled")
+    bench.ratios("vision encoder, batch 2", times, ("eager", "compiled"))
 
     decoder.compile(fullgraph=True, dynamic=False)
     twin = copy.copy(model)
@@ -493,14 +485,14 @@ def compiled(bench: Bench) -> None:
     for _ in range(2):
         times["eager"] += m.step_times(lambda **options: write(model, **options))
         times["compiled"] += m.step_times(lambda **options: write(twin, **options), **static)
-    bench.ratio("each of its steps; eager with a dynamic cache", times, "eager", "compiled")
+    bench.ratios("each of its steps; eager with a dynamic cache", times, ("eager", "compiled"))
 
 
 # ---------------------------------------------------------------------------------------------- Python, and the curves
 
 
 def overhead(bench: Bench) -> None:
-    """Python and dispatch per layer, at batch 1, where arithmetic is next to nothing"""
+    """Python and dispatch per layer, at batch 1, in models with next to no arithmetic"""
     found = {layers: m.small_models(layers) for layers in (4, 44)}
     tokens, image = m.ids(1, 12) % 100 + 3, pixels(1, 28)
     caches = {model: DynamicCache(config=model.config) for models in found.values() for model in models.values()}
@@ -610,11 +602,10 @@ def write(measured: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sections", nargs="*", help=f"some of {', '.join(SECTIONS)}; default: all")
-    parser.add_argument("--rounds", type=int, default=4, help="runs of each way")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
-    bench = Bench(arguments.rounds)
+    bench = Bench(rounds=4)
     measured = json.loads(MEASURED.read_text()) if MEASURED.exists() and arguments.sections else {}
     for name in arguments.sections or SECTIONS:
         print(name, flush=True)
