@@ -198,7 +198,7 @@ class Evaluation:
                 done += len(pixels)
 
         about = {"data": self.data.fingerprint, "crop": self.options.crop, "modes": modes}
-        shards = self.keep("picture", about, len(names), produce)
+        shards = self.keep("picture", about, len(names), produce)  # the name in existing caches
         return dict(zip(modes, torch.cat(shards).unbind(1)))
 
     def texts(self, texts: list[str]) -> torch.Tensor:
@@ -327,7 +327,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     listing = "file of captions or classes; captions or metadata (.json, .jsonl, .csv) in --data if not given"
     add("--listing", help=listing)
     add("--image-column", default="image", help="of datasets or the listing, where it may also be file_name")
-    add("--label-column", default="label")
+    add("--label-column", default="label", help="a class index or name; in a listing also one for each language")
     add("--caption-column", default="caption", help="a text, a list of texts, or either for each language")
     add("--language", nargs="+", default=["en"], help="languages of class names, templates and captions")
     several = {"nargs": "+", "default": []}
@@ -344,14 +344,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     place.add_argument("--device-map", type=device_map, help='"auto", or JSON such as {"": 0, "qllama": 1}')
-    add("--batch-size", type=int, default=32)
+    add("--batch-size", type=int, default=32, help="images at a time")
     add("--workers", type=int, default=4, help="threads that read images")
-    add("--num-beams", type=int, default=5)
+    add("--num-beams", type=int, default=5, help="for captions, like the next two")
     add("--min-new-tokens", type=int, default=8)
     add("--max-new-tokens", type=int, default=30)
     add("--prompt", **several, help="LANGUAGE=TEXT for captions; English has a default")
     add("--tokenizer", choices=metrics.TOKENIZERS, default="ptb", help="for the scores of captions")
-    add("--cache", type=Path, default=ROOT / ".cache" / "evaluation")
+    add("--cache", type=Path, default=ROOT / ".cache" / "evaluation", help="folder of embeddings and captions")
     add("--output", help='file for each result, such as "{dataset}_{model}_{language}_{task}_{templates}.json"')
     return complete(parser.parse_args(arguments))
 

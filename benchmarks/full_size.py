@@ -362,7 +362,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=ROOT, help="folder with the config.json to follow")
     parser.add_argument("--keep", type=Path, help="folder of a checkpoint to use, or to write and keep")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="folder for temporary files")
-    parser.add_argument("--plans", nargs="+", choices=PLANS, default=list(PLANS))
+    parser.add_argument("--plans", nargs="+", choices=PLANS, default=list(PLANS), help="ways to load; default: all")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"), help="report; .json beside it")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # raises, so that the folders are removed

@@ -13,8 +13,6 @@ results have the right original, for searches by an image and by its English nam
 
 import argparse
 import json
-import os
-import platform
 import random
 import resource
 import statistics
@@ -162,7 +160,7 @@ def main() -> None:
         result = measure(Path(folder), options.pictures)
     report = {
         "command": "python -m benchmarks.search",
-        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPUs",
+        "machine": this_machine.processor(),
         "versions": this_machine.versions("lancedb", "torch", "transformers", "pillow"),
         "result": result,
     }
