@@ -7,13 +7,13 @@ Run by whoever asks how good a checkpoint is on their own data, or on a publishe
     python -m benchmarks.evaluate --model . --device-map auto --task classification --data wds_imagenetv2 \\
         --output "{dataset}_{model}_{language}.json"
 
-Without `--model` it is the tiny checkpoint of this repository. `--data` is a folder (a sub-folder for each class, or
-pictures with a listing), a data set of the library `datasets`, or WebDataset shards as CLIP_benchmark keeps them. Each
-combination of mode, language and set of templates gives one JSON object with CLIP_benchmark's keys, figures in [0, 1];
-what was published for a data set of that name (published.json) is printed beside it. EVALUATION.md says more.
+Without `--model` it evaluates this repository's tiny checkpoint. `--data` is a folder (a sub-folder for each class, or
+images with a listing), a data set of the library `datasets`, or WebDataset shards in CLIP_benchmark's layout. Each
+combination of mode, language and set of templates gives one JSON object with CLIP_benchmark's keys and metrics in
+[0, 1]. For data sets in published.json, the published metrics are printed beside. EVALUATION.md says more.
 
-What is computed is kept in `--cache`, batch by batch, under a name that says all that it depends on: a run that was
-interrupted goes on where it was, and one that is repeated reads what is there without loading the model.
+Each batch is kept in `--cache`, under a name made of everything that it depends on: an interrupted run continues where
+it stopped, and a repeated run reads its results without loading the model.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,12 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from benchmarks import evaluation_metrics as metrics
 from benchmarks.evaluation_data import (
     Columns,
-    Pictures,
+    Images,
     choose_classnames,
     choose_templates,
     digest,
     named_files,
-    read_pictures,
+    read_images,
     stamp,
 )
 
@@ -54,8 +54,8 @@ TASKS = {"classification": "zeroshot_classification", "retrieval": "zeroshot_ret
 CROPS = {"classification": "center", "retrieval": "squash", "captioning": "squash"}
 PROMPTS = {"en": "English caption:"}
 WITHOUT_SPACES = ("zh", "cn", "ja", "jp", "th")
-OTHER_NAMES = {"zh": "cn", "ja": "jp"}  # of languages, in published.json
-TEXTS = 512  # in a shard of the cache
+OTHER_NAMES = {"zh": "cn", "ja": "jp"}  # languages in published.json
+TEXTS = 512  # texts in a shard of the cache
 WEIGHTS = ("*.json", "*.safetensors", "*.model")
 VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__}
 
@@ -65,14 +65,14 @@ VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__
 
 def cached(folder: Path, about: dict, total: int, produce: Callable[[int], Iterator], unit: str) -> list:
     """
-    The rows that `produce` makes, kept in shards. What is there already is read, and the rest is made.
+    The rows that `produce` makes, kept in shards. Shards in the cache are read, and only the rest is made.
 
     Args:
-        folder: of the cache; the shards lie in a sub-folder that is named after `about`.
+        folder: the cache; the shards are in a sub-folder named after `about`.
         about: everything that the rows depend on.
-        total: how many rows there are.
-        produce: given how many rows are there, an iterator over tensors or lists of the following rows.
-        unit: what a row is, for the progress bar.
+        total: the number of rows.
+        produce: given the number of cached rows, an iterator over tensors or lists of the following rows.
+        unit: what a row is, for the progress bar and the sub-folder.
 
     Returns:
         The shards, in order.
@@ -97,14 +97,14 @@ def cached(folder: Path, about: dict, total: int, produce: Callable[[int], Itera
 
 
 def _write(rows: Any, path: Path) -> None:
-    """A shard is there as a whole or not at all."""
+    """Write a shard whole or not at all."""
     unfinished = path.with_suffix(f".{os.getpid()}.part")
     torch.save(rows, unfinished)
     unfinished.replace(path)
 
 
 def weights_stamp(model: str, where: dict) -> Any:
-    """What changes with the code or the weights of a checkpoint."""
+    """A value that changes with the code or the weights of a checkpoint."""
     root = Path(model)
     if not root.is_dir():
         return AutoConfig.from_pretrained(model, **where)._commit_hash
@@ -118,15 +118,15 @@ def weights_stamp(model: str, where: dict) -> Any:
 
 class Evaluation:
     """
-    Embeds the pictures and texts of a run, or captions the pictures.
+    Embeds the images and texts of a run, or captions the images.
 
     Args:
         options: what `parse` returns.
-        pictures: what is evaluated.
+        data: the images to evaluate on.
     """
 
-    def __init__(self, options: argparse.Namespace, pictures: Pictures):
-        self.options, self.pictures = options, pictures
+    def __init__(self, options: argparse.Namespace, data: Images):
+        self.options, self.data = options, data
         where = {"subfolder": options.subfolder, "revision": options.revision, "trust_remote_code": True}
         self.where = {name: value for name, value in where.items() if value}
         self.lengths = {name: getattr(options, name) for name in ("num_beams", "min_new_tokens", "max_new_tokens")}
@@ -153,12 +153,12 @@ class Evaluation:
         return cached(self.options.cache, self.about | about, total, produce, unit)
 
     def pixels(self, start: int) -> Iterator[torch.Tensor]:
-        """Batches [B, 3, H, W] of the pictures from `start` on; the next one is prepared meanwhile, by threads."""
-        size, processor = self.options.batch_size, self.processor  # loaded here: threads would load it several times
+        """Batches [B, 3, H, W] of the images from `start` on; threads prepare the next one meanwhile."""
+        size, processor = self.options.batch_size, self.processor  # loaded here, since each thread would load its own
         waiting: deque[list[Future]] = deque()
         with ThreadPoolExecutor(self.options.workers) as pool:
-            for begin in range(start, len(self.pictures.names), size):
-                rows = range(begin, min(begin + size, len(self.pictures.names)))
+            for begin in range(start, len(self.data.names), size):
+                rows = range(begin, min(begin + size, len(self.data.names)))
                 waiting.append([pool.submit(self._prepare, processor, row) for row in rows])
                 if len(waiting) > 1:
                     yield self._collect(waiting.popleft())
@@ -167,27 +167,27 @@ class Evaluation:
 
     def _prepare(self, processor: Any, row: int) -> torch.Tensor:
         try:
-            return processor(images=self.pictures.open(row), crop=self.options.crop).pixel_values
+            return processor(images=self.data.open(row), crop=self.options.crop).pixel_values
         except Exception as error:  # PIL raises OSError, SyntaxError, struct.error and more for damaged files
-            raise ValueError(f"The picture {self.pictures.names[row]} cannot be read: {error}") from error
+            raise ValueError(f"The image {self.data.names[row]} cannot be read: {error}") from error
 
     def _collect(self, batch: list[Future]) -> torch.Tensor:
         pixels = torch.cat([each.result() for each in batch])
-        # What is offloaded has no device to go to; there the hooks of accelerate move the inputs.
+        # An offloaded model is on "meta"; the hooks of accelerate move its inputs.
         device = "cpu" if self.model.device.type == "meta" else self.model.device
         return pixels.to(device, self.model.dtype)
 
     def _finite(self, rows: torch.Tensor, names: list[str]) -> torch.Tensor:
-        """Rows of length 1, in float32: in 16 bits, more of them would tie."""
+        """Rows of length 1 in float32: 16 bits would give more ties."""
         rows = rows.float().cpu()
-        bad = [name for name, row in zip(names, rows) if not row.isfinite().all()]
-        if bad:
-            raise ValueError(f"The embedding of {bad[0]} is not finite; try `--dtype bfloat16` or `--dtype float32`.")
+        for name, row in zip(names, rows):
+            if not row.isfinite().all():
+                raise ValueError(f"The embedding of {name} is not finite; try `--dtype bfloat16` or `--dtype float32`.")
         return F.normalize(rows, dim=-1)
 
     def images(self) -> dict[str, torch.Tensor]:
         """For each mode [N, D], of length 1. The vision tower runs once for both."""
-        modes, names = self.options.mode, self.pictures.names
+        modes, names = self.options.mode, self.data.names
 
         def produce(done: int) -> Iterator[torch.Tensor]:
             for pixels in self.pixels(done):
@@ -197,8 +197,8 @@ class Evaluation:
                 yield torch.stack([self._finite(each, batch) for each in rows], dim=1)  # [B, modes, D]
                 done += len(pixels)
 
-        about = {"data": self.pictures.fingerprint, "crop": self.options.crop, "modes": modes}
-        shards = self.keep("picture", about, len(names), produce)
+        about = {"data": self.data.fingerprint, "crop": self.options.crop, "modes": modes}
+        shards = self.keep("picture", about, len(names), produce)  # the name in existing caches
         return dict(zip(modes, torch.cat(shards).unbind(1)))
 
     def texts(self, texts: list[str]) -> torch.Tensor:
@@ -213,7 +213,7 @@ class Evaluation:
         return torch.cat(self.keep("text", {"texts": digest(texts)}, len(texts), produce))
 
     def classes(self, names: list[str], templates: list[str]) -> torch.Tensor:
-        """[C, D], of length 1: the text classifier."""
+        """[C, D], of length 1: one embedding for each class."""
         size = max(1, TEXTS // len(templates))
 
         def produce(done: int) -> Iterator[torch.Tensor]:
@@ -225,7 +225,7 @@ class Evaluation:
         return torch.cat(self.keep("name", about, len(names), produce))
 
     def captions(self, prompt: str) -> list[str]:
-        """One for each picture."""
+        """One caption for each image."""
 
         def produce(done: int) -> Iterator[list[str]]:
             for pixels in self.pixels(done):
@@ -233,8 +233,8 @@ class Evaluation:
                 ids = self.model.generate(pixels, **inputs, **self.lengths, do_sample=False)
                 yield [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
 
-        about = {"data": self.pictures.fingerprint, "crop": self.options.crop, "prompt": prompt, **self.lengths}
-        shards = self.keep("caption", about, len(self.pictures.names), produce)
+        about = {"data": self.data.fingerprint, "crop": self.options.crop, "prompt": prompt, **self.lengths}
+        shards = self.keep("caption", about, len(self.data.names), produce)
         return [text for shard in shards for text in shard]
 
 
@@ -245,11 +245,11 @@ def classify(run: Evaluation, sets: dict[str, dict[str, list[str]]]) -> Iterator
     """A result for each language, set of templates and mode."""
     images = run.images()
     for language, templates in sets.items():
-        names = choose_classnames(run.pictures, language, run.options.classnames)
+        names = choose_classnames(run.data, language, run.options.classnames)
         for name, texts in templates.items():
             classes = run.classes(names, texts)
             for mode, rows in images.items():
-                found = metrics.classification(rows, classes, run.pictures.labels or [])
+                found = metrics.classification(rows, classes, run.data.labels or [])
                 yield result(run, mode, language, found, templates=name, classes=len(names))
 
 
@@ -257,8 +257,8 @@ def retrieve(run: Evaluation) -> Iterator[dict]:
     """A result for each language and mode."""
     images = run.images()
     for language in run.options.language:
-        groups = run.pictures.captions[language]
-        owners = [picture for picture, group in enumerate(groups) for _ in group]
+        groups = run.data.captions[language]
+        owners = [image for image, group in enumerate(groups) for _ in group]
         texts = run.texts([text for group in groups for text in group])
         for mode, rows in images.items():
             yield result(run, mode, language, metrics.retrieval(rows, texts, owners), texts=len(texts))
@@ -270,31 +270,24 @@ def caption(run: Evaluation) -> Iterator[dict]:
     for language in options.language:
         prompt = options.prompt[language]
         written = run.captions(prompt)
-        found = metrics.captioning(written, run.pictures.captions[language], options.tokenizer)
-        pairs = [{"image": name, "caption": text} for name, text in zip(run.pictures.names, written)]
+        found = metrics.captioning(written, run.data.captions[language], options.tokenizer)
+        pairs = [{"image": name, "caption": text} for name, text in zip(run.data.names, written)]
         how = {"tokenizer": options.tokenizer, "prompt": prompt, **run.lengths, "captions": pairs}
         yield result(run, options.mode[0], language, found, **how)
 
 
 def result(run: Evaluation, mode: str, language: str, found: dict, **more: Any) -> dict:
     """CLIP_benchmark's keys, then ours."""
-    options = run.options
-    theirs = {
-        "dataset": options.dataset_name,
-        "model": mode,
-        "pretrained": options.model,
-        "task": TASKS[options.task],
-        "metrics": found,
-        "language": language,
-    }
-    ours = {"mode": mode, "crop": options.crop, "pictures": len(run.pictures.names), **more}
-    known = published(options.dataset_name, TASKS[options.task], mode, language)
-    device = options.device_map or options.device
-    return theirs | ours | {"dtype": options.dtype, "device": device, "versions": VERSIONS, "published": known}
+    options, task = run.options, TASKS[run.options.task]
+    theirs = {"dataset": options.dataset_name, "model": mode, "pretrained": options.model}
+    theirs |= {"task": task, "metrics": found, "language": language}
+    ours = {"mode": mode, "crop": options.crop, "pictures": len(run.data.names), **more}
+    ours |= {"dtype": options.dtype, "device": options.device_map or options.device, "versions": VERSIONS}
+    return theirs | ours | {"published": published(options.dataset_name, task, mode, language)}
 
 
 def published(dataset: str, task: str, mode: str, language: str) -> dict | None:
-    """What was published for a data set of this name: its metrics, source and checkpoint; None where nothing was."""
+    """The published metrics of a data set of this name, with source and checkpoint; None if there are none."""
     known = json.loads(PUBLISHED.read_text("utf-8"))
     wanted = re.sub(r"^wds[_/]", "", dataset).replace("/", "-")
     languages = (language, OTHER_NAMES.get(language))
@@ -307,10 +300,10 @@ def published(dataset: str, task: str, mode: str, language: str) -> dict | None:
 
 
 def show(found: dict) -> None:
-    """A result as a table, in per cent, beside what was published."""
+    """Print a result in per cent, beside the published one."""
     beside = found["published"]["metrics"] if found["published"] else {}
     title = [found["dataset"], found["task"], found["model"], found["language"], found.get("templates", "")]
-    print("\n" + " ".join(filter(None, title)) + f", {found['pictures']} pictures, crop {found['crop']}")
+    print("\n" + " ".join(filter(None, title)) + f", {found['pictures']} images, crop {found['crop']}")
     for name, value in found["metrics"].items():
         other = beside.get(name)
         line = f"  {name:28}" + ("       -" if value is None else f"{value:8.2%}")
@@ -331,44 +324,34 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dataset-name", help="in the result; the last part of --data if not given")
     add("--split", default="test", help="of datasets or shards")
     add("--dataset-config", help="of datasets")
-    add(
-        "--listing",
-        help="file on what the pictures show; captions or metadata (.json, .jsonl, .csv) in --data if not given",
-    )
-    add("--image-column", default="image", help="of datasets or the listing, where file_name will do too")
-    add("--label-column", default="label")
+    listing = "file of captions or classes; captions or metadata (.json, .jsonl, .csv) in --data if not given"
+    add("--listing", help=listing)
+    add("--image-column", default="image", help="of datasets or the listing, where it may also be file_name")
+    add("--label-column", default="label", help="a class index or name; in a listing also one for each language")
     add("--caption-column", default="caption", help="a text, a list of texts, or either for each language")
-    add("--language", nargs="+", default=["en"], help="whose class names, templates and captions are used")
-    add(
-        "--classnames", nargs="+", default=[], help="FILE or LANGUAGE=FILE, one name a line, in the order of the labels"
-    )
-    add(
-        "--templates",
-        nargs="+",
-        default=[],
-        help="FILE or LANGUAGE=FILE, one a line with {c}; several for a language: one result each",
-    )
+    add("--language", nargs="+", default=["en"], help="languages of class names, templates and captions")
+    several = {"nargs": "+", "default": []}
+    add("--classnames", **several, help="FILE or LANGUAGE=FILE, one name a line, in the order of the labels")
+    add("--templates", **several, help="FILE or LANGUAGE=FILE, one a line with {c}; each file gives a result")
     add("--model", help="folder or Hub id; this repository's tiny checkpoint if not given")
     add("--subfolder", default="", help="of --model")
     add("--revision", help="of --model")
     add("--mode", nargs="+", choices=MODES, help="InternVL-C if not given; captions need InternVL-G")
     add(
-        "--crop",
-        choices=("center", "squash"),
-        help="as in the published evaluation if not given: center for classification",
+        "--crop", choices=("center", "squash"), help="as published if not given: center for classification, else squash"
     )
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     place.add_argument("--device-map", type=device_map, help='"auto", or JSON such as {"": 0, "qllama": 1}')
-    add("--batch-size", type=int, default=32)
-    add("--workers", type=int, default=4, help="threads that read pictures")
-    add("--num-beams", type=int, default=5)
+    add("--batch-size", type=int, default=32, help="images at a time")
+    add("--workers", type=int, default=4, help="threads that read images")
+    add("--num-beams", type=int, default=5, help="for captions, like the next two")
     add("--min-new-tokens", type=int, default=8)
     add("--max-new-tokens", type=int, default=30)
-    add("--prompt", nargs="+", default=[], help="LANGUAGE=TEXT for captions; English has one")
-    add("--tokenizer", choices=metrics.TOKENIZERS, default="ptb", help="of the scores of captions")
-    add("--cache", type=Path, default=ROOT / ".cache" / "evaluation")
+    add("--prompt", **several, help="LANGUAGE=TEXT for captions; English has a default")
+    add("--tokenizer", choices=metrics.TOKENIZERS, default="ptb", help="for the scores of captions")
+    add("--cache", type=Path, default=ROOT / ".cache" / "evaluation", help="folder of embeddings and captions")
     add("--output", help='file for each result, such as "{dataset}_{model}_{language}_{task}_{templates}.json"')
     return complete(parser.parse_args(arguments))
 
@@ -379,7 +362,7 @@ def device_map(text: str) -> str | dict:
 
 def complete(options: argparse.Namespace) -> argparse.Namespace:
     """
-    Fill in what depends on other options.
+    Fill in the options that depend on others.
 
     Raises:
         ValueError: options that contradict each other.
@@ -389,7 +372,7 @@ def complete(options: argparse.Namespace) -> argparse.Namespace:
     captioning = options.task == "captioning"
     options.mode = options.mode or ["InternVL-G" if captioning else "InternVL-C"]
     if captioning and options.mode != ["InternVL-G"]:
-        raise ValueError(f"`--mode` must be InternVL-G for captions, which the queries write, got {options.mode}.")
+        raise ValueError(f"`--mode` must be InternVL-G for captions, which need the queries, got {options.mode}.")
     for name in ("batch_size", "workers"):
         if getattr(options, name) < 1:
             raise ValueError(f"`--{name.replace('_', '-')}` must be at least 1, got {getattr(options, name)}.")
@@ -416,18 +399,13 @@ def _check_captioning(options: argparse.Namespace) -> None:
 
 
 def output_paths(options: argparse.Namespace, sets: dict[str, dict]) -> dict[tuple, Path]:
-    """Where each result goes, by mode, language and set of templates; two in one file are refused."""
+    """The file of each result, by mode, language and set of templates; two results in one file are an error."""
+    fixed = {"dataset": options.dataset_name, "pretrained": options.model, "task": TASKS[options.task]}
     paths = {}
     for mode in options.mode:
         for language, names in sets.items():
             for name in names or [""]:
-                parts = {
-                    "dataset": options.dataset_name,
-                    "model": mode,
-                    "pretrained": options.model,
-                    "language": language,
-                }
-                parts |= {"task": TASKS[options.task], "templates": name}
+                parts = fixed | {"model": mode, "language": language, "templates": name}
                 safe = {key: value.strip("/").replace("/", "-") for key, value in parts.items()}
                 paths[mode, language, name] = Path(options.output.format(**safe))
     if len(set(paths.values())) < len(paths):
@@ -443,21 +421,17 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     options = parse(arguments)
     columns = Columns(options.image_column, options.label_column, options.caption_column)
     known = (options.split, options.dataset_config, options.listing)
-    pictures = read_pictures(options.data, options.source, options.task, options.language, columns, *known)
+    data = read_images(options.data, options.source, options.task, options.language, columns, *known)
     sets: dict[str, dict] = {language: {} for language in options.language}
     if options.task == "classification":
-        sets = {language: choose_templates(pictures, language, options.templates) for language in options.language}
+        sets = {language: choose_templates(data, language, options.templates) for language in options.language}
         for language in options.language:
-            choose_classnames(pictures, language, options.classnames)  # refuse before hours of work, not after
+            choose_classnames(data, language, options.classnames)  # raise errors before hours of work, not after
     paths = output_paths(options, sets) if options.output else {}
-    run = Evaluation(options, pictures)
-    tasks = {
-        "classification": lambda: classify(run, sets),
-        "retrieval": lambda: retrieve(run),
-        "captioning": lambda: caption(run),
-    }
+    run = Evaluation(options, data)
+    tasks = {"classification": partial(classify, sets=sets), "retrieval": retrieve, "captioning": caption}
     results = []
-    for found in tasks[options.task]():
+    for found in tasks[options.task](run):
         show(found)
         results.append(found)
         if paths:
@@ -466,7 +440,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
 
 
 def write(found: dict, path: Path) -> None:
-    """A result, and its captions into a file of their own beside it."""
+    """Write a result, and its captions to a second file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     captions = found.get("captions")
     if captions:
@@ -479,5 +453,5 @@ def write(found: dict, path: Path) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as mistake:  # their texts name the argument, the file or the model
-        sys.exit(f"{type(mistake).__name__}: {mistake}")
+    except (ValueError, OSError) as error:  # the message names the argument, the file or the model
+        sys.exit(f"{type(error).__name__}: {error}")

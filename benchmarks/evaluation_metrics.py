@@ -1,8 +1,8 @@
-"""The figures of benchmarks/evaluate.py, from embeddings or captions. Nothing here knows a model.
+"""Computes the metrics of benchmarks/evaluate.py from embeddings or captions, without a model.
 
-They are CLIP_benchmark's, under its names. Where two candidates score the same, the one with the lower index is first:
-the result is reproducible, and a model that gives all things one embedding gets what guessing would. A figure that
-looks at more candidates than there are is None.
+The metrics and their names are CLIP_benchmark's. Of candidates with equal scores the one with the lowest index comes
+first: the result is reproducible, and a model with one embedding for everything scores like guessing. A metric that
+considers more candidates than there are is None.
 """
 
 import re
@@ -11,12 +11,12 @@ from collections.abc import Iterator
 
 import torch
 
-CHUNK = 1024  # rows of the matrix of similarities that are in memory at a time
+CHUNK = 1024  # rows of the similarity matrix in memory at a time
 TOKENIZERS = ("ptb", "words", "characters")
 
 
 def best(queries: torch.Tensor, candidates: torch.Tensor, count: int) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Rows of queries [Q, D], and for each the indices of the candidates [C, D] that are nearest, [rows, count]."""
+    """Slices of the queries [Q, D], each with the indices [rows, count] of the nearest candidates [C, D]."""
     for start in range(0, len(queries), CHUNK):
         rows = slice(start, min(start + CHUNK, len(queries)))
         scores = queries[rows] @ candidates.T
@@ -31,14 +31,14 @@ def classification(images: torch.Tensor, classes: torch.Tensor, labels: list[int
         labels: N class indices.
 
     Returns:
-        acc1, acc5 and mean_per_class_recall, in [0, 1]; the last is over the classes that have a picture.
+        acc1, acc5 and mean_per_class_recall, in [0, 1]; the last is over the classes that have an image.
     """
     truth = torch.tensor(labels)
     top = torch.cat([found for _, found in best(images, classes, 5)])  # [N, 5]
     hits = top == truth[:, None]
-    pictures = torch.bincount(truth, minlength=len(classes))
+    counts = torch.bincount(truth, minlength=len(classes))
     right = torch.bincount(truth[hits[:, 0]], minlength=len(classes))
-    recall = right[pictures > 0] / pictures[pictures > 0]
+    recall = right[counts > 0] / counts[counts > 0]
     return {
         "acc1": hits[:, 0].double().mean().item(),
         "acc5": hits.any(1).double().mean().item() if len(classes) >= 5 else None,
@@ -53,20 +53,20 @@ def retrieval(
     Args:
         images: [N, D], of length 1.
         texts: [T, D], of length 1.
-        owners: for each text, the index of the picture that it describes.
-        counts: how many candidates are looked at.
+        owners: for each text, the index of the image that it describes.
+        counts: the values of k.
 
     Returns:
-        image_retrieval_recall@k, the share of texts with their picture among the k nearest, and
-        text_retrieval_recall@k, the share of pictures with one of their texts among the k nearest; in [0, 1].
+        image_retrieval_recall@k, the share of texts with their image among the k nearest, and
+        text_retrieval_recall@k, the share of images with one of their texts among the k nearest; in [0, 1].
     """
-    picture_of = torch.tensor(owners)
+    image_of = torch.tensor(owners)
     own = torch.arange(len(images))
-    found_pictures = torch.cat([top == picture_of[rows, None] for rows, top in best(texts, images, max(counts))])
-    found_texts = torch.cat([picture_of[top] == own[rows, None] for rows, top in best(images, texts, max(counts))])
+    found_images = torch.cat([top == image_of[rows, None] for rows, top in best(texts, images, max(counts))])
+    found_texts = torch.cat([image_of[top] == own[rows, None] for rows, top in best(images, texts, max(counts))])
     metrics: dict[str, float | None] = {}
     for count in counts:
-        for name, hits, candidates in (("image", found_pictures, images), ("text", found_texts, texts)):
+        for name, hits, candidates in (("image", found_images, images), ("text", found_texts, texts)):
             share = hits[:, :count].any(1).double().mean().item()
             metrics[f"{name}_retrieval_recall@{count}"] = share if count <= len(candidates) else None
     return metrics
@@ -74,15 +74,15 @@ def retrieval(
 
 def captioning(captions: list[str], references: list[list[str]], tokenizer: str) -> dict[str, float]:
     """
-    Bleu_1 to Bleu_4, ROUGE_L and CIDEr, by pycocoevalcap, the COCO server's code. CIDEr weighs words by how rare they
-    are in the references at hand, so it is a figure of the whole set.
+    Bleu_1 to Bleu_4, ROUGE_L and CIDEr, by pycocoevalcap, the COCO server's code. CIDEr weighs words by their rarity in
+    the references, so it depends on the whole set.
 
     Args:
-        captions: one for each of N pictures.
-        references: for each picture, what it may be called.
+        captions: one for each of N images.
+        references: the right captions of each image.
         tokenizer: "ptb", the COCO server's (English; needs Java); "words", lower-cased runs of letters and digits; or
-            "characters", without white space and punctuation, for languages without spaces. Only "ptb" gives figures
-            that can be compared with published ones.
+            "characters", without white space and punctuation, for languages without spaces. Only scores with "ptb" can
+            be compared with published ones.
     """
     try:
         from pycocoevalcap.bleu.bleu import Bleu
@@ -99,15 +99,14 @@ def captioning(captions: list[str], references: list[list[str]], tokenizer: str)
 
 
 def tokenized(texts: list[list[str]], tokenizer: str) -> dict[int, list[str]]:
-    """Texts of each picture -> {picture: texts with a space between tokens}"""
+    """The texts of each image -> {image: texts with a space between tokens}"""
     check_tokenizer(tokenizer)
     one_line = [[" ".join(text.split()) for text in group] for group in texts]
     if tokenizer == "ptb":
         from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-        return PTBTokenizer().tokenize(
-            {key: [{"caption": text} for text in group] for key, group in enumerate(one_line)}
-        )
+        groups = {key: [{"caption": text} for text in group] for key, group in enumerate(one_line)}
+        return PTBTokenizer().tokenize(groups)
     pattern = r"[^\W_]+" if tokenizer == "words" else r"[^\W_]"
     return {key: [" ".join(re.findall(pattern, text.lower())) for text in group] for key, group in enumerate(one_line)}
 
@@ -115,12 +114,12 @@ def tokenized(texts: list[list[str]], tokenizer: str) -> dict[int, list[str]]:
 def check_tokenizer(tokenizer: str) -> None:
     """
     Raises:
-        ValueError: an unknown tokenizer, or "ptb" where there is no Java.
+        ValueError: an unknown tokenizer, or "ptb" without Java.
     """
     if tokenizer not in TOKENIZERS:
         raise ValueError(f"`--tokenizer` must be one of {TOKENIZERS}, got {tokenizer!r}.")
     if tokenizer == "ptb" and shutil.which("java") is None:
         raise ValueError(
-            "`--tokenizer ptb` needs Java, and there is no `java` here. Install a JRE, or choose `--tokenizer words`, "
-            "whose figures cannot be compared with published ones."
+            "`--tokenizer ptb` needs Java, and found no `java`. Install a JRE, or choose `--tokenizer words`, "
+            "whose scores cannot be compared with published ones."
         )

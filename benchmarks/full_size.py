@@ -1,21 +1,20 @@
-"""A full-size run for real: synthesise a checkpoint, load it in several ways, use it, and report what that cost.
+"""Synthesise a checkpoint of full size, load it in several ways, use it, and report what that took.
 
-Run by whoever changes how checkpoints are loaded.
+Run by whoever changes how checkpoints are loaded. Linux only.
 
-    python -m benchmarks.full_size                # the 14B: 29 GB of disk for the time of the run; writes full_size.md
-    python -m benchmarks.full_size --keep DIR     # keeps the checkpoint in DIR, or uses the one that is there
+    python -m benchmarks.full_size                # the 14B: 29 GB of disk while it runs; writes full_size.md
+    python -m benchmarks.full_size --keep DIR     # keeps the checkpoint in DIR, or uses the one in it
     python -m benchmarks.full_size --config tiny --plans mapped disk --out /tmp/report.md    # seconds
 
-Every plan runs in a process of its own (one_plan.py), one after the other, with nothing of the shards in the page cache
-at its start. Beside the plans stand two bounds that are measured in the same run:
+Each plan runs in a process of its own (one_plan.py), one after the other, and starts with none of the shards in the
+page cache. The same run measures two bounds:
 
-* reading: all shards from beginning to end in large pieces, from which the disk's rate follows;
-* arithmetic: the same stages in models of the same weights that are cut to few layers, so that they stay in RAM; what
-  one layer more of each tower costs is multiplied with the layers of the whole model.
+* reading: all shards from beginning to end in large pieces, which gives the disk's rate;
+* arithmetic: the same stages with the same weights cut to a few layers, which stay in RAM; the cost of one more layer
+  of each tower is multiplied by the number of layers.
 
-Where the system lets it (as root, with cgroups), a plan is held to the memory that `LIMITS` gives it, page cache
-included: the kernel kills it if that is not enough. Whatever the run wrote is removed afterwards, also when it fails or
-is interrupted. Linux only.
+With root and cgroups, a plan gets no more memory than `LIMITS`, page cache included: the kernel kills it if that is not
+enough. The run removes whatever it wrote, also when it fails or is interrupted.
 """
 
 import argparse
@@ -31,7 +30,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
@@ -39,24 +37,22 @@ from time import perf_counter
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.one_plan import NEW_TOKENS, PLANS, STAGES, undisturbed
+from benchmarks import this_machine
+from benchmarks.one_plan import NEW_TOKENS, PLANS, ROOT, STAGES, undisturbed
 from tools.machines.synthesise_checkpoint import INDEX, synthesise
 from tools.pages import table
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
 PIECE = 16 << 20  # bytes of one read
 GIB = 1 << 30
-LIMITS = {"disk": 16 * GIB, "ram+disk": 16 * GIB, "int8": 18 * GIB}  # "mapped" may use what there is
-# The files of a memory cgroup, version 1 and 2: its root, its limit, and the most that it has used.
+LIMITS = {"disk": 16 * GIB, "ram+disk": 16 * GIB, "int8": 18 * GIB}  # "mapped" may use all of the RAM
+# The files of a memory cgroup, version 1 and 2: its root, its limit, and its peak.
 CGROUPS = (
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.max_usage_in_bytes"),
     (Path("/sys/fs/cgroup"), "memory.max", "memory.peak"),
 )
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "torchao")
-BF16_PLANS = ("mapped", "disk", "ram+disk")  # what must agree to the last bit
-# The first pattern that a tensor's name has in it says which part of the model it is of.
+BF16_PLANS = ("mapped", "disk", "ram+disk")  # these must agree to the last bit
+# The first pattern found in a tensor's name gives its part of the model.
 PARTS = {
     "vision_model.": "vision",
     "clip_projector2.": "query head",
@@ -66,7 +62,7 @@ PARTS = {
     ".embed_tokens.": "embeddings",
     ".lm_head.": "language head",
 }
-# How often a stage runs through each part. A caption's tokens are written one after the other.
+# How often a stage uses each part. A caption's tokens are written one after the other.
 PASSES = {
     "image C": {"vision": 1, "vision head": 1},
     "image G": {"vision": 1, "vision head": 1, "language": 1, "cross": 1, "query head": 1},
@@ -90,7 +86,7 @@ def shards_of(folder: Path) -> list[Path]:
 
 
 def bytes_of_parts(folder: Path) -> Counter:
-    """Bytes of each part of the model, by the shards' own headers."""
+    """Bytes of each part of the model, from the shards' headers."""
     sizes: Counter = Counter()
     for path in shards_of(folder):
         with open(path, "rb") as file:
@@ -103,7 +99,7 @@ def bytes_of_parts(folder: Path) -> Counter:
 
 
 def forget(folder: Path) -> None:
-    """Have the kernel drop what it holds of the shards; needs no rights and leaves other files alone."""
+    """Have the kernel drop the shards from the page cache; this needs no rights and affects no other files."""
     os.sync()
     for path in shards_of(folder):
         with open(path, "rb") as file:
@@ -111,10 +107,10 @@ def forget(folder: Path) -> None:
 
 
 def seconds_to_read(folder: Path, flags: int = 0) -> float | None:
-    """How long reading all shards from the disk takes; None where the file system does not know a flag."""
+    """Seconds to read all shards from the disk; None if the file system does not support a flag."""
     forget(folder)
     start = perf_counter()
-    with mmap.mmap(-1, PIECE) as buffer:  # aligned to pages, which O_DIRECT asks for
+    with mmap.mmap(-1, PIECE) as buffer:  # aligned to pages, as O_DIRECT requires
         for path in shards_of(folder):
             try:
                 file = os.open(path, os.O_RDONLY | flags)
@@ -128,7 +124,7 @@ def seconds_to_read(folder: Path, flags: int = 0) -> float | None:
 
 @contextmanager
 def checkpoint(keep: Path | None, config: Path, scratch: Path):
-    """The folder of a full-size checkpoint, and what writing it cost; removed at the end unless it is to be kept."""
+    """The folder of a full-size checkpoint, and what writing it took; removed at the end unless `keep` names it."""
     with tempfile.TemporaryDirectory(prefix="internvl-full-size-", dir=scratch) as temporary:
         folder, start = keep or Path(temporary), perf_counter()
         written = synthesise(folder, config, threads=os.cpu_count() or 1)
@@ -146,8 +142,8 @@ def join_cgroup(group: Path) -> None:
 @contextmanager
 def limited_memory(limit: int | None) -> Iterator[tuple[Callable[[], None] | None, dict]]:
     """
-    A cgroup of so many bytes: what a new process has to call to be held to them, and where the most that it used is
-    noted in the end. Nothing to call without a limit, or where the system lets us set none.
+    A cgroup with a memory limit in bytes. Yields the function with which a new process joins it, or None without a
+    limit or without the rights for one, and a dictionary that holds the limit and, in the end, the peak.
     """
     found: dict = {"limit": None}
     for root, maximum, used in CGROUPS if limit else ():
@@ -170,22 +166,23 @@ def limited_memory(limit: int | None) -> Iterator[tuple[Callable[[], None] | Non
 
 
 def run_plan(plan: str, folder: Path, out: Path, *options: object) -> dict:
-    """What one_plan.py measured in a process of its own, or what it died of."""
-    script = Path(__file__).with_name("one_plan.py")
-    command = [sys.executable, script, "--plan", plan, "--folder", folder, "--out", out]
-    environment = os.environ | {"HF_MODULES_CACHE": str(out.parent / "modules"), "HF_HUB_OFFLINE": "1"}
+    """The measurements of one_plan.py in a process of its own, or the error that ended it."""
+    command = [sys.executable, "-m", "benchmarks.one_plan", "--plan", plan, "--folder", folder.resolve()]
+    command += ["--out", out.resolve(), *options]
+    environment = os.environ | {"HF_MODULES_CACHE": str(out.resolve().parent / "modules"), "HF_HUB_OFFLINE": "1"}
     errors = out.with_suffix(".log")
-    with open(errors, "w") as log, limited_memory(None if options else LIMITS.get(plan)) as (enter, memory):
-        done = subprocess.run([*map(str, (*command, *options))], env=environment, stderr=log, preexec_fn=enter)
+    with open(errors, "w") as log, limited_memory(None if options else LIMITS.get(plan)) as (join, memory):
+        done = subprocess.run([*map(str, command)], env=environment, stderr=log, cwd=ROOT, preexec_fn=join)
+    if done.returncode < 0:
+        return {"error": f"killed by signal {-done.returncode}", "memory": memory}
     if done.returncode:
-        lines = errors.read_text().splitlines()
-        killed = f"killed by signal {-done.returncode}" if done.returncode < 0 else None
-        return {"error": killed or (lines[-1] if lines else f"exit status {done.returncode}"), "memory": memory}
+        lines = errors.read_text().splitlines() or [f"exit status {done.returncode}"]
+        return {"error": lines[-1], "memory": memory}
     return json.loads(out.with_suffix(".json").read_text()) | {"memory": memory}
 
 
 def arithmetic(folder: Path, scratch: Path) -> dict[str, float]:
-    """Seconds of each stage if all weights lay in RAM, extrapolated from models of one and two units of each tower."""
+    """Seconds of each stage with all weights in RAM, extrapolated from models with one and two units of each tower."""
     config = json.loads((folder / "config.json").read_text())
     units = (
         config["vision_config"]["num_hidden_layers"],
@@ -201,7 +198,7 @@ def arithmetic(folder: Path, scratch: Path) -> dict[str, float]:
 
 
 def differences(outputs: dict, reference: dict) -> dict[str, dict]:
-    """How far each stage's tensors are from the reference's."""
+    """The differences of each stage's tensors from the reference's."""
     found = {}
     for name, wanted in reference.items():
         given, wanted = outputs[name].double(), wanted.double()
@@ -213,25 +210,18 @@ def differences(outputs: dict, reference: dict) -> dict[str, dict]:
     return found
 
 
-def all_finite(outputs: dict) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in outputs.values())
-
-
 def benchmark(folder: Path, plans: list[str], scratch: Path) -> dict:
     """All measurements of a checkpoint."""
     size = sum(path.stat().st_size for path in shards_of(folder))
     results: dict = {"bytes": size, "parts": dict(bytes_of_parts(folder)), "plans": {}, "agreement": {}}
-    results["reading"] = {
-        "buffered": seconds_to_read(folder),
-        "direct": seconds_to_read(folder, os.O_DIRECT),
-    }
+    results["reading"] = {"buffered": seconds_to_read(folder), "direct": seconds_to_read(folder, os.O_DIRECT)}
     outputs = {}
     for plan in plans:
         forget(folder)
         results["plans"][plan] = found = run_plan(plan, folder, scratch / plan)
         if "error" not in found:
             outputs[plan] = load_file(scratch / f"{plan}.safetensors")
-            found["finite"] = all_finite(outputs[plan])
+            found["finite"] = all(bool(tensor.isfinite().all()) for tensor in outputs[plan].values())
         print(f"{plan}: {found.get('error', 'done')}", flush=True)
     reference = next(iter(outputs), None)
     for plan in outputs:
@@ -244,7 +234,7 @@ def benchmark(folder: Path, plans: list[str], scratch: Path) -> dict:
 
 
 def cosines(embeds: torch.Tensor) -> list[float]:
-    """Of each row with the next one."""
+    """Cosines of each row and the next one."""
     return [torch.cosine_similarity(one, other, dim=0).item() for one, other in pairwise(embeds.double())]
 
 
@@ -252,21 +242,12 @@ def cosines(embeds: torch.Tensor) -> list[float]:
 
 
 def machine() -> str:
-    """What the numbers depend on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    memory, packages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), []
-    for package in PACKAGES:
-        try:
-            packages.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            packages.append(f"no {package}")
-    cpu = names[0] if names else os.uname().machine
-    return f"{cpu}, {os.cpu_count()} cores, {memory / GIB:.1f} GiB of RAM, no GPU used; {', '.join(packages)}"
+    packages = this_machine.listed(this_machine.versions(*PACKAGES))
+    return f"{this_machine.processor()}, {this_machine.memory() / GIB:.1f} GiB of RAM, no GPU used; {packages}"
 
 
 def needed(results: dict, stage: str, once: bool) -> int:
-    """Bytes of the weights of a stage: each once, or as often as the stage runs through them."""
+    """Bytes of a stage's weights, counted once, or as often as the stage uses them."""
     return sum(results["parts"].get(part, 0) * (1 if once else times) for part, times in PASSES[stage].items())
 
 
@@ -280,33 +261,18 @@ def gibibytes(count: float) -> str:
 
 def disk_section(results: dict) -> list[str]:
     written, reading, size = results["synthesis"], results["reading"], results["bytes"]
-    rows: list[list[object]] = []
-    if written:
-        rows.append(["writing it, seeded", f"{written['seconds']:.1f}", gigabytes(size / written["seconds"])])
-    for kind, seconds in reading.items():
-        rows.append(
-            [f"reading it, {kind}", *([f"{seconds:.1f}", gigabytes(size / seconds)] if seconds else ["-", "-"])]
-        )
+    seconds = {"writing it, seeded": written["seconds"]} if written else {}
+    seconds |= {f"reading it, {kind}": took for kind, took in reading.items()}
+    rows = [
+        [what, f"{took:.1f}", gigabytes(size / took)] if took else [what, "-", "-"] for what, took in seconds.items()
+    ]
     lines = [f"The checkpoint: {gigabytes(size)} GB.", "", table(["", "seconds", "GB/s"], rows), ""]
-    if written:
-        lines += [f"Peak RSS while writing: {gibibytes(written['peak_rss'])} GiB.", ""]
-    return lines
+    return lines + ([f"Peak RSS while writing: {gibibytes(written['peak_rss'])} GiB.", ""] if written else [])
 
 
 def plan_section(results: dict) -> list[str]:
-    head = [
-        "plan",
-        "load s",
-        "RSS after load",
-        "peak RSS",
-        "anonymous",
-        "file-backed",
-        "limit",
-        "all stages s",
-        "GB read",
-        "load average",
-    ]
-    rows = []
+    head = ["plan", "load s", "RSS after load", "peak RSS", "anonymous", "file-backed", "limit", "all stages s"]
+    head, rows = [*head, "GB read", "load average"], []
     for plan, found in results["plans"].items():
         if "error" in found:
             rows.append([plan, f"did not run: {found['error']}", *["-"] * (len(head) - 2)])
@@ -318,25 +284,24 @@ def plan_section(results: dict) -> list[str]:
         read = sum(cost["bytes_read"] for cost in costs)
         limit = found["memory"]["limit"]
         row = [plan, f"{found['load']['seconds']:.1f}", *map(gibibytes, memory), gibibytes(limit) if limit else "none"]
-        row += [f"{seconds:.1f}", gigabytes(read)]
-        rows.append([*row, f"{found['load_average']:.1f}"])
-    lines = [table(head, rows), ""]
-    sentence = (
+        rows.append([*row, f"{seconds:.1f}", gigabytes(read), f"{found['load_average']:.1f}"])
+    explanation = (
         "Memory in GiB. File-backed pages are the mapped shards: the kernel takes them back when RAM is short. A limit"
-        " holds for all memory of the plan's process, what the kernel caches of the shards for it included."
+        " holds for all memory of the plan's process, including the page cache that it fills. The load average is that"
+        " of the machine before the plan, from other processes."
     )
-    lines += [f"{sentence} The load average is that of the machine before the plan: what else ran.", ""]
+    lines = [table(head, rows), "", explanation, ""]
     mapped = results["plans"].get("mapped", {"error": ""})
     if "error" not in mapped:
         growth = mapped["load"]["after"]["rss"] - mapped["before"]["rss"]
-        seconds, reading = mapped["load"]["seconds"], results["reading"]["buffered"]
-        sentence = f"A plain load maps the shards: {seconds:.1f} s and {growth / 1e6:.0f} MB of new RSS"
-        lines += [f"{sentence}; reading the files takes {reading:.1f} s.", ""]
+        loading = f"{mapped['load']['seconds']:.1f} s and {growth / 1e6:.0f} MB of new RSS"
+        reading = f"reading the files takes {results['reading']['buffered']:.1f} s"
+        lines += [f"A plain load maps the shards: {loading}; {reading}.", ""]
     return lines
 
 
 def stage_section(results: dict, plan: str) -> list[str]:
-    """Where the time of a plan's stages went."""
+    """The time of a plan's stages, by cause."""
     rate = results["bytes"] / results["reading"]["buffered"]
     rows = []
     for stage, cost in results["plans"][plan]["stages"].items():
@@ -366,24 +331,16 @@ def agreement_section(results: dict) -> list[str]:
 
 def report(results: dict) -> str:
     explanation = (
-        "`weights GB`: what a stage needs, each tensor once; `passes GB`: as often as the stage runs through it;"
-        " `read GB`: what the disk delivered (the page cache may hold the rest). `weights once s` and `reading s` are"
-        " those bytes at the rate of a buffered sequential read; `queued s` is time in which the main thread was ready"
-        " and other processes had the cores; `arithmetic s` is the stage in bfloat16 with all weights in RAM,"
-        " extrapolated; `rest s` is what nothing of these explains, negative where they overlap; `kernel s` is time in"
-        " the kernel, of all threads, such as page faults and copies."
+        "`weights GB`: the stage's weights, each tensor once; `passes GB`: each tensor as often as the stage uses it;"
+        " `read GB`: bytes read from the disk (the page cache may hold the rest). `weights once s` and `reading s` are"
+        " those bytes at the rate of a buffered sequential read; `queued s` is the time that the main thread waited for"
+        " a core; `arithmetic s` is the stage in bfloat16 with all weights in RAM, extrapolated; `rest s` is the time"
+        " that these do not explain, negative where they overlap; `kernel s` is the time of all threads in the kernel,"
+        " such as page faults and copies."
     )
     lines = ["# A full-size run", "", f"Measured by `python -m benchmarks.full_size` on {results['machine']}.", ""]
-    lines += [
-        *disk_section(results),
-        "## Plans",
-        "",
-        *plan_section(results),
-        "## Where the time goes",
-        "",
-        explanation,
-        "",
-    ]
+    lines += [*disk_section(results), "## Plans", "", *plan_section(results)]
+    lines += ["## Where the time goes", "", explanation, ""]
     for plan, found in results["plans"].items():
         if "error" not in found:
             lines += stage_section(results, plan)
@@ -391,7 +348,7 @@ def report(results: dict) -> str:
 
 
 def failures(results: dict) -> list[str]:
-    """What must not be: plans that did not run, values that are not finite, bfloat16 plans that differ."""
+    """Errors: plans that did not run, values that are not finite, bfloat16 plans that differ."""
     found = [f"{plan}: {one['error']}" for plan, one in results["plans"].items() if "error" in one]
     found += [f"{plan}: not finite" for plan, one in results["plans"].items() if not one.get("finite", True)]
     for plan, one in results["agreement"].items():
@@ -404,11 +361,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, default=ROOT, help="folder with the config.json to follow")
     parser.add_argument("--keep", type=Path, help="folder of a checkpoint to use, or to write and keep")
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="where to write meanwhile")
-    parser.add_argument("--plans", nargs="+", choices=PLANS, default=list(PLANS))
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="folder for temporary files")
+    parser.add_argument("--plans", nargs="+", choices=PLANS, default=list(PLANS), help="ways to load; default: all")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"), help="report; .json beside it")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # an exception, so that the folders are removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # raises, so that the folders are removed
     with (
         checkpoint(arguments.keep, arguments.config, arguments.scratch) as (folder, synthesis),
         tempfile.TemporaryDirectory(prefix="internvl-full-size-results-", dir=arguments.scratch) as results_folder,
@@ -416,7 +373,7 @@ def main() -> None:
         results = benchmark(folder, arguments.plans, Path(results_folder))
     results |= {"synthesis": synthesis, "machine": machine()}
     arguments.out.write_text(report(results))
-    arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    this_machine.write_json(arguments.out.with_suffix(".json"), results)
     if complaints := failures(results):
         sys.exit("; ".join(complaints))
 

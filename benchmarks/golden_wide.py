@@ -7,7 +7,7 @@ import torch
 
 
 def regenerated(name: str, shape: torch.Size) -> torch.Tensor:
-    """The value of a parameter of golden/wide; the first rule that fits (docs/model.md, "Regenerated weights")."""
+    """A parameter of golden/wide, by the first rule that fits (docs/model.md, "Regenerated weights")."""
     seed = zlib.crc32(f"5:{name}".encode())
     z = torch.from_numpy(np.asarray(np.random.RandomState(seed).standard_normal(tuple(shape)), dtype=np.float32))
     if name == "logit_scale":

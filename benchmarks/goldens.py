@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from benchmarks.golden_wide import regenerated, regenerated_pixels
+
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}  # docs/model.md, "Goldens"
@@ -28,14 +30,28 @@ def golden_config(folder: str = "tiny", attn_implementation: str | None = None) 
 def golden_model(class_name: str = "InternVLModel", attn_implementation: str | None = None) -> Any:
     """The model of golden/tiny, float32, in eval mode."""
     model = repo_class(f"modeling_internvl.{class_name}")(golden_config("tiny", attn_implementation))
-    model.load_state_dict(load_file(GOLDEN / "tiny" / "model.safetensors"), strict=True)
+    model.load_state_dict(golden_weights(), strict=True)
     return model.eval()
+
+
+def golden_weights(folder: str = "tiny") -> dict[str, torch.Tensor]:
+    """The float32 weights of golden/tiny, or those of golden/wide, which are too large to store."""
+    if folder == "tiny":
+        return load_file(GOLDEN / folder / "model.safetensors")
+    with torch.device("meta"):
+        model = repo_class("modeling_internvl.InternVLModel")(golden_config(folder))
+    return {name: regenerated(name, parameter.shape) for name, parameter in model.named_parameters()}
 
 
 @cache
 def golden(name: str) -> dict[str, torch.Tensor]:
     """Tensors of the original implementation, such as golden("tiny/expected")."""
     return load_file(GOLDEN / f"{name}.safetensors")
+
+
+def golden_inputs(folder: str = "tiny") -> dict[str, torch.Tensor]:
+    """The inputs of the goldens, with the pixels of golden/wide."""
+    return ({} if folder == "tiny" else {"pixel_values": regenerated_pixels()}) | golden(f"{folder}/inputs")
 
 
 def training_batch(

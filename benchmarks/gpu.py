@@ -1,17 +1,17 @@
-"""Prove the model on a GPU in one command: right numbers first, then speed beside what the machine could do.
+"""Measure the model on a GPU in one command: correctness first, then speed beside what the machine could reach.
 
     python -m benchmarks.gpu                             # every step, on the GPU
-    python -m benchmarks.gpu --resume                    # what the run before had no time for, or failed
-    python -m benchmarks.gpu --only goldens images       # some of them
+    python -m benchmarks.gpu --resume                    # the steps that the last run failed or had no time for
+    python -m benchmarks.gpu --only goldens images       # some steps
     python -m benchmarks.gpu --device cpu --tiny         # the same steps, small, on a CPU: minutes
-    python -m benchmarks.gpu --simulate                  # shapes and memory at full size, on a card that is not there
+    python -m benchmarks.gpu --simulate                  # shapes and memory at full size, on a simulated card
     python -m benchmarks.gpu --report out/gpu-cuda.json  # writes GPU.md, its chart and the README; needs no GPU
 
-Run by whoever has a GPU at hand. Nothing is downloaded: full-size weights are drawn on the card, which needs 30 GB
-(`goldens`, `kernels`, `gradients`, `compiled`, `processor` and `ceilings` run on any), `placed`, `streamed` and `load`
-also 30 GB of RAM, and `load` 33 GB of disk in TMPDIR. No measurement begins after `--minutes`, nine by default; each
-step adds its result to the JSON file as it ends. What a machine lacks is named in the file as skipped, with the reason.
-The exit status is 1 if something failed.
+Run by whoever has a GPU at hand. It downloads nothing: weights of full size are random and made on the card, which
+needs 30 GB (`goldens`, `kernels`, `gradients`, `compiled`, `processor` and `ceilings` run on any card); `placed`,
+`streamed` and `load` also need 30 GB of RAM, and `load` 33 GB of disk in TMPDIR. No measurement begins after
+`--minutes`, nine by default. Each step adds its result to the JSON file as it ends. The file lists what the machine
+lacks as skipped, with the reason. The exit status is 1 if something failed.
 
     pip install torch transformers accelerate sentencepiece protobuf pillow    # and, used if present,
     pip install torchao torchvision flash-attn diffusers matplotlib
@@ -26,15 +26,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported, which fetches kernels that it misses
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before importing transformers, which downloads kernels that it misses
 
 import torch
 
-from benchmarks import gpu_numbers, gpu_report, gpu_speed, measuring
+from benchmarks import gpu_numbers, gpu_report, gpu_speed, measuring, this_machine
 from benchmarks.gpu_machine import OUT_OF_TIME, Machine
 from benchmarks.measuring import ROOT
 
-# What matters most comes first, since a run may be short of time.
+# The most important steps come first, since a run may end early.
 FIRST = ("goldens", "kernels", "gradients", "ceilings", "images", "captions", "compiled", "float8", "texts")
 ALL_STEPS = {**gpu_numbers.STEPS, **gpu_speed.STEPS}
 STEPS = {name: ALL_STEPS[name] for name in (*FIRST, *(name for name in ALL_STEPS if name not in FIRST))}
@@ -42,7 +42,7 @@ SIMULATED_STEPS = ("images", "float8", "texts", "captions")
 
 
 def problems(found: Any, key: str) -> Iterator[str]:
-    """Every reason under `key`, "failed" or "skipped", with its place in the results."""
+    """Every reason under `key` ("failed" or "skipped"), with its place in the results."""
     return (f"{where}: {reason}" for where, reason in gpu_report.reasons(found, key))
 
 
@@ -65,14 +65,14 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--device", default="cuda")
-    add("--tiny", action="store_true", help="small sizes, to see that every step runs")
-    add("--simulate", action="store_true", help="shapes and memory at full size, without a card")
+    add("--tiny", action="store_true", help="small sizes, to check that every step runs")
+    add("--simulate", action="store_true", help="shapes and memory at full size, on a simulated card")
     add("--only", nargs="+", choices=STEPS, metavar="STEP", help=f"some of {', '.join(STEPS)}")
     add("--minutes", type=float, default=9, help="begin no measurement after this time")
-    add("--out", type=Path, help="JSON file of the results; by default one for each kind of run, in out/")
-    add("--resume", action="store_true", help="go on with that file: do what is missing or failed")
-    add("--report", type=Path, metavar="FILE", help="write the pages from such a file, and measure nothing")
-    add("--to", type=Path, default=ROOT, help="of --report: the clone whose pages are written")
+    add("--out", type=Path, help="JSON file of the results; default: one for each kind of run, in out/")
+    add("--resume", action="store_true", help="continue that file: run what is missing or failed")
+    add("--report", type=Path, metavar="FILE", help="write the pages from this file and measure nothing")
+    add("--to", type=Path, default=ROOT, help="with --report: the clone whose pages are written")
     arguments = parser.parse_args()
     if arguments.report is not None:
         return parser, arguments
@@ -83,7 +83,9 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     arguments.only = arguments.only or (SIMULATED_STEPS if arguments.simulate else tuple(STEPS))
     if arguments.simulate and (wrong := set(arguments.only) - set(SIMULATED_STEPS)):
         parser.error(f"--simulate has the steps {', '.join(SIMULATED_STEPS)}, not {', '.join(sorted(wrong))}")
-    arguments.out = arguments.out or ROOT / "out" / f"gpu-{kind(arguments)}.json"
+    # A file for each kind of run: tiny and simulated runs are no measurements of a card.
+    kind = ("simulated" if arguments.simulate else arguments.device) + ("-tiny" if arguments.tiny else "")
+    arguments.out = arguments.out or ROOT / "out" / f"gpu-{kind}.json"
     if arguments.out.is_file() and not arguments.resume:
         parser.error(f"{arguments.out} is there already: --resume goes on with it, --out names another file")
     return parser, arguments
@@ -109,20 +111,20 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for name in arguments.only:
         add_step(machine, name, results["steps"])
-        replace(arguments.out, results)
+        this_machine.write_json(arguments.out, results)
     print(gpu_report.summary(results))
     if any(problems(results["steps"], "failed")):
         raise SystemExit(1)
 
 
 def add_step(machine: Machine, name: str, steps: dict[str, Any]) -> None:
-    """Run a step that is missing, failed or had no time, and say what became of it."""
+    """Run a step that is missing, failed or had no time, and print its result."""
     earlier = steps.get(name)
     if earlier is not None and is_whole(earlier):
         print(f"{name}: kept", flush=True)
         return
     found = run_step(machine, name)
-    if earlier is None or found.get("skipped") != OUT_OF_TIME:  # what was measured in part is more than nothing
+    if earlier is None or found.get("skipped") != OUT_OF_TIME:  # a part of the figures is better than none
         steps[name] = found
     print(f"{name}: {found['seconds']} s", flush=True)
     for key in ("failed", "skipped"):
@@ -130,28 +132,15 @@ def add_step(machine: Machine, name: str, steps: dict[str, Any]) -> None:
             print(f"  {key}: {problem[:300]}", flush=True)
 
 
-def kind(arguments: argparse.Namespace) -> str:
-    """Of a run, for the name of its file: those of small and simulated ones are no measurements of a card."""
-    name = "simulated" if arguments.simulate else arguments.device
-    return f"{name}-tiny" if arguments.tiny else name
-
-
 def differing(one: dict[str, Any], other: dict[str, Any]) -> str:
-    """What of two machines differs, but for the day."""
+    """The differences between two machines, ignoring the date."""
     names = [name for name in {**one, **other} if name != "date" and one.get(name) != other.get(name)]
     return ", ".join(f"{name} {one.get(name)} and not {other.get(name)}" for name in names)
 
 
 def is_whole(step: dict[str, Any]) -> bool:
-    """Whether nothing of a step failed or was left out for want of time."""
+    """Whether nothing in a step failed or was skipped for lack of time."""
     return not any(problems(step, "failed")) and not any(OUT_OF_TIME in each for each in problems(step, "skipped"))
-
-
-def replace(path: Path, results: dict[str, Any]) -> None:
-    """Write a file that is there whole or not at all."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
-    part.replace(path)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,21 @@
-"""The machine that benchmarks/gpu.py measures: its device, its models at full size, its clock and its memory."""
+"""The machine that benchmarks/gpu.py measures: its device, models of full size, a clock and a memory meter."""
 
 import gc
 import importlib.util
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks import measuring
+from benchmarks import measuring, this_machine
 from benchmarks.goldens import repo_class
 from benchmarks.measuring import ROOT
 from tools.machines import simulate_devices
-from tools.machines.synthesise_checkpoint import mean_and_deviation
 
 PEAK = "peak GB"
 COSINE = "least cosine to bfloat16"
@@ -31,32 +27,22 @@ PACKAGES = ("torch", "transformers", "accelerate", "torchao", "flash_attn", "dif
 
 
 class Missing(Exception):
-    """What a measurement needs and this machine lacks."""
+    """This machine lacks something that a measurement needs."""
 
 
 def require(package: str) -> None:
-    """Raise `Missing` without an optional package; that one which is there fails to import is a failure."""
+    """Raise `Missing` if an optional package is not installed. One that is installed and cannot be imported fails."""
     if importlib.util.find_spec(package) is None:
         raise Missing(f"{package} is not installed here")
-
-
-def installed() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 class Machine:
     """
     Args:
         device (`str`): "cuda", "cpu", ...
-        tiny (`bool`): the sizes of `tiny/` and few repetitions, to see that every step runs.
-        simulated (`bool`): a card that is not there: tensors have shapes and no values, nothing takes time, and memory
-            is counted. Everything is to run inside `measuring.simulated_card`.
+        tiny (`bool`): the sizes of `tiny/` and few repetitions, to check that every step runs.
+        simulated (`bool`): simulate the card: tensors have shapes and no values, nothing takes time, and memory is
+            counted. Everything must run inside `measuring.simulated_card`.
         minutes (`float`): no measurement begins later than this.
     """
 
@@ -65,18 +51,18 @@ class Machine:
         self.is_cuda = self.device.type == "cuda" and not simulated
         self.deadline = time.monotonic() + 60 * minutes
         self.budget = 0.0 if tiny else 1.0  # seconds for the repetitions of one timing
-        self.meter: Any = None  # of a simulated card
-        self.dead = ""  # why the device takes no more calls
+        self.meter: Any = None  # the memory meter of a simulated card
+        self.dead = ""  # why the device accepts no more calls
         self._model: Any = None
         self._spare: list[Any] = []
 
     def start_over(self) -> None:
-        """Before a step on a simulated card: it cannot make models, and has no use for those of another simulation."""
+        """Prepare models for a step on a simulated card, which can neither build them nor reuse those of another."""
         self._model = None
         self._spare = [self.empty_model(), self.empty_model()]
 
     def describe(self) -> dict[str, Any]:
-        name = platform.processor() or platform.machine()
+        name = this_machine.processor_name()
         if self.simulated:
             name = "a simulated card: shapes and memory, no times"
         elif self.is_cuda:
@@ -93,7 +79,7 @@ class Machine:
             found["memory in GB"] = properties.total_memory / 1e9
             found["capability"] = f"{properties.major}.{properties.minor}"
             found["cuda"] = torch.version.cuda
-        return found | installed()
+        return found | this_machine.versions(*PACKAGES)
 
     # ------------------------------------------------------------------------------------------- clock and memory
 
@@ -102,7 +88,7 @@ class Machine:
             torch.accelerator.synchronize(self.device)
 
     def seconds(self, call: Callable[[], Any], warm: int = 2) -> float:
-        """The median time of a call, the device having finished, after `warm` calls that do not count."""
+        """The median time of a call until the device has finished it, after `warm` calls that do not count."""
         for _ in range(1 if self.tiny else warm):
             call()
         times: list[float] = []
@@ -115,7 +101,7 @@ class Machine:
         return statistics.median(times)
 
     def peak(self, call: Callable[[], Any]) -> float | None:
-        """The most memory in GB during a call, the weights included; None on a CPU."""
+        """Peak memory in GB during a call, weights included; None on a CPU."""
         if self.simulated:
             self.meter.restart()
             call()
@@ -127,13 +113,13 @@ class Machine:
         return torch.cuda.max_memory_allocated(self.device) / 1e9
 
     def forget(self) -> None:
-        """Give back the memory that the last measurement left."""
+        """Release the memory that the last measurement left behind."""
         gc.collect()
         if self.is_cuda:
             torch.cuda.empty_cache()
 
     def attempt(self, measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-        """What was measured, or why it was not: what comes after it can still run."""
+        """The result of a measurement, or the reason why there is none: an error does not end the run."""
         if self.dead:
             return {"failed": f"not run: {self.dead}"}
         if time.monotonic() > self.deadline:
@@ -142,7 +128,7 @@ class Machine:
             found = measure(*arguments)
         except Missing as missing:
             found = {"skipped": str(missing)}
-        except Exception as error:  # of whatever library: on a lent machine there is no second try
+        except Exception as error:  # from any library: a borrowed machine allows no second run
             found = {"failed": f"{type(error).__name__}: {error}"[:2000]}
         try:
             self.forget()
@@ -163,11 +149,11 @@ class Machine:
             return repo_class("modeling_internvl.InternVLModel")(self.config()).to(torch.bfloat16).eval()
 
     def model(self) -> Any:
-        """The joint model in bfloat16, made once, with drawn weights at the scales of the synthetic checkpoint."""
+        """The joint model in bfloat16 with random weights, built once."""
         if self._model is None:
             self.check_room(0.1 if self.tiny else MODEL_GB)
-            with torch.inference_mode(False), torch.no_grad():  # weights of inference mode could not change hands
-                self._model = self.drawn(self.empty_model())
+            with torch.inference_mode(False):  # weights of inference mode could not be shared between models
+                self._model = self.with_random_weights(self.empty_model())
         return self._model
 
     def drop_model(self) -> None:
@@ -175,55 +161,45 @@ class Machine:
         self.forget()
 
     def take_model(self) -> Any:
-        """The joint model to be changed, or to be dropped: the next one is drawn anew."""
+        """Hand over the joint model to be changed or dropped: the next one is built anew."""
         model, self._model = self.model(), None
         return model
 
     def check_room(self, gigabytes: float) -> None:
-        """Raises `Missing` where the device has less memory than something takes."""
+        """Raises `Missing` if the device has less memory than this in total."""
         if self.simulated:
             return
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+        total = this_machine.memory()
         if self.is_cuda:
-            total = torch.cuda.get_device_properties(self.device).total_memory / 1e9
-        if total < gigabytes:
-            raise Missing(f"{self.device.type} has {total:.0f} GB of memory, and this takes {gigabytes:g}")
+            total = torch.cuda.get_device_properties(self.device).total_memory
+        if total < gigabytes * 1e9:
+            raise Missing(f"{self.device.type} has {total / 1e9:.0f} GB of memory, and this takes {gigabytes:g}")
 
-    def drawn(self, model: Any) -> Any:
+    def with_random_weights(self, model: Any) -> Any:
         if self.simulated:
             measuring.put_on_a_card(model, torch.bfloat16)
             return model
-        model.to_empty(device=self.device)
-        generator = torch.Generator(self.device).manual_seed(0)
-        for name, parameter in model.named_parameters():
-            mean, deviation = mean_and_deviation(name, parameter.shape)
-            parameter.normal_(mean, deviation, generator=generator)
-        return model
+        return measuring.with_random_weights(model, self.device)
 
     def twin(self) -> Any:
-        """Another model with the same weights in the same memory, to be compiled or quantised."""
+        """A second model with the same weights in the same memory, to be compiled or quantised."""
         model, twin = self.model(), self.empty_model()
         with torch.inference_mode(False):
             twin.load_state_dict(model.state_dict(), assign=True)
         return twin
 
-    def vision_peer(self) -> Any:
-        """transformers' own vision tower with our weights."""
-        model = self.model().vision_model
-        peer = measuring.vision_peer(model.config).to(torch.bfloat16)
-        return measuring.sharing_weights(peer, model.state_dict())
-
-    def text_peer(self) -> Any:
-        """transformers' own LLaMA with our weights."""
-        model = self.model().qllama
-        return measuring.sharing_weights(measuring.text_peer(model.config).to(torch.bfloat16), model.state_dict())
+    def peer(self, make: Callable[[Any], Any]) -> Any:
+        """transformers' own model with our weights: `measuring.vision_peer_of` or `text_peer_of`."""
+        if self.simulated:
+            raise Missing("peers are not simulated")
+        return make(self.model())
 
     def pixels(self, batch: int) -> torch.Tensor:
         size = self.config().image_size
         return torch.randn(batch, 3, size, size, device=self.device, dtype=torch.bfloat16)  # [B, 3, H, W]
 
     def ids(self, batch: int, length: int) -> torch.Tensor:
-        """Ids [B, L] of texts that begin and end as they must."""
+        """Random ids [B, L] with the prefix and the end of a text to embed."""
         config = self.config()
         prefix = (config.embed_prefix_ids or [config.qllama_config.bos_token_id])[: length - 1]
         ids = torch.randint(3, config.qllama_config.vocab_size, (batch, length))
@@ -233,9 +209,9 @@ class Machine:
 
     def write(self, model: Any, pixels: torch.Tensor, count: int, **options: Any) -> torch.Tensor:
         """Captions of exactly `count` tokens."""
-        lengths = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
         if not self.simulated:
-            return model.generate(pixels, **lengths, **options)
+            lengths = {"max_new_tokens": count, "min_new_tokens": count}
+            return model.generate(pixels, do_sample=False, **lengths, **options)
         with simulate_devices.counted_steps(model.qllama, count):
             return model.generate(pixels, max_new_tokens=count, **options)
 
@@ -252,7 +228,7 @@ def in_float8(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def float8_product(
     states: tuple[torch.Tensor, torch.Tensor], weights: tuple[torch.Tensor, torch.Tensor], bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """[M, C] x [N, C] -> [M, N] in bfloat16; both scaled by rows."""
+    """[M, C] x [N, C] -> [M, N] in bfloat16; both with one scale per row."""
     by_row = F.ScalingType.RowWise
     return F.scaled_mm(
         states[0], weights[0].t(), states[1], by_row, weights[1].t(), by_row, bias=bias, use_fast_accum=True
@@ -260,7 +236,7 @@ def float8_product(
 
 
 class Float8Linear(nn.Module):
-    """A Linear whose weights are float8 by rows, as its inputs become at each call; products are torch's own."""
+    """A Linear in float8 with one scale per row: weights are converted once, inputs at each call."""
 
     def __init__(self, layer: nn.Linear):
         super().__init__()
@@ -273,7 +249,7 @@ class Float8Linear(nn.Module):
 
 
 def check_float8(device: torch.device) -> None:
-    """Raises `Missing` where torch has no such products."""
+    """Raises `Missing` if torch has no float8 product for the device."""
     if not hasattr(F, "scaled_mm"):
         raise Missing(f"torch {torch.__version__} has no scaled_mm, which came with 2.10")
     ones = in_float8(torch.ones(16, 16, dtype=torch.bfloat16, device=device))
@@ -284,7 +260,7 @@ def check_float8(device: torch.device) -> None:
 
 
 def to_float8(model: nn.Module, prefixes: tuple[str, ...] = LAYERS) -> nn.Module:
-    """Replace the Linear layers of the towers' layers, in place; heads and embeddings stay."""
+    """Replace the Linear layers inside the towers' layers, in place; heads and embeddings stay."""
     check_float8(next(model.parameters()).device)
     for name, module in list(model.named_modules()):
         for child, layer in list(module.named_children()):

@@ -1,4 +1,4 @@
-"""Are the numbers right on this machine? The steps of benchmarks/gpu.py that compare; a difference is a failure."""
+"""The steps of benchmarks/gpu.py that compare numbers with those of the original or of the CPU; a difference fails."""
 
 import os
 import subprocess
@@ -14,15 +14,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModel, CompileConfig
 from transformers.utils import is_torchvision_available
 
-from benchmarks.golden_wide import regenerated, regenerated_pixels
-from benchmarks.goldens import GOLDEN, TOLERANCE, golden, golden_config, repo_class, training_batch
+from benchmarks.goldens import (
+    TOLERANCE,
+    golden,
+    golden_config,
+    golden_inputs,
+    golden_weights,
+    repo_class,
+    training_batch,
+)
 from benchmarks.gpu_machine import Machine, Missing, require
 from benchmarks.measuring import ROOT
 
@@ -31,45 +37,34 @@ LOW_PRECISION = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES = {"float32": torch.float32, **LOW_PRECISION}
 LEAST_COSINE = 0.98  # of low precision; 0.998 to 1 on a CPU
 OBJECTIVES = {"stage2": "InternVLForPreTraining", "retrieval": "InternVLForRetrieval"}
-
+weights = cache(golden_weights)
 
 # --------------------------------------------------------------------------------------------------------- goldens
 
 
 def folders(machine: Machine) -> tuple[str, ...]:
-    """The goldens of a run: small models, and one layer of each tower at the published widths."""
+    """The goldens of a run: a small model, and one layer of each tower at the published widths."""
     return ("tiny",) if machine.tiny else ("tiny", "wide")
 
 
 def golden_model(
     machine: Machine, attention: str, dtype: torch.dtype, name: str = "InternVLModel", folder: str = "tiny"
 ) -> Any:
-    config = golden_config(folder, attention)
     with torch.device("meta"):
-        model = repo_class(f"modeling_internvl.{name}")(config)
-    shapes = {key: parameter.shape for key, parameter in model.named_parameters()}
-    model.load_state_dict(golden_weights(folder, tuple(shapes.items())), assign=True)
+        model = repo_class(f"modeling_internvl.{name}")(golden_config(folder, attention))
+    with torch.inference_mode(False):  # the weights are kept, and `gradients` needs them too
+        model.load_state_dict(weights(folder), assign=True)
     return deepcopy(model).to(machine.device, dtype).eval()
 
 
-@cache
-def golden_weights(folder: str, shapes: tuple[tuple[str, torch.Size], ...]) -> dict[str, torch.Tensor]:
-    with torch.inference_mode(False):  # gradients are taken of them too
-        if folder == "tiny":
-            return load_file(GOLDEN / folder / "model.safetensors")
-        return {name: regenerated(name, shape) for name, shape in shapes}
-
-
 def golden_tensors(machine: Machine, name: str, folder: str = "tiny") -> dict[str, torch.Tensor]:
-    with torch.inference_mode(False):  # kept for the gradients too
-        found = dict(golden(f"{folder}/{name}"))
-    if (folder, name) == ("wide", "inputs"):
-        found["pixel_values"] = regenerated_pixels()
-    return {key: each.to(machine.device) for key, each in found.items()}
+    with torch.inference_mode(False):  # the tensors are kept, and `gradients` needs them too
+        found = golden_inputs(folder) if name == "inputs" else golden(f"{folder}/{name}")
+        return {key: each.to(machine.device) for key, each in found.items()}
 
 
 def golden_outputs(model: Any, inputs: dict[str, torch.Tensor], texts: bool = True) -> dict[str, torch.Tensor]:
-    """Under the names of the goldens; without `texts`, of images alone."""
+    """Outputs under the names of the goldens; without `texts`, those of images alone."""
     pixels, ids = inputs["pixel_values"], inputs["input_ids"]
     found = {f"encode_image_{mode.lower()}": model.encode_image(pixels, f"InternVL-{mode}") for mode in "CG"}
     if not texts:
@@ -80,14 +75,14 @@ def golden_outputs(model: Any, inputs: dict[str, torch.Tensor], texts: bool = Tr
 
 
 def check_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The largest difference of each. Raises `AssertionError` where one is beyond the goldens' tolerance."""
+    """The largest difference of each. Raises `AssertionError` if one exceeds the goldens' tolerance."""
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
     return {name: (value - expected[name]).abs().max().item() for name, value in found.items()}
 
 
 def check_cosines(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The least cosine of each. Raises `AssertionError` where one is below `LEAST_COSINE`."""
+    """The lowest cosine of each. Raises `AssertionError` if one is below `LEAST_COSINE`."""
     cosines = {
         name: torch.cosine_similarity(value.float(), expected[name].float(), dim=-1).min().item()
         for name, value in found.items()
@@ -98,7 +93,7 @@ def check_cosines(found: dict[str, torch.Tensor], expected: dict[str, torch.Tens
 
 
 def check_tokens(model: Any, inputs: dict[str, Any], expected: dict[str, Any], **options: Any) -> list[str]:
-    """Greedy and beam search. Raises `AssertionError` where a token is not the original's."""
+    """Greedy and beam search. Raises `AssertionError` if a token is not the original's."""
     ways = {"generate_greedy": 1, "generate_beam5": 5}
     for name, beams in ways.items():
         lengths = {"max_new_tokens": 12, "min_new_tokens": 8, "do_sample": False, "num_beams": beams}
@@ -109,31 +104,24 @@ def check_tokens(model: Any, inputs: dict[str, Any], expected: dict[str, Any], *
 
 
 def goldens(machine: Machine) -> dict[str, Any]:
-    """The original's tensors and tokens by each attention: float32 within tolerance, lower precisions as cosines."""
+    """The original's tensors and tokens by each attention: float32 within the tolerance, lower precisions by cosine."""
     result: dict[str, Any] = {}
     for folder in folders(machine):
-        inputs, expected = (golden_tensors(machine, name, folder) for name in ("inputs", "expected"))
         for attention in ATTENTIONS:
             for name, dtype in DTYPES.items():
                 if dtype == torch.float32 and attention.startswith("flash"):
-                    continue  # FlashAttention has none
-                measure = (one_golden, machine, folder, attention, dtype, inputs, expected)
-                result[f"golden/{folder}, {attention}, {name}"] = machine.attempt(*measure)
+                    continue  # FlashAttention has no float32
+                found = machine.attempt(one_golden, machine, folder, attention, dtype)
+                result[f"golden/{folder}, {attention}, {name}"] = found
     return result
 
 
-def one_golden(
-    machine: Machine,
-    folder: str,
-    attention: str,
-    dtype: torch.dtype,
-    inputs: dict[str, torch.Tensor],
-    expected: dict[str, torch.Tensor],
-) -> dict[str, Any]:
+def one_golden(machine: Machine, folder: str, attention: str, dtype: torch.dtype) -> dict[str, Any]:
     if attention.startswith("flash"):
         require("flash_attn")
     if machine.is_cuda and (attention, folder) == ("flex_attention", "tiny"):
-        raise Missing("flex_attention's kernels want heads of 16 channels at least; these have 4")
+        raise Missing("flex_attention's kernels need heads of at least 16 channels; these have 4")
+    inputs, expected = (golden_tensors(machine, name, folder) for name in ("inputs", "expected"))
     model = golden_model(machine, attention, dtype, folder=folder)
     outputs = {name: each for name, each in golden_outputs(model, inputs).items() if name in expected}
     if dtype != torch.float32:
@@ -149,7 +137,7 @@ def one_golden(
 
 
 def kernels(machine: Machine) -> dict[str, Any]:
-    """The image goldens by each kernel of torch's SDPA, which on a card want heads as wide as the published ones."""
+    """The image goldens by each kernel of torch's SDPA; on a card they need heads as wide as the published ones."""
     folder = folders(machine)[-1]
     inputs, expected = (golden_tensors(machine, name, folder) for name in ("inputs", "expected"))
 
@@ -160,7 +148,7 @@ def kernels(machine: Machine) -> dict[str, Any]:
                 found = golden_outputs(model, inputs, texts=False)
         except RuntimeError as error:
             if "No available kernel" in str(error) or "No viable backend" in str(error):
-                raise Missing(f"{backend.name} is not there for {dtype} on {machine.device.type}") from None
+                raise Missing(f"torch has no {backend.name} for {dtype} on {machine.device.type}") from None
             raise
         return (check_tensors if dtype == torch.float32 else check_cosines)(found, expected)
 
@@ -173,14 +161,14 @@ def kernels(machine: Machine) -> dict[str, Any]:
 
 
 def compiled(machine: Machine) -> dict[str, Any]:
-    """The goldens in float32 after each way of compiling; `reduce-overhead` makes CUDA graphs on a card."""
+    """The goldens in float32 by each way to compile; on a card `reduce-overhead` makes CUDA graphs."""
     inputs, expected = golden_tensors(machine, "inputs"), golden_tensors(machine, "expected")
 
     def compare(prepare: Callable[[Any], Any], **options: Any) -> dict[str, Any]:
         torch.compiler.reset()
         model = golden_model(machine, "sdpa", torch.float32)
         prepare(model)
-        for _ in range(2):  # a CUDA graph is recorded by the first calls and replayed by the others
+        for _ in range(2):  # the first calls record a CUDA graph, later ones replay it
             differences = check_tensors(golden_outputs(model, inputs), expected)
             tokens = check_tokens(model, inputs, expected, **options)
         return {"largest difference": differences, "tokens equal": tokens}
@@ -192,7 +180,7 @@ def compiled(machine: Machine) -> dict[str, Any]:
     graphs = {"mode": "reduce-overhead"}
     static = {"cache_implementation": "static"}
     by_generate = CompileConfig(fullgraph=True, **graphs)
-    by_generate._compile_all_devices = True  # else `generate` compiles on a GPU alone
+    by_generate._compile_all_devices = True  # otherwise `generate` compiles on a GPU alone
     ways: dict[str, Callable[[], dict[str, Any]]] = {
         "compile_layers": lambda: compare(lambda model: model.compile_layers()),
         "compile_layers, reduce-overhead": lambda: compare(lambda model: model.compile_layers(**graphs)),
@@ -230,7 +218,7 @@ def gradients(machine: Machine) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------------------- processor
 
-# Run in an interpreter of its own, so that torchvision can be hidden before transformers looks for it.
+# Runs in a new interpreter, so that torchvision can be hidden before transformers looks for it.
 PROCESS = """
 import importlib.metadata, importlib.util, sys, torch
 if sys.argv[3] == "hidden":
@@ -253,7 +241,7 @@ torch.save(dict(inputs), sys.argv[2])
 
 
 def processor(machine: Machine) -> dict[str, Any]:
-    """Pixels and ids with torchvision installed and hidden: the same bits."""
+    """Pixels and ids must be the same to the bit with torchvision installed and hidden."""
 
     def inputs(torchvision: str, folder: Path) -> dict[str, torch.Tensor]:
         out = folder / f"{torchvision}.pt"
@@ -263,32 +251,28 @@ def processor(machine: Machine) -> dict[str, Any]:
             raise RuntimeError(f"with torchvision {torchvision}: {done.stderr[-1000:]}")
         return torch.load(out)
 
-    def compare() -> dict[str, Any]:
-        if not is_torchvision_available():
-            raise Missing("torchvision is not installed here")
-        with TemporaryDirectory() as folder:
-            one, other = inputs("there", Path(folder)), inputs("hidden", Path(folder))
-        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-        return {"equal": {name: list(tensor.shape) for name, tensor in one.items()}}
-
-    return {"with and without torchvision": machine.attempt(compare)}
+    if not is_torchvision_available():
+        raise Missing("torchvision is not installed here")
+    with TemporaryDirectory() as folder:
+        one, other = inputs("there", Path(folder)), inputs("hidden", Path(folder))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    return {"with and without torchvision": {"equal": {name: list(tensor.shape) for name, tensor in one.items()}}}
 
 
 # --------------------------------------------------------------------------------------------------------- float16
 
-
-# The classes whose weights are drawn: on a CPU one tower after the other, as both do not fit into 24 GB.
+# The classes that get random weights: on a CPU one tower after the other, since both need more than 24 GB.
 WHOLE = ("InternVLModel",)
 TOWERS = ("InternVLVisionModelWithProjection", "InternVLTextModelWithProjection")
 
 
 def float16(machine: Machine) -> dict[str, Any]:
-    """The largest values inside, and what is not finite, in float16 and bfloat16: of `tiny/`, and of drawn weights."""
+    """Largest activations and outputs that are not finite, in float16 and bfloat16: `tiny/`, and random weights."""
     result = {}
     for name, dtype in LOW_PRECISION.items():
         result[f"tiny/, {name}"] = machine.attempt(values_of_tiny, machine, dtype)
         for part in () if machine.tiny else WHOLE if machine.is_cuda else TOWERS:
-            result[f"drawn, full size, {part}, {name}"] = machine.attempt(values_of_drawn, machine, part, dtype)
+            result[f"drawn, full size, {part}, {name}"] = machine.attempt(values_at_full_size, machine, part, dtype)
     return result
 
 
@@ -297,17 +281,17 @@ def values_of_tiny(machine: Machine, dtype: torch.dtype) -> dict[str, Any]:
     return largest_values(machine, model.to(machine.device).eval(), dtype)
 
 
-def values_of_drawn(machine: Machine, part: str, dtype: torch.dtype) -> dict[str, Any]:
+def values_at_full_size(machine: Machine, part: str, dtype: torch.dtype) -> dict[str, Any]:
     machine.drop_model()  # a card of 40 GB has room for one of them
     machine.check_room(30 if part in WHOLE else 15)
+    with torch.inference_mode(False), torch.device("meta"):
+        model = repo_class(f"modeling_internvl.{part}")(machine.config()).to(dtype).eval()
     with torch.inference_mode(False), torch.no_grad():
-        with torch.device("meta"):
-            model = repo_class(f"modeling_internvl.{part}")(machine.config()).to(dtype).eval()
-        return largest_values(machine, machine.drawn(model), dtype)
+        return largest_values(machine, machine.with_random_weights(model), dtype)
 
 
 class Scores(TorchFunctionMode):
-    """Inside, notes the largest score of an attention, which its kernel keeps for itself."""
+    """Records the largest attention score inside it, which the kernels do not return."""
 
     largest = 0.0
 
@@ -320,10 +304,10 @@ class Scores(TorchFunctionMode):
 
 
 def largest_values(machine: Machine, model: Any, dtype: torch.dtype) -> dict[str, Any]:
-    """By kind of module the largest absolute value that one took or gave, and how many outputs were not finite."""
+    """For each kind of module the largest absolute input or output; and how many outputs are not finite."""
     largest: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=machine.device))
 
-    def note(kind: str) -> Callable[..., None]:
+    def record(kind: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             for states in (*inputs, output):
                 if isinstance(states, torch.Tensor) and states.is_floating_point():
@@ -342,7 +326,7 @@ def largest_values(machine: Machine, model: Any, dtype: torch.dtype) -> dict[str
         for name, module in model.named_modules():
             if "." in name:
                 kind = f"{name.partition('.')[0]}: {type(module).__name__}"
-                stack.callback(module.register_forward_hook(note(kind)).remove)
+                stack.callback(module.register_forward_hook(record(kind)).remove)
         if hasattr(model, "vision_model"):
             outputs["image, InternVL-C"] = model.embed_image(pixels, mode="InternVL-C")
         if hasattr(model, "text_projection"):

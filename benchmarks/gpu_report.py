@@ -1,113 +1,71 @@
-"""Write what benchmarks/gpu.py measured: GPU.md with its chart, and the README's lines."""
+"""Writes the pages of benchmarks/gpu.py, for its `--report`: GPU.md with its chart, and two places in the README."""
 
 import importlib.util
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import this_machine
 from benchmarks.gpu_machine import COSINE, PEAK
+from benchmarks.measuring import ROOT, meets
 from tools import pages
-
-ROOT = Path(__file__).resolve().parents[1]
-
 
 MEASURED, SIMULATED, ON_CPU = "gpu.json", "gpu_simulated.json", "gpu_on_cpu.json"
 PAGE, CHART = "GPU.md", "gpu.png"
 LINE, TABLE = "gpu-line", "gpu"
-OURS = ("eager", "eager, one CUDA graph", "compile_layers", "compile_layers, one CUDA graph")
 COMMAND = "`python -m benchmarks.gpu`"
+RATE, TIMES = "a second", "time / products"
+STEPS_OF_ROWS = ("images", "float8", "texts", "captions")
+OURS = ("eager", "eager, one CUDA graph", "compile_layers", "compile_layers, one CUDA graph")
+FLOAT8 = ("float8", "float8, compile_layers")
+GREEDY = ("greedy", "greedy, static cache", "greedy, compiled")
+LIGHT = ("greedy, compiled, float8", "greedy, compiled, int8 weights")
+BEAMS = ("5 beams",)
+Results = dict[str, Any]
+Measure = Callable[[Results], float | None]
 
 # --------------------------------------------------------------------------------------------------------- reading
 
 
-def rows_of(results: dict[str, Any], step: str) -> list[dict[str, Any]]:
-    """The figures of a step that were measured."""
-    return [row for row in results["steps"].get(step, {}).get("rows", ()) if "a second" in row]
+def rows_of(results: Results, step: str) -> list[dict[str, Any]]:
+    """The rows of a step that were measured."""
+    return [row for row in results["steps"].get(step, {}).get("rows", ()) if RATE in row]
 
 
 def best(
-    results: dict[str, Any],
-    step: str,
-    work: str,
-    ways: Iterable[str] = OURS,
-    batch: int | None = None,
-    key: str = "a second",
+    results: Results, step: str, work: str, ways: Iterable[str] = OURS, batch: int | None = None, key: str = RATE
 ) -> dict[str, Any] | None:
-    """The row with the most of `key`, of all batches or one; of `time / products` that with the least."""
+    """The row with the most of `key`, or the least time: of one batch size, or of all."""
     found = [
         row
         for row in rows_of(results, step)
-        if row["work"] == work and row["way"] in ways and (batch is None or row["batch"] == batch) and key in row
+        if row["work"] == work and row["way"] in ways and batch in (None, row["batch"]) and key in row
     ]
-    return (min if key == "time / products" else max)(found, key=lambda row: row[key], default=None)
+    return (min if key == TIMES else max)(found, key=lambda row: row[key], default=None)
 
 
-def largest_batch(results: dict[str, Any], step: str, work: str) -> int | None:
-    return max((row["batch"] for row in rows_of(results, step) if row["work"] == work), default=None)
-
-
-def value(row: dict[str, Any] | None, key: str = "a second") -> float | None:
-    return None if row is None else row[key]
+def fastest(step: str, work: str, ways: Iterable[str] = OURS, batch: int | None = None, key: str = RATE) -> Measure:
+    """A function of the results that gives the `key` of the row that `best` finds."""
+    return lambda results: (best(results, step, work, ways, batch, key) or {}).get(key)
 
 
 def ratio(one: float | None, other: float | None) -> float | None:
     return one / other if one is not None and other else None
 
 
-def at(results: dict[str, Any], *path: str) -> Any:
-    """What stands at a path of the steps, or None."""
+def at(results: Results, *path: str) -> Any:
+    """The result at a path of the steps, or None."""
     found: Any = results["steps"]
     for name in path:
         found = found.get(name) if isinstance(found, dict) else None
     return found
 
 
-# ----------------------------------------------------------------------------------------------------------- goals
-
-
-@dataclass
-class Goal:
-    """
-    Attributes:
-        bound: such as ">= 205"; empty for what is only reported.
-        why: where the bound comes from.
-        step: that measures it.
-    """
-
-    work: str
-    bound: str
-    why: str
-    step: str
-    measured: Callable[[dict[str, Any]], float | None]
-
-    def verdict(self, results: dict[str, Any]) -> str:
-        """ "met", "missed", "failed", "not measured", or nothing where there is no goal."""
-        found = self.measured(results)
-        if found is None:
-            return "failed" if any(failures(results["steps"].get(self.step))) else "not measured"
-        if not self.bound:
-            return ""
-        sign, bound = self.bound.split()
-        return "met" if (found <= float(bound) if sign == "<=" else found >= float(bound)) else "missed"
-
-    def cells(self, results: dict[str, Any]) -> list[str]:
-        verdict = self.verdict(results)
-        return [
-            self.work,
-            self.bound,
-            number(self.measured(results)),
-            f"**{verdict}**" if verdict in BAD else verdict,
-            self.why,
-        ]
-
-
-BAD = ("missed", "failed")
-
-
 def reasons(found: Any, key: str, where: str = "") -> Iterator[tuple[str, str]]:
-    """Every place in the results that has a reason under `key`, "failed" or "skipped", and the reason."""
+    """Every reason under `key` ("failed" or "skipped") in the results, after its place."""
     if isinstance(found, list) and all(isinstance(each, dict) for each in found):
         places = [[str(each[name]) for name in ("work", "mode", "batch", "way") if name in each] for each in found]
         found = {f"{number}. {' '.join(place)}": each for number, (place, each) in enumerate(zip(places, found), 1)}
@@ -124,132 +82,96 @@ def failures(found: Any) -> Iterator[str]:
     return (reason for _, reason in reasons(found, "failed"))
 
 
-def share_of_products(results: dict[str, Any], work: str) -> float | None:
-    """How much of the speed of its products the fastest way of `work` reaches."""
+# ----------------------------------------------------------------------------------------------------------- goals
+
+
+@dataclass
+class Goal:
+    """
+    Attributes:
+        bound: such as ">= 205"; empty for a figure without a goal.
+        step: the step that measures it.
+        why: where the bound comes from.
+    """
+
+    work: str
+    bound: str
+    step: str
+    measured: Measure
+    why: str = ""
+
+    def verdict(self, results: Results) -> str:
+        """ "met", "missed", "failed", "not measured", or nothing where there is no goal."""
+        found = self.measured(results)
+        if found is None:
+            return "failed" if any(failures(results["steps"].get(self.step))) else "not measured"
+        return "" if not self.bound else "met" if meets(found, self.bound) else "missed"
+
+    def cells(self, results: Results) -> list[str]:
+        verdict = self.verdict(results)
+        shown = f"**{verdict}**" if verdict in ("missed", "failed") else verdict
+        return [self.work, self.bound, number(self.measured(results)), shown, self.why]
+
+
+def share_of_products(results: Results, work: str) -> float | None:
+    """The speed of the fastest way of `work`, as a share of the speed of its products."""
     row = best(results, "images", work)
-    return None if row is None else 1 / row["time / products"]
+    return None if row is None else 1 / row[TIMES]
 
 
-def one_to_many(results: dict[str, Any]) -> float | None:
-    way, many = ("greedy, compiled",), largest_batch(results, "captions", "captions")
-    if many == 1:
-        return None
-    one, all_of_them = (value(best(results, "captions", "captions", way, batch)) for batch in (1, many))
-    return ratio(all_of_them, one)
+def one_to_many(results: Results) -> float | None:
+    """Captions a second of the largest batch, as a multiple of those of one image."""
+    many = max((row["batch"] for row in rows_of(results, "captions")), default=1)
+    one, all_of_them = (fastest("captions", "captions", GREEDY[-1:], batch)(results) for batch in (1, many))
+    return None if many == 1 else ratio(all_of_them, one)
 
 
-def peak_to_simulated(results: dict[str, Any], card: str) -> float | None:
-    return ratio(at(results, "placed", card, PEAK), at(results, "placed", card, "simulated peak GB"))
+def least_cosine(results: Results) -> float | None:
+    return min((row[COSINE] for row in rows_of(results, "float8") if COSINE in row), default=None)
 
 
-FLOAT8 = ("float8", "float8, compile_layers")
-GREEDY = ("greedy", "greedy, static cache", "greedy, compiled")
-LIGHT = ("greedy, compiled, float8", "greedy, compiled, int8 weights")
+def to_simulated(size: int) -> Measure:
+    """The peak on a card of that many GB, as a multiple of the simulated peak."""
+    place = ("placed", f"a card of {size} GB")
+    return lambda results: ratio(at(results, *place, PEAK), at(results, *place, "simulated peak GB"))
+
+
+PROMISED = "the README's table promises it"
+# fmt: off
 GOALS = (
-    Goal(
-        "InternVL-C, images/s, best batch",
-        ">= 205",
-        "65 % of the peak of 989 TFLOP/s at 3.08 TFLOP an image",
-        "images",
-        lambda r: value(best(r, "images", "InternVL-C")),
-    ),
-    Goal(
-        "InternVL-C, share of its products' speed",
-        ">= 0.8",
-        "what is no product should cost a fifth at most",
-        "images",
-        lambda r: share_of_products(r, "InternVL-C"),
-    ),
-    Goal(
-        "InternVL-C, one image, time / products",
-        "<= 1.15",
-        "launches dominate at batch 1; a CUDA graph has none",
-        "images",
-        lambda r: value(best(r, "images", "InternVL-C", batch=1, key="time / products"), "time / products"),
-    ),
-    Goal(
-        "InternVL-G, share of its products' speed / that of InternVL-C",
-        ">= 0.95",
-        "the queries' part should not be less efficient",
-        "images",
-        lambda r: ratio(share_of_products(r, "InternVL-G"), share_of_products(r, "InternVL-C")),
-    ),
-    Goal("InternVL-G, images/s, best batch", "", "", "images", lambda r: value(best(r, "images", "InternVL-G"))),
-    Goal(
-        "InternVL-C in float8, images/s, best batch",
-        ">= 290",
-        "1.46 x is what Llama-3.1-8B gains by float8",
-        "float8",
-        lambda r: value(best(r, "float8", "InternVL-C", FLOAT8)),
-    ),
-    Goal(
-        "InternVL-C in float8, least cosine, drawn weights",
-        ">= 0.99",
-        "",
-        "float8",
-        lambda r: min((row[COSINE] for row in rows_of(r, "float8") if COSINE in row), default=None),
-    ),
-    Goal(
-        "InternVL-C in float8, least cosine, `tiny/`",
-        ">= 0.99",
-        "",
-        "float8",
-        lambda r: at(r, "float8", "tiny/", COSINE),
-    ),
-    Goal(
-        "texts of 12 tokens, share of their products' speed",
-        ">= 0.6",
-        "small products: what is around them weighs more",
-        "texts",
-        lambda r: ratio(1, value(best(r, "texts", "texts", key="time / products"), "time / products")),
-    ),
-    Goal("texts/s, best batch", "", "", "texts", lambda r: value(best(r, "texts", "texts"))),
-    Goal(
-        "a caption, tokens/s",
-        ">= 240",
-        "13.4 GB of weights a token at 70 % of 4.8 TB/s is 251",
-        "captions",
-        lambda r: value(best(r, "captions", "captions", GREEDY, 1)),
-    ),
-    Goal(
-        "a caption, float8 or int8 weights, tokens/s",
-        ">= 380",
-        "half of the bytes",
-        "captions",
-        lambda r: value(best(r, "captions", "captions", LIGHT, 1)),
-    ),
-    Goal(
-        "captions, tokens/s of 32 images / of one", ">= 20", "the same weights serve all rows", "captions", one_to_many
-    ),
-    Goal(
-        "5 beams, one image, tokens/s",
-        "",
-        "",
-        "captions",
-        lambda r: value(best(r, "captions", "captions", ("5 beams",), 1)),
-    ),
-    Goal(
-        "loading, GB/s / pinned copies'",
-        ">= 0.6",
-        "the page cache holds the file; the bus is the limit",
-        "load",
-        lambda r: ratio(at(r, "load", "whole model", "GB/s"), at(r, "ceilings", "from the host, pinned", "GB/s")),
-    ),
-    Goal(
-        "a card of 12 GB, peak / simulated",
-        "<= 1",
-        "the README's table promises it",
-        "placed",
-        lambda r: peak_to_simulated(r, "a card of 12 GB"),
-    ),
-    Goal(
-        "a card of 8 GB, peak / simulated",
-        "<= 1",
-        "the README's table promises it",
-        "placed",
-        lambda r: peak_to_simulated(r, "a card of 8 GB"),
-    ),
+    Goal("InternVL-C, images/s, best batch", ">= 205", "images", fastest("images", "InternVL-C"),
+         "65 % of the peak of 989 TFLOP/s at 3.08 TFLOP an image"),
+    Goal("InternVL-C, share of its products' speed", ">= 0.8", "images", lambda r: share_of_products(r, "InternVL-C"),
+         "everything but the products should cost a fifth at most"),
+    Goal("InternVL-C, one image, time / products", "<= 1.15", "images",
+         fastest("images", "InternVL-C", batch=1, key=TIMES), "launches dominate at batch 1; a CUDA graph has none"),
+    Goal("InternVL-G, share of its products' speed / that of InternVL-C", ">= 0.95", "images",
+         lambda r: ratio(share_of_products(r, "InternVL-G"), share_of_products(r, "InternVL-C")),
+         "the queries' part should not be less efficient"),
+    Goal("InternVL-G, images/s, best batch", "", "images", fastest("images", "InternVL-G")),
+    Goal("InternVL-C in float8, images/s, best batch", ">= 290", "float8", fastest("float8", "InternVL-C", FLOAT8),
+         "float8 makes Llama-3.1-8B 1.46 x as fast"),
+    Goal("InternVL-C in float8, least cosine, random weights", ">= 0.99", "float8", least_cosine),
+    Goal("InternVL-C in float8, least cosine, `tiny/`", ">= 0.99", "float8",
+         lambda r: at(r, "float8", "tiny/", COSINE)),
+    Goal("texts of 12 tokens, share of their products' speed", ">= 0.6", "texts",
+         lambda r: ratio(1, fastest("texts", "texts", key=TIMES)(r)),
+         "the products are small, so everything else costs a larger share"),
+    Goal("texts/s, best batch", "", "texts", fastest("texts", "texts")),
+    Goal("a caption, tokens/s", ">= 240", "captions", fastest("captions", "captions", GREEDY, 1),
+         "13.4 GB of weights a token at 70 % of 4.8 TB/s is 251"),
+    Goal("a caption, float8 or int8 weights, tokens/s", ">= 380", "captions",
+         fastest("captions", "captions", LIGHT, 1), "half of the bytes"),
+    Goal("captions, tokens/s of 32 images / of one", ">= 20", "captions", one_to_many,
+         "the same weights serve all rows"),
+    Goal("5 beams, one image, tokens/s", "", "captions", fastest("captions", "captions", BEAMS, 1)),
+    Goal("loading, GB/s / pinned copies'", ">= 0.6", "load",
+         lambda r: ratio(at(r, "load", "whole model", "GB/s"), at(r, "ceilings", "from the host, pinned", "GB/s")),
+         "the page cache holds the file, so the bus is the limit"),
+    Goal("a card of 12 GB, peak / simulated", "<= 1", "placed", to_simulated(12), PROMISED),
+    Goal("a card of 8 GB, peak / simulated", "<= 1", "placed", to_simulated(8), PROMISED),
 )
+# fmt: on
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
@@ -269,16 +191,15 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
     return [pages.table(head, rows), ""]
 
 
-def machine(results: dict[str, Any]) -> str:
+def machine(results: Results) -> str:
     found = results["machine"]
     cuda = f", CUDA {found['cuda']}" if "cuda" in found else ""
-    names = ("torch", "transformers", "accelerate", "torchao", "flash_attn")
-    packages = ", ".join(f"{name} {found[name]}" for name in names if name in found)
+    packages = this_machine.listed(found, ("torch", "transformers", "accelerate", "torchao", "flash_attn"))
     return f"{found['device']}{cuda}; {packages}; {found['date']}"
 
 
 def in_a_cell(found: Any) -> str:
-    """A small result in one cell of a table; of many numbers the greatest and the least."""
+    """A small result in one cell of a table; of many numbers the smallest and the largest."""
     if isinstance(found, dict):
         numbers = {name: each for name, each in found.items() if isinstance(each, float)}
         if len(numbers) == len(found) > 7:
@@ -291,32 +212,28 @@ def in_a_cell(found: Any) -> str:
     return " ".join(text.split())[:200].replace("|", "/")
 
 
-def speed_tables(results: dict[str, Any], simulated: dict[str, Any] | None) -> list[str]:
+def speed_tables(results: Results, simulated: Results | None) -> list[str]:
+    keys = (RATE, TIMES, "TFLOP/s", PEAK)
     lines = []
-    for step in ("images", "float8", "texts", "captions"):
-        rows = results["steps"].get(step, {}).get("rows", [])
-        if not rows:
-            continue
-        peaks = {(row["work"], row["batch"], row["way"]): row.get(PEAK) for row in rows_with_peak(simulated, step)}
-        head = ["work", "batch", "way", "a second", "time / products", "TFLOP/s", PEAK, "simulated", "notes"]
-        keys = ("a second", "time / products", "TFLOP/s", PEAK)
+    for step in STEPS_OF_ROWS:
+        peaks = {(row["work"], row["batch"], row["way"]): row[PEAK] for row in rows_with_peak(simulated, step)}
         cells = []
-        for row in rows:
-            known = {"work", "batch", "way", *keys}
-            notes = in_a_cell({name: each for name, each in row.items() if name not in known})
-            figures = [number(row.get(key)) for key in keys]
-            expected = number(peaks.get((row["work"], row["batch"], row["way"])))
-            cells.append([row["work"], str(row["batch"]), row["way"], *figures, expected, notes])
-        lines += [f"### {step}", "", *table(head, cells)]
+        for row in results["steps"].get(step, {}).get("rows", []):
+            place = (row["work"], row["batch"], row["way"])
+            notes = in_a_cell({name: row[name] for name in row if name not in ("work", "batch", "way", *keys)})
+            cells.append([*map(str, place), *(number(row.get(key)) for key in keys), number(peaks.get(place)), notes])
+        if cells:
+            head = ["work", "batch", "way", *keys, "simulated", "notes"]
+            lines += [f"### {step}", "", *table(head, cells)]
     return lines
 
 
-def rows_with_peak(simulated: dict[str, Any] | None, step: str) -> list[dict[str, Any]]:
+def rows_with_peak(simulated: Results | None, step: str) -> list[dict[str, Any]]:
     return [] if simulated is None else [row for row in simulated["steps"].get(step, {}).get("rows", ()) if PEAK in row]
 
 
-def other_tables(results: dict[str, Any]) -> list[str]:
-    """Steps whose results are not rows: one line for each thing that was compared."""
+def other_tables(results: Results) -> list[str]:
+    """Results that are not rows of speed: a line for each comparison."""
     lines = []
     for step, found in results["steps"].items():
         plain = {name: each for name, each in found.items() if name not in ("rows", "seconds")}
@@ -339,27 +256,24 @@ def without_rows(found: Any) -> Any:
 
 
 def page(
-    measured: dict[str, Any] | None,
-    simulated: dict[str, Any] | None,
-    on_cpu: dict[str, Any] | None = None,
-    has_chart: bool = True,
+    measured: Results | None, simulated: Results | None, on_cpu: Results | None = None, has_chart: bool = True
 ) -> str:
     lines = [
         "# On a GPU",
         "",
-        f"Written by {COMMAND} and its `--report`. Weights have the published sizes and are drawn at random, so",
-        "nothing here is about the quality of the 14B. `products` are the matrix products of the same work alone,",
-        "attention left out, in bfloat16, measured beside it; `simulated` is the peak of the same call on a simulated",
-        "card (`--simulate`).",
+        f"Written by {COMMAND} and its `--report`. Weights have the published sizes and random values, so nothing here",
+        "is about the quality of the 14B. `products` are the matrix products of the same work alone, in bfloat16 and",
+        "without attention, measured beside it; `simulated` is the peak of the same call on a simulated card",
+        "(`--simulate`).",
         "",
     ]
     if measured is None:
-        lines += ["**Not measured yet: no GPU was at hand.** The goals stand here, and what a simulated card says.", ""]
+        lines += ["**Not measured yet: no GPU was available.** Below are the goals, and peaks on a simulated card.", ""]
         lines += ["## Goals, for one H200", "", *goals_table({"steps": {}})]
     else:
         lines += [f"Measured on {machine(measured)}.", ""]
         if not is_of_a_card(measured):
-            lines += ["**A small run, or one without a card: it says that the command works, and nothing else.**", ""]
+            lines += ["**A small run, or one without a card: it shows only that the command works.**", ""]
         lines += [f"![Images and tokens a second]({CHART})", ""] if has_chart else []
         lines += ["## Goals, for one H200", "", *goals_table(measured)] if is_of_a_card(measured) else []
         lines += ["## Speed and memory", ""]
@@ -372,34 +286,34 @@ def page(
     return "\n".join(lines)
 
 
-def goals_table(results: dict[str, Any]) -> list[str]:
-    return table(["work", "goal", "measured", "met", "why this much"], [goal.cells(results) for goal in GOALS])
+def goals_table(results: Results) -> list[str]:
+    return table(["work", "goal", "measured", "met", "reason"], [goal.cells(results) for goal in GOALS])
 
 
-def simulated_table(simulated: dict[str, Any]) -> list[str]:
+def simulated_table(simulated: Results) -> list[str]:
     rows = [
         [row["work"], str(row["batch"]), row["way"], number(row[PEAK])]
-        for step in ("images", "float8", "texts", "captions")
+        for step in STEPS_OF_ROWS
         for row in rows_with_peak(simulated, step)
     ]
     return table(["work", "batch", "way", PEAK], rows)
 
 
-def is_of_a_card(results: dict[str, Any]) -> bool:
+def is_of_a_card(results: Results) -> bool:
     found = results["machine"]
     return found["kind"] == "cuda" and not found["tiny"] and not found["simulated"]
 
 
-def readme_line(measured: dict[str, Any] | None) -> str:
-    """For the README's first screen: whether the numbers are right comes first, goals that are not met are counted."""
+def readme_line(measured: Results | None) -> str:
+    """The README's line: it begins with whether the numbers are right, and counts the goals that were missed."""
     if measured is None:
         return f"**No GPU figures yet:** nothing here was run on a GPU; {COMMAND} measures one."
     page = "([all figures](benchmarks/GPU.md))"
     start, wrong = f"**On one {measured['machine']['device']}:**", list(failures(measured["steps"]))
     if "goldens" not in measured["steps"] or any(failures(measured["steps"]["goldens"])):
         return f"{start} the original's numbers were not reached, or not compared {page}."
-    images = value(best(measured, "images", "InternVL-C"))
-    tokens = value(best(measured, "captions", "captions", GREEDY, 1))
+    images = fastest("images", "InternVL-C")(measured)
+    tokens = fastest("captions", "captions", GREEDY, 1)(measured)
     said = ["the original's numbers"]
     said += [f"{number(images)} images/s (InternVL-C)"] if images else []
     said += [f"{number(tokens)} tokens/s of a caption"] if tokens else []
@@ -409,9 +323,9 @@ def readme_line(measured: dict[str, Any] | None) -> str:
     return f"{start} {', '.join(said)}; goals: {counted}{failed} {page}."
 
 
-def readme_table(measured: dict[str, Any] | None, simulated: dict[str, Any] | None) -> str:
-    """For the README's section on machines."""
-    head = ["on one large card", "a second", "batch", "way", PEAK]
+def readme_table(measured: Results | None, simulated: Results | None) -> str:
+    """The table of the README's section on machines."""
+    head = ["on one large card", RATE, "batch", "way", PEAK]
     if measured is None:
         rows = [
             [row["work"], "not measured", str(row["batch"]), row["way"], f"{number(row[PEAK])} (simulated)"]
@@ -427,18 +341,18 @@ def readme_table(measured: dict[str, Any] | None, simulated: dict[str, Any] | No
         best(measured, "texts", "texts"),
         best(measured, "captions", "captions", GREEDY, 1),
         best(measured, "captions", "captions", GREEDY),
-        best(measured, "captions", "captions", ("5 beams",)),
+        best(measured, "captions", "captions", BEAMS),
     ]
     rows = [
-        [row["work"], number(row["a second"]), str(row["batch"]), row["way"], number(row.get(PEAK))]
+        [row["work"], number(row[RATE]), str(row["batch"]), row["way"], number(row.get(PEAK))]
         for row in found
         if row is not None
     ]
-    return "\n".join([*table(head, rows), f"Measured by {COMMAND} on {machine(measured)}; drawn weights."])
+    return "\n".join([*table(head, rows), f"Measured by {COMMAND} on {machine(measured)}; random weights."])
 
 
-def draw(results: dict[str, Any], path: Path) -> bool:
-    """Images a second and tokens a second against the batch, with the ceilings; False without matplotlib."""
+def draw(results: Results, path: Path) -> bool:
+    """Images and tokens a second by batch size, with their ceilings. Returns False without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         return False
     import matplotlib
@@ -447,21 +361,19 @@ def draw(results: dict[str, Any], path: Path) -> bool:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    series: dict[tuple[int, str], list[tuple[int, float]]] = {}
+    lines: dict[tuple[int, str, str], list[tuple[int, float]]] = defaultdict(list)  # by axis, style and name
     for row in (*rows_of(results, "images"), *rows_of(results, "float8")):
-        series.setdefault((0, f"{row['work']}, {row['way']}"), []).append((row["batch"], row["a second"]))
+        lines[0, "o-", f"{row['work']}, {row['way']}"].append((row["batch"], row[RATE]))
         if row["way"] == "eager":
-            ceiling = row["a second"] * row["time / products"]
-            series.setdefault((0, f"{row['work']}, its products"), []).append((row["batch"], ceiling))
+            lines[0, "--", f"{row['work']}, its products"].append((row["batch"], row[RATE] * row[TIMES]))
     bandwidth = at(results, "ceilings", "memory of the device, a sum", "GB/s")
     for row in rows_of(results, "captions"):
-        series.setdefault((1, row["way"]), []).append((row["batch"], row["a second"]))
+        lines[1, "o-", row["way"]].append((row["batch"], row[RATE]))
         if row["way"] == "greedy" and bandwidth and "GB of weights a token" in row:
             ceiling = row["batch"] * bandwidth / row["GB of weights a token"]
-            series.setdefault((1, "reading the weights"), []).append((row["batch"], ceiling))
-    for (side, name), points in series.items():
-        is_ceiling = name.endswith(("products", "weights")) and "int8" not in name
-        axes[side].plot(*zip(*sorted(points)), "--" if is_ceiling else "o-", label=name, linewidth=1, markersize=3)
+            lines[1, "--", "reading the weights"].append((row["batch"], ceiling))
+    for (side, style, name), points in lines.items():
+        axes[side].plot(*zip(*sorted(points)), style, label=name, linewidth=1, markersize=3)
     for side, title in enumerate(("images a second", "tokens a second, captions")):
         axes[side].set(title=title, xlabel="batch", xscale="log", yscale="log")
         axes[side].legend(fontsize=6)
@@ -472,19 +384,19 @@ def draw(results: dict[str, Any], path: Path) -> bool:
 
 
 class Refused(Exception):
-    """A file that is not to be reported."""
+    """A file that cannot be reported."""
 
 
-def read(path: Path) -> dict[str, Any] | None:
+def read(path: Path) -> Results | None:
     return json.loads(path.read_text("utf-8")) if path.is_file() else None
 
 
 def write(file: Path, to: Path) -> None:
     """
-    Take a file of results over into a clone, and write its pages anew. The README says only what a card measured.
+    Copy a file of results into a clone and write its pages anew. Only results of a card reach the README.
 
     Raises:
-        `Refused`: no such file; results of `--tiny` for this clone itself; fewer steps than those that are there.
+        `Refused`: no such file; results of `--tiny` for this clone; fewer steps than the results that the clone has.
     """
     try:
         results = json.loads(file.read_text("utf-8"))
@@ -492,8 +404,7 @@ def write(file: Path, to: Path) -> None:
         is_simulated, is_tiny, is_of_cpu = described["simulated"], described["tiny"], described["kind"] == "cpu"
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Refused(f"{file} is no file of {COMMAND}: {type(error).__name__} {error}") from error
-    is_home = to.resolve() == ROOT
-    if is_tiny and is_home:
+    if is_tiny and to.resolve() == ROOT:
         raise Refused(f"{file} was measured with --tiny, which says nothing about the 14B; --to writes it elsewhere")
     folder, readme = to / "benchmarks", to / "README.md"
     name = SIMULATED if is_simulated else ON_CPU if is_of_cpu and not is_tiny else MEASURED
@@ -508,14 +419,14 @@ def write(file: Path, to: Path) -> None:
     text = page(measured, simulated, on_cpu, has_chart)
     card = measured if measured is not None and is_of_a_card(measured) else None
     line, figures = readme_line(card), readme_table(card, simulated)
-    (folder / name).write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    this_machine.write_json(folder / name, results)
     (folder / PAGE).write_text(text, "utf-8")
     pages.put(readme, LINE, line)
     pages.put(readme, TABLE, figures)
 
 
-def summary(results: dict[str, Any]) -> str:
-    """For the end of a run on a card: the goals, one a line."""
+def summary(results: Results) -> str:
+    """The goals, one a line, for the end of a run on a card."""
     if not is_of_a_card(results):
         return ""
     return "\n".join(" | ".join(cells[:4]) for cells in (goal.cells(results) for goal in GOALS))

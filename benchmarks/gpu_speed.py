@@ -1,10 +1,11 @@
-"""How fast is this machine? The steps of benchmarks/gpu.py that take times, each beside what the machine could do."""
+"""The steps of benchmarks/gpu.py that measure speed and memory, each beside what the machine could reach."""
 
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import dispatch_model
 from torch import nn
-from transformers import AutoModel, StaticCache
+from transformers import AutoModel, AutoProcessor, StaticCache
 
 from benchmarks import measuring
 from benchmarks.gpu_machine import (
@@ -33,8 +34,8 @@ from tools.machines import simulate_devices
 GIB = 1 << 30
 MODES = ("InternVL-C", "InternVL-G")
 TEXT_LENGTH = 12
-LEAST_COSINE = 0.99  # of what is compiled or replayed to what is not, in bfloat16
-PEAK_TOKENS = 8  # of captions whose memory is compared with the simulated card's
+LEAST_COSINE = 0.99  # of compiled or replayed results to plain ones, in bfloat16
+PEAK_TOKENS = 8  # length of the captions whose memory is compared with the simulated card's
 
 
 def batches(machine: Machine, *sizes: int) -> tuple[int, ...]:
@@ -44,14 +45,12 @@ def batches(machine: Machine, *sizes: int) -> tuple[int, ...]:
 def row(
     machine: Machine, work: str, batch: int, way: str, measure: Callable[..., dict[str, Any]], *arguments: Any
 ) -> dict[str, Any]:
-    """One figure, by what was done, how many at once and how."""
+    """One row of results: the work, the batch size, the way, and its figures."""
     return {"work": work, "batch": batch, "way": way, **machine.attempt(measure, *arguments)}
 
 
-def as_graph(machine: Machine, call: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
-    """A call as one CUDA graph: its replay, without Python, and its result."""
-    if not machine.is_cuda:
-        raise Missing("CUDA graphs need CUDA")
+def as_graph(call: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
+    """Record a call as one CUDA graph. Returns its replay, which runs no Python, and its output."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -66,8 +65,8 @@ def as_graph(machine: Machine, call: Callable[[], Any]) -> tuple[Callable[[], An
 
 class Reference:
     """
-    What the model gives as it is, and how long the matrix products of that take alone: attention left out, and on CUDA
-    as one graph, so that no launch is waited for.
+    The output of the plain model, and the time of its matrix products alone: without attention, and on CUDA as one
+    graph, so that launches cost nothing.
     """
 
     def __init__(self, machine: Machine, model: nn.Module, call: Callable[[], torch.Tensor]):
@@ -76,7 +75,7 @@ class Reference:
             return
         with measuring.Products(model, share_inputs=True, attention=False) as products:
             self.output = call()
-        run = as_graph(machine, products.run)[0] if machine.is_cuda else products.run
+        run = as_graph(products.run)[0] if machine.is_cuda else products.run
         self.operations, self.seconds = products.operations, machine.seconds(run)
 
 
@@ -84,19 +83,19 @@ def rate(
     machine: Machine, call: Callable[[], Any], count: int, reference: Reference, graph: bool = False
 ) -> dict[str, Any]:
     """
-    `count` things a call: things a second, the time as a multiple of the products', and memory. A tensor is compared
-    with the reference's.
+    Figures of a call that processes `count` items: items a second, the time as a multiple of the products', memory,
+    and for a tensor the cosine to the reference.
     """
     if machine.simulated:
         if graph:
             raise Missing("a simulated card has no CUDA graphs")
         return {PEAK: machine.peak(call)}
-    found: list[Any] = []
     if graph:
         if not machine.is_cuda:
             raise Missing("CUDA graphs need CUDA")
-        call()  # what compiles, compiles before it is recorded
-        peak = machine.peak(lambda: found.extend(as_graph(machine, call)))
+        call()  # compile before recording
+        found: list[Any] = []
+        peak = machine.peak(lambda: found.extend(as_graph(call)))
         replay, output = found
         seconds = machine.seconds(replay)
     else:
@@ -114,9 +113,9 @@ def rate(
 
 
 def checked(figures: dict[str, Any]) -> dict[str, Any]:
-    """Raises `AssertionError` where the result is another one."""
+    """Raises `AssertionError` if the output differs from that of the plain model."""
     cosine = figures.get(COSINE, 1.0)
-    assert cosine >= LEAST_COSINE, f"cosine {cosine} to the model as it is"
+    assert cosine >= LEAST_COSINE, f"cosine {cosine} to the plain model"
     return figures
 
 
@@ -125,7 +124,7 @@ def least_cosine(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def compiled(machine: Machine, model: Any) -> Any:
-    """Its layers compiled in place, once for all batches but that of one."""
+    """Compile the model's layers in place, once for all batch sizes but 1."""
     if machine.simulated:
         raise Missing("a simulated card compiles nothing")
     torch.compiler.reset()
@@ -134,7 +133,7 @@ def compiled(machine: Machine, model: Any) -> Any:
 
 
 class Lazy:
-    """What is made when it is first needed; a failure is raised anew at each use."""
+    """Makes something at its first use; if that fails, every use raises the same error."""
 
     def __init__(self, make: Callable[..., Any], *arguments: Any):
         self.make, self.arguments = make, arguments
@@ -153,17 +152,43 @@ class Lazy:
         return self.made
 
 
-def peer_of(machine: Machine, make: Callable[[], Any]) -> Any:
-    if machine.simulated:
-        raise Missing("peers are not simulated")
-    return make()
+@dataclass
+class Work:
+    """One kind of call: `call(model, inputs)` on the inputs of each batch size, beside the plain model."""
+
+    machine: Machine
+    name: str
+    inputs: Callable[[int], torch.Tensor]
+    call: Callable[[Any, torch.Tensor], Any]
+    references: dict[int, Lazy] = field(default_factory=dict)
+
+    def reference(self, batch: int) -> tuple[torch.Tensor, Reference]:
+        """The inputs of a batch size and their reference, made once."""
+
+        def make() -> tuple[torch.Tensor, Reference]:
+            model, inputs = self.machine.model(), self.inputs(batch)
+            return inputs, Reference(self.machine, model, partial(self.call, model, inputs))
+
+        return self.references.setdefault(batch, Lazy(make))()
+
+    def row(
+        self, way: str, model: Callable[[], Any], batch: int, graph: bool = False, check: bool = True, call: Any = None
+    ) -> dict[str, Any]:
+        """The row of a way to do it: another model, another `call`, or one CUDA graph."""
+
+        def figures() -> dict[str, Any]:
+            inputs, reference = self.reference(batch)
+            found = rate(self.machine, partial(call or self.call, model(), inputs), batch, reference, graph)
+            return checked(found) if check else found
+
+        return row(self.machine, self.name, batch, way, figures)
 
 
 # -------------------------------------------------------------------------------------------------------- ceilings
 
 
 def ceilings(machine: Machine) -> dict[str, Any]:
-    """What the machine reaches: matrix products by shape and precision, and bytes a second."""
+    """What the machine can reach: matrix products by shape and precision, and bytes a second."""
     device, size = machine.device, 256 if machine.tiny else 8192
     config = machine.config().vision_config
     width, inner = config.hidden_size, config.intermediate_size
@@ -211,77 +236,52 @@ def ceilings(machine: Machine) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------- images
 
 
-def image_reference(machine: Machine, mode: str, batch: int) -> tuple[torch.Tensor, Reference]:
-    model, pixels = machine.model(), machine.pixels(batch)
-    return pixels, Reference(machine, model, partial(model.embed_image, pixels, mode=mode))
+def image_work(machine: Machine, mode: str) -> Work:
+    return Work(machine, mode, machine.pixels, lambda model, pixels: model.embed_image(pixels, mode=mode))
+
+
+def compiled_twin(machine: Machine) -> Any:
+    return compiled(machine, machine.twin())
 
 
 def images(machine: Machine) -> dict[str, Any]:
-    """Images a second in both modes, batch by batch: as it is, compiled, as a CUDA graph; transformers' tower."""
+    """Images a second in both modes, batch by batch: plain, compiled, as a CUDA graph; transformers' own tower."""
     sizes = batches(machine, 1, 4, 16, 64, 128, 256)
-    works = {(mode, batch): Lazy(image_reference, machine, mode, batch) for mode in MODES for batch in sizes}
-    ways = {
-        "eager": Lazy(machine.model),
-        "compile_layers": Lazy(lambda: compiled(machine, machine.twin())),
-        "transformers": Lazy(peer_of, machine, machine.vision_peer),
-    }
-
-    def figures(way: str, mode: str, batch: int, graph: bool) -> dict[str, Any]:
-        pixels, reference = works[mode, batch]()
-        model = ways[way]()
-        # transformers' tower has no head: that makes its work a little less.
-        call = partial(model, pixels) if way == "transformers" else partial(model.embed_image, pixels, mode=mode)
-        return checked(rate(machine, call, batch, reference, graph))
-
+    works = [image_work(machine, mode) for mode in MODES]
     rows = []
-    for way in ways:
-        for mode in MODES[:1] if way == "transformers" else MODES:
-            for batch in sizes:
-                rows.append(row(machine, mode, batch, way, figures, way, mode, batch, False))
-            if way != "transformers":
-                rows.append(row(machine, mode, 1, f"{way}, one CUDA graph", figures, way, mode, 1, True))
+    for way, model in {"eager": Lazy(machine.model), "compile_layers": Lazy(compiled_twin, machine)}.items():
+        for work in works:
+            rows += [work.row(way, model, batch) for batch in sizes]
+            rows.append(work.row(f"{way}, one CUDA graph", model, 1, graph=True))
+    # transformers' tower has no head, so it does slightly less work.
+    peer = Lazy(machine.peer, measuring.vision_peer_of)
+    rows += [works[0].row("transformers", peer, batch, call=lambda tower, pixels: tower(pixels)) for batch in sizes]
     return {"rows": rows}
 
 
 def float8(machine: Machine) -> dict[str, Any]:
-    """InternVL-C with the layers' products in float8 by rows, and the cosine to bfloat16 on drawn weights and tiny/."""
-    sizes = batches(machine, 16, 64, 128)
-    works = {batch: Lazy(image_reference, machine, MODES[0], batch) for batch in sizes}
-    rows: list[dict[str, Any]] = []
-
-    def reference(batch: int) -> dict[str, Any]:
-        works[batch]()
-        return {}
-
-    for batch in sizes:  # before the weights change
-        machine.attempt(reference, batch)
-    model = machine.take_model()
-    quantised = Lazy(to_float8, model, ("vision_model.encoder.layers.",))
+    """InternVL-C with layers in float8, one scale per row; cosines to bfloat16 with random weights and of tiny/."""
+    sizes, work = batches(machine, 16, 64, 128), image_work(machine, MODES[0])
+    for batch in sizes:  # before the weights change; the rows repeat an error
+        machine.attempt(lambda batch=batch: {"made": work.reference(batch)})
+    quantised = Lazy(to_float8, machine.take_model(), ("vision_model.encoder.layers.",))
     ways = {"float8": quantised, "float8, compile_layers": Lazy(lambda: compiled(machine, quantised()))}
-
-    def figures(way: str, batch: int) -> dict[str, Any]:
-        pixels, wanted = works[batch]()
-        return rate(machine, partial(ways[way]().embed_image, pixels), batch, wanted)
-
-    for way in ways:
-        rows += [row(machine, MODES[0], batch, way, figures, way, batch) for batch in sizes]
+    rows = [work.row(way, model, batch, check=False) for way, model in ways.items() for batch in sizes]
     return {"rows": rows, "tiny/": machine.attempt(float8_of_tiny, machine)}
 
 
 def float8_of_tiny(machine: Machine) -> dict[str, Any]:
-    """On the trained tiny/ and the example images."""
+    """Cosine to bfloat16 of the trained tiny/ on the example images."""
     if machine.simulated:
         raise Missing("a simulated card has no values")
-    from transformers import AutoProcessor
-
     part = {"subfolder": "tiny", "trust_remote_code": True}
     model = AutoModel.from_pretrained(measuring.ROOT, dtype=torch.bfloat16, **part).to(machine.device).eval()
     processor = AutoProcessor.from_pretrained(measuring.ROOT, **part)
-    pictures = sorted((measuring.ROOT / "examples" / "pictures").glob("*.png"))
-    pixels = processor(images=pictures).pixel_values.to(machine.device)
+    files = sorted((measuring.ROOT / "examples" / "pictures").glob("*.png"))
+    pixels = processor(images=files).pixel_values.to(machine.device)
     expected = model.embed_image(pixels)
     found = to_float8(model).embed_image(pixels)
-    return {"images": len(pictures), COSINE: least_cosine(found, expected)}
+    return {"images": len(files), COSINE: least_cosine(found, expected)}
 
 
 # ----------------------------------------------------------------------------------------------------------- texts
@@ -289,34 +289,29 @@ def float8_of_tiny(machine: Machine) -> dict[str, Any]:
 
 def texts(machine: Machine) -> dict[str, Any]:
     """Texts of 12 tokens a second, batch by batch, beside transformers' LlamaModel with the same weights."""
-    ways = {
-        "eager": Lazy(machine.model),
-        "compile_layers": Lazy(lambda: compiled(machine, machine.twin())),
-        "transformers": Lazy(lambda: peer_of(machine, machine.text_peer).model),
+    work = Work(
+        machine,
+        "texts",
+        lambda batch: machine.ids(batch, TEXT_LENGTH),
+        lambda model, ids: model.embed_text(ids, torch.ones_like(ids)),
+    )
+    ways: dict[str, tuple[Callable[[], Any], Any]] = {
+        "eager": (Lazy(machine.model), None),
+        "compile_layers": (Lazy(compiled_twin, machine), None),
+        "transformers": (
+            Lazy(machine.peer, lambda model: measuring.text_peer_of(model).model),
+            lambda peer, ids: peer(input_ids=ids, use_cache=False),
+        ),
     }
-
-    def text_reference(batch: int) -> tuple[torch.Tensor, Reference]:
-        model, ids = machine.model(), machine.ids(batch, TEXT_LENGTH)
-        return ids, Reference(machine, model, partial(model.embed_text, ids, torch.ones_like(ids)))
-
     sizes = batches(machine, 1, 64, 512)
-    works = {batch: Lazy(text_reference, batch) for batch in sizes}
-
-    def figures(way: str, batch: int) -> dict[str, Any]:
-        ids, reference = works[batch]()
-        model = ways[way]()
-        if way == "transformers":
-            return rate(machine, partial(model, input_ids=ids, use_cache=False), batch, reference)
-        return checked(rate(machine, partial(model.embed_text, ids, torch.ones_like(ids)), batch, reference))
-
-    return {"rows": [row(machine, "texts", batch, way, figures, way, batch) for way in ways for batch in sizes]}
+    return {"rows": [work.row(way, model, batch, call=call) for way, (model, call) in ways.items() for batch in sizes]}
 
 
 # -------------------------------------------------------------------------------------------------------- captions
 
 
 def bytes_of(tensor: torch.Tensor) -> int:
-    """Of what a tensor keeps: a quantised one says the size of what it stands for."""
+    """Bytes that a tensor stores; `nbytes` of a quantised one is the size before quantisation."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return tensor.nbytes
     names, _ = tensor.__tensor_flatten__()
@@ -324,7 +319,7 @@ def bytes_of(tensor: torch.Tensor) -> int:
 
 
 def bytes_a_token(model: Any) -> int:
-    """Of the weights that a step of a caption reads in any precision: no cross-attention, one row of the table."""
+    """Bytes of the weights that each caption step reads: no cross-attention, no embedding table."""
     kept = [
         tensor
         for name, tensor in (*model.qllama.model.named_parameters(), *model.qllama.model.named_buffers())
@@ -338,8 +333,8 @@ def bytes_a_token(model: Any) -> int:
 
 def caption_lengths(machine: Machine) -> tuple[int, int, int]:
     """
-    Two numbers of tokens, and the positions that a static cache has for either: its size is a multiple of 64, and both
-    have to be written with the same compiled steps.
+    Two caption lengths, and the size of the static cache that serves both: sizes are multiples of 64, and both captions
+    must run the same compiled steps.
     """
     config = machine.config()
     prefix = config.num_query_token + len(config.caption_prompt_ids or [0])
@@ -349,7 +344,7 @@ def caption_lengths(machine: Machine) -> tuple[int, int, int]:
 
 
 def captions(machine: Machine) -> dict[str, Any]:
-    """Tokens a second, from the difference of two lengths, so that what comes before the first token is left out."""
+    """Tokens a second, from the difference between two lengths, which excludes the work before the first token."""
     static = {"cache_implementation": "static"}
     ways: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
         "greedy": ({}, (1, 32)),
@@ -360,7 +355,7 @@ def captions(machine: Machine) -> dict[str, Any]:
 
     def figures(model: Any, options: dict[str, Any], batch: int) -> dict[str, Any]:
         if machine.simulated and options.get("cache_implementation"):
-            raise Missing("a static cache counts its positions by values, which a simulated card has not")
+            raise Missing("a static cache counts its positions in a tensor, and a simulated card has no values")
         torch.compiler.reset()
         pixels = machine.pixels(batch)
         found = tokens_a_second(machine, lambda count: machine.write(model(), pixels, count, **options), batch)
@@ -382,8 +377,8 @@ def captions(machine: Machine) -> dict[str, Any]:
 
 
 def captions_of_peer(machine: Machine) -> dict[str, Any]:
-    """transformers' LLaMA after a prompt of as many tokens as ours has queries and prompt."""
-    peer = peer_of(machine, machine.text_peer)
+    """transformers' LLaMA after a prompt as long as our queries and prompt."""
+    peer = machine.peer(measuring.text_peer_of)
     torch.compiler.reset()
     short, long, positions = caption_lengths(machine)
     prompt = machine.ids(1, positions - long)
@@ -391,9 +386,8 @@ def captions_of_peer(machine: Machine) -> dict[str, Any]:
 
     def write(count: int) -> None:
         cache.reset()
-        lengths = {"max_new_tokens": count, "min_new_tokens": count, "eos_token_id": 2, "pad_token_id": 0}
         named = {measuring.CACHE_NAME: cache, "attention_mask": torch.ones_like(prompt)}
-        peer.generate(prompt, do_sample=False, **lengths, **named)
+        peer.generate(prompt, do_sample=False, **measuring.written(count, beams=1), **named)
 
     return tokens_a_second(machine, write, 1)
 
@@ -423,7 +417,7 @@ def int8_weights(model: Any) -> Any:
 
 # --------------------------------------------------------------------------------------------------------- profile
 
-# The first pattern in a kernel's name says what kind it is; the CPU's operators are there for the tests.
+# The first pattern found in a kernel's name gives its kind; the tests need the CPU's operators.
 KINDS = {
     "attention": ("flash", "fmha", "attention", "flex"),
     "compiled": ("triton",),
@@ -435,35 +429,28 @@ KINDS = {
 
 
 def profile(machine: Machine) -> dict[str, Any]:
-    """Where the time goes: kernels by kind, of a batch of images and of a step of captions."""
+    """Time by kind of kernel, for a batch of images and for a caption."""
     batch = 2 if machine.tiny else 64
     pixels, one = machine.pixels(batch), machine.pixels(1)
     static = {"cache_implementation": "static", "disable_compile": True}
 
     def of_images(make: Callable[[], Any]) -> dict[str, Any]:
-        model = make()
-        return times_by_kind(machine, lambda: model.embed_image(pixels))
+        return times_by_kind(machine, partial(make().embed_image, pixels))
+
+    def of_caption() -> dict[str, Any]:
+        return times_by_kind(machine, partial(machine.write, machine.model(), one, 4, **static))
 
     return {
         f"InternVL-C, batch {batch}, eager": machine.attempt(of_images, machine.model),
-        f"InternVL-C, batch {batch}, compile_layers": machine.attempt(
-            lambda: of_images(lambda: compiled(machine, machine.twin()))
-        ),
-        "a caption of 4 tokens, static cache": machine.attempt(
-            lambda: times_by_kind(machine, lambda: machine.write(machine.model(), one, 4, **static))
-        ),
+        f"InternVL-C, batch {batch}, compile_layers": machine.attempt(of_images, partial(compiled_twin, machine)),
+        "a caption of 4 tokens, static cache": machine.attempt(of_caption),
     }
 
 
 def times_by_kind(machine: Machine, call: Callable[[], Any], most: int = 12) -> dict[str, Any]:
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiled
-
-    for _ in range(2):
-        call()
-    activities = [ProfilerActivity.CUDA] if machine.is_cuda else [ProfilerActivity.CPU]
     seconds = machine.seconds(call)
-    with profiled(activities=activities) as found:
+    activity = torch.profiler.ProfilerActivity.CUDA if machine.is_cuda else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as found:
         call()
         machine.wait()
     times: Counter[str] = Counter()
@@ -488,7 +475,7 @@ def kind_of(name: str) -> str:
 
 # ---------------------------------------------------------------------------------------------- placed and loaded
 
-# What a mode computes with.
+# The weights that each mode uses.
 PARTS = {
     "InternVL-C": ("vision_model.", "clip_projector."),
     "InternVL-G": ("vision_model.", "clip_projector.", "clip_projector2.", "query_tokens", "qllama.model.layers."),
@@ -496,63 +483,69 @@ PARTS = {
 
 
 def placed(machine: Machine) -> dict[str, Any]:
-    """Cards of 12 and 8 GB, the rest in RAM: results equal to those of one card; peaks, and time beside copying."""
+    """Cards of 12 and 8 GB with the rest in RAM: results equal to those of one card, peaks, and time beside copying."""
     sizes = (8,) if machine.tiny else (12, 8)
     return {f"a card of {size} GB": machine.attempt(on_a_small_card, machine, size) for size in sizes}
 
 
 class InRam:
-    """A model whose weights are in RAM, to be brought to the device as they are needed, and what it has to equal."""
+    """A model whose weights stay in RAM until the device needs them, and the outputs that it must reproduce."""
 
     def __init__(self, machine: Machine):
-        self.expected = dict(outputs_of(machine, machine.model()))
-        self.seconds = image_seconds(machine, machine.model())
+        self.machine, self.model = machine, machine.model()
+        self.expected = dict(outputs_of(machine, self.model))
+        self.alone = {(mode, batch): self.seconds(mode, batch) for mode in MODES for batch in batches(machine, 1, 16)}
         self.state = {name: each.cpu() for name, each in machine.take_model().state_dict().items()}
-        machine.forget()
         self.model = machine.empty_model()
+        machine.forget()
         self.model.load_state_dict(self.state, assign=True)
 
-    def copying(self, machine: Machine, names: Iterable[str]) -> dict[str, float]:
-        """Seconds to copy those of the weights that each mode computes with."""
-        used = {mode: [self.state[name] for name in names if name.startswith(parts)] for mode, parts in PARTS.items()}
-        return {mode: copy_seconds(machine, tensors) for mode, tensors in used.items()}
+    def seconds(self, mode: str, batch: int) -> float:
+        call = partial(self.model.embed_image, self.machine.pixels(batch), mode=mode)
+        return self.machine.seconds(call, warm=1)
 
-    def check(self, machine: Machine) -> list[str]:
-        """Raises `AssertionError` where a result is not to the bit that of the model on one device."""
-        found = dict(outputs_of(machine, self.model))
+    def copying(self, names: Iterable[str]) -> dict[str, float]:
+        """Seconds to copy those of the named weights that each mode uses."""
+        used = {mode: [self.state[name] for name in names if name.startswith(parts)] for mode, parts in PARTS.items()}
+        return {mode: copy_seconds(self.machine, tensors) for mode, tensors in used.items()}
+
+    def check(self) -> list[str]:
+        """Raises `AssertionError` if an output differs in any bit from that of the model on one device."""
+        found = dict(outputs_of(self.machine, self.model))
         different = [name for name, value in found.items() if not torch.equal(value, self.expected[name])]
         assert not different, f"{', '.join(different)} differ from the model on one device"
         return list(found)
 
-    def images(self, machine: Machine, copying: dict[str, float]) -> list[dict[str, Any]]:
-        return [
-            {
-                "mode": mode,
-                "batch": batch,
-                **machine.attempt(beside_copying, machine, self.model, mode, batch, alone, copying[mode]),
-            }
-            for (mode, batch), alone in self.seconds.items()
-        ]
+    def images(self, copying: dict[str, float]) -> list[dict[str, Any]]:
+        """Times of images, and their ratio to the longer one of copying the weights and computing."""
+
+        def times(mode: str, batch: int) -> dict[str, float]:
+            seconds, alone, copied = self.seconds(mode, batch), self.alone[mode, batch], copying[mode]
+            found = {"seconds": seconds, "seconds on one device": alone, "seconds to copy": copied}
+            return found | {"seconds / the longer": seconds / max(alone, copied)}
+
+        attempt = self.machine.attempt
+        return [{"mode": mode, "batch": batch, **attempt(times, mode, batch)} for mode, batch in self.alone]
 
 
 def on_a_small_card(machine: Machine, size: int) -> dict[str, Any]:
-    """On a CPU the plan's card is the CPU, and its RAM the disk."""
+    """One plan. Without a GPU the CPU stands for the card, and the disk for RAM."""
     folder = measuring.ROOT / "tiny" if machine.tiny else measuring.ROOT
     setup = simulate_devices.Setup.parse(f"{size * (3e-4 if machine.tiny else 1)}")
     report = simulate_devices.simulate(folder, setup)
-    torch.compiler.reset()  # what CUDA graphs hold would count against the budget
+    torch.compiler.reset()  # memory of CUDA graphs would count against the budget
     with torch.inference_mode(False), torch.no_grad(), tempfile.TemporaryDirectory() as scratch:
         placed = InRam(machine)
         waiting = [name for name in placed.state if simulate_devices.device_of(report.device_map, name) != 0]
-        copying = placed.copying(machine, waiting)
+        copying = placed.copying(waiting)
         with small_card(machine, setup.cards[0]) as places:
             devices = {name: places[0] if where == 0 else places[1] for name, where in report.device_map.items()}
             keys = placed.model._skip_keys_device_placement
             dispatch_model(placed.model, devices, main_device=places[0], offload_dir=scratch, skip_keys=keys)
-            equal = placed.check(machine)
+            equal = placed.check()
             calls = simulate_devices.public_calls(placed.model, simulate_devices.BATCH, places[0])
             peaks = {call.name: machine.attempt(peak_of, machine, call) for call in calls}
-            rows = placed.images(machine, copying)
+            rows = placed.images(copying)
     failed = {name: found for name, found in peaks.items() if PEAK not in found}
     worst = max(peaks.keys() - failed, key=lambda name: peaks[name][PEAK] or 0)
     return {
@@ -572,43 +565,33 @@ def peak_of(machine: Machine, call: simulate_devices.Call) -> dict[str, Any]:
     return {PEAK: machine.peak(call.run)}
 
 
-def beside_copying(
-    machine: Machine, model: Any, mode: str, batch: int, alone: float, copying: float
-) -> dict[str, float]:
-    """How long images take, as a multiple of what takes longer: copying the weights in RAM, or computing."""
-    seconds = machine.seconds(partial(model.embed_image, machine.pixels(batch), mode=mode), warm=1)
-    times = {"seconds": seconds, "seconds on one device": alone, "seconds to copy": copying}
-    return times | {"seconds / the longer": seconds / max(alone, copying)}
-
-
 def streamed(machine: Machine) -> dict[str, Any]:
-    """All weights in RAM, brought by diffusers' group offloading: the next layer travels while one computes."""
-    return {"diffusers, leaf_level": machine.attempt(by_group_offloading, machine)}
-
-
-def by_group_offloading(machine: Machine) -> dict[str, Any]:
+    """All weights in RAM, with diffusers' group offloading: the next layer is copied while one computes."""
     require("diffusers")
     from diffusers.hooks import apply_group_offloading
 
     with torch.inference_mode(False), torch.no_grad():
         waiting = InRam(machine)
-        model, copying = waiting.model, waiting.copying(machine, waiting.state)
+        model, copying = waiting.model, waiting.copying(waiting.state)
         for name, parameter in model.named_parameters(recurse=False):
             setattr(model, name, nn.Parameter(parameter.to(machine.device), requires_grad=False))
         options = {"onload_device": machine.device, "offload_type": "leaf_level", "use_stream": machine.is_cuda}
         for _, part in model.named_children():
             apply_group_offloading(part, **options)
         pixels = machine.pixels(1)
-        return {
-            "equal to the model on one device": waiting.check(machine),
+        found = {
+            "equal to the model on one device": waiting.check(),
             PEAK: machine.peak(lambda: model.embed_image(pixels, mode=MODES[1])),
-            "images": waiting.images(machine, copying),
+            "images": waiting.images(copying),
         }
+    return {"diffusers, leaf_level": found}
 
 
 @contextmanager
 def small_card(machine: Machine, budget: int) -> Iterator[tuple[str, str]]:
-    """Where a plan's card and its RAM are; what a real card gives beyond the budget is an error of memory."""
+    """
+    The devices for a plan's card and for its RAM. Inside, a real card raises `OutOfMemoryError` beyond the budget.
+    """
     if not machine.is_cuda:
         yield "cpu", "disk"
         return
@@ -620,16 +603,8 @@ def small_card(machine: Machine, budget: int) -> Iterator[tuple[str, str]]:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def image_seconds(machine: Machine, model: Any) -> dict[tuple[str, int], float]:
-    return {
-        (mode, batch): machine.seconds(partial(model.embed_image, machine.pixels(batch), mode=mode), warm=1)
-        for mode in MODES
-        for batch in batches(machine, 1, 16)
-    }
-
-
 def copy_seconds(machine: Machine, tensors: list[torch.Tensor]) -> float:
-    """How long weights take from RAM to the card, one after the other and into the same memory."""
+    """Seconds to copy weights from RAM to the device, one after the other into the same memory."""
     if not tensors:
         return 0.0
     target = torch.empty(max(tensor.nbytes for tensor in tensors), dtype=torch.uint8, device=machine.device)
@@ -654,11 +629,7 @@ def outputs_of(machine: Machine, model: Any) -> Iterator[tuple[str, torch.Tensor
 
 
 def load(machine: Machine) -> dict[str, Any]:
-    """From safetensors on the disk, which the page cache holds, onto the device."""
-    return {"whole model": machine.attempt(loading, machine)}
-
-
-def loading(machine: Machine) -> dict[str, Any]:
+    """Seconds to load safetensors files, which the page cache holds, onto the device."""
     model = machine.take_model()
     size = sum(parameter.nbytes for parameter in model.parameters())
     with tempfile.TemporaryDirectory() as folder:
@@ -667,21 +638,18 @@ def loading(machine: Machine) -> dict[str, Any]:
         model.save_pretrained(folder)
         del model
         machine.forget()
-        kept = []
+        kept, local = [], {"trust_remote_code": True, "local_files_only": True}
 
         def once() -> None:
             kept.clear()
-            kept.append(
-                AutoModel.from_pretrained(
-                    folder, trust_remote_code=True, dtype="auto", device_map=str(machine.device), local_files_only=True
-                )
-            )
-            for parameter in kept[0].parameters():  # on a CPU weights are mapped, and read where they are touched
+            kept.append(AutoModel.from_pretrained(folder, dtype="auto", device_map=str(machine.device), **local))
+            for parameter in kept[0].parameters():  # on a CPU, mapped weights are read at their first use
                 parameter.sum()
 
         seconds = machine.seconds(once, warm=1)
-        files = [name for name in Path(folder).glob("*.safetensors")]
-        return {"GB": size / 1e9, "files": len(files), "seconds": seconds, "GB/s": size / seconds / 1e9}
+        files = len(list(Path(folder).glob("*.safetensors")))
+    found = {"GB": size / 1e9, "files": files, "seconds": seconds, "GB/s": size / seconds / 1e9}
+    return {"whole model": found}
 
 
 STEPS = {step.__name__: step for step in (ceilings, images, captions, float8, texts, profile, placed, streamed, load)}

@@ -1,4 +1,4 @@
-"""What benchmarks/speed.py measures with: models at the 14B's widths, their peers, clocks and counters."""
+"""What speed.py and gpu.py measure with: models at the 14B's widths, transformers' own models, clocks and counters."""
 
 import inspect
 import itertools
@@ -21,25 +21,33 @@ from transformers import (
     AutoModel,
     DynamicCache,
     GenerationMixin,
+    InternVLVisionConfig,
+    InternVLVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
     LogitsProcessor,
 )
 
 from tools.machines import simulate_devices
+from tools.machines.synthesise_checkpoint import mean_and_deviation
 
 ROOT = Path(__file__).resolve().parents[1]
-
 
 WIDTH, VISION_WIDTH, VOCABULARY = 4096, 3200, 49_954
 QUERIES, PROMPT, BEAMS, LAYERS = 96, 5, 5, 2
 CARD = "cuda:0"
-# What transformers calls a cache.
+# The argument for the cache, whose name depends on the version of transformers.
 CACHE_NAME = {"cache", "past_key_values"}.intersection(
     inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 ).pop()
 
 # ------------------------------------------------------------------------------------------------------- comparing
+
+
+def meets(value: float, target: str) -> bool:
+    """Whether a value meets a target such as "<= 1.03" or ">= 2"."""
+    sign, bound = target.split()
+    return value <= float(bound) if sign == "<=" else value >= float(bound)
 
 
 @dataclass
@@ -50,9 +58,9 @@ class Row:
     Attributes:
         work: what was done.
         figure: what `value` is, such as "ours / products".
-        spread: the least and the largest ratio of runs next to each other, for a ratio of times.
+        spread: for a ratio of times, the smallest and the largest ratio of neighbouring runs.
         target: what `value` should be, such as "<= 1.03".
-        headline: what the README says of it, with the value for {}; nothing if empty.
+        headline: the line of the README, with {} for the value; empty for none.
     """
 
     work: str
@@ -64,15 +72,12 @@ class Row:
 
     @property
     def met(self) -> bool | None:
-        if not self.target:
-            return None
-        sign, bound = self.target.split()
-        return self.value <= float(bound) if sign == "<=" else self.value >= float(bound)
+        return meets(self.value, self.target) if self.target else None
 
     def cells(self) -> tuple[str, ...]:
         spread = "" if self.spread is None else f"{self.spread[0]:.2f} to {self.spread[1]:.2f}"
         digits = 5 if "cosine" in self.figure else 0 if self.value >= 100 or self.value == int(self.value) else 2
-        if self.spread is not None and self.target:  # a target of 1.03 is not seen to be met in two digits
+        if self.spread is not None and self.target:  # two digits cannot show whether a target of 1.03 is met
             digits = 3
         return (
             self.work,
@@ -85,7 +90,7 @@ class Row:
 
 
 def in_turn(ways: dict[str, Callable[[], Any]], rounds: int, warm: bool = True) -> dict[str, list[float]]:
-    """Seconds that each way took, run in turn, after one run of each that does not count."""
+    """Seconds of each way; the ways run alternately, after one run of each that does not count."""
     for way in ways.values() if warm else ():
         way()
     times: dict[str, list[float]] = {name: [] for name in ways}
@@ -105,13 +110,13 @@ def ratio(work: str, times: dict[str, list[float]], one: str, other: str, target
 
 class Products(TorchFunctionMode):
     """
-    Inside, notes the matrix products that run: each Linear and Conv2d with its weights and the shape of its input, and
-    the two of every attention. `run` then does them and nothing else, all or those of one step of `generate`.
+    Records the matrix products that run inside it: each Linear and Conv2d with its weights and the shape of its input,
+    and the two of every attention. `run` then repeats them alone, either all or those of one step of `generate`.
 
     Args:
-        model: the layers that are watched.
-        share_inputs (`bool`): one input for all layers that take its shape, where inputs for each would not fit.
-        attention (`bool`): `False` leaves attention out, which a fused kernel does faster than two products.
+        model: the model whose layers are recorded.
+        share_inputs (`bool`): one input for all layers that take its shape, to save memory.
+        attention (`bool`): `False` leaves attention out, which a fused kernel computes faster than two products.
     """
 
     def __init__(self, model: nn.Module, share_inputs: bool = False, attention: bool = True):
@@ -124,7 +129,7 @@ class Products(TorchFunctionMode):
 
     def __enter__(self) -> "Products":
         layers = [module for module in self.model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
-        self.handles = [layer.register_forward_hook(self._note) for layer in layers]
+        self.handles = [layer.register_forward_hook(self._record) for layer in layers]
         return super().__enter__()
 
     def __exit__(self, *reason: Any) -> None:
@@ -133,14 +138,12 @@ class Products(TorchFunctionMode):
             handle.remove()
 
     def _input(self, shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
-        if not self.share_inputs:
-            return torch.randn(shape, dtype=like.dtype, device=like.device)
         kind = (shape, like.dtype, like.device)
-        if kind not in self.inputs:
+        if not self.share_inputs or kind not in self.inputs:
             self.inputs[kind] = torch.randn(shape, dtype=like.dtype, device=like.device)
         return self.inputs[kind]
 
-    def _note(self, layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def _record(self, layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         states = self._input(inputs[0].shape, layer.weight)
         self.operations += 2 * output.numel() * layer.weight[0].numel()
         if isinstance(layer, nn.Conv2d):
@@ -179,44 +182,52 @@ def joint_config(layers: int) -> Any:
 
 
 def joint_model(layers: int = LAYERS) -> Any:
-    """The joint model at the published widths, on the meta device, as all models here until they are `filled`."""
+    """The joint model at the published widths. Like all models here it is on the meta device until it gets weights."""
     with torch.device("meta"):
         return AutoModel.from_config(joint_config(layers), trust_remote_code=True).eval()
 
 
+SHARED_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+def peer(model_class: Any, config_class: Any, config: Any, *fields: str, **options: Any) -> Any:
+    same = {name: getattr(config, name) for name in (*SHARED_FIELDS, *fields)}
+    with torch.device("meta"):
+        return model_class(config_class(**same, **options, attn_implementation="sdpa")).eval()
+
+
 def vision_peer(config: Any) -> Any:
     """transformers' own InternVL vision tower in the shape of our config."""
-    from transformers import InternVLVisionConfig, InternVLVisionModel
-
-    same = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
-    options = {"norm_type": "rms_norm", "use_qk_norm": True, "use_mean_pooling": False, "attn_implementation": "sdpa"}
-    with torch.device("meta"):
-        return InternVLVisionModel(
-            InternVLVisionConfig(**{name: getattr(config, name) for name in same}, **options)
-        ).eval()
+    options = {"norm_type": "rms_norm", "use_qk_norm": True, "use_mean_pooling": False}
+    return peer(InternVLVisionModel, InternVLVisionConfig, config, "image_size", "patch_size", **options)
 
 
 def text_peer(config: Any) -> Any:
     """transformers' own LLaMA in the shape of our config."""
-    same = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    options = {"pad_token_id": 0, "attn_implementation": "sdpa"}
-    with torch.device("meta"):
-        return LlamaForCausalLM(LlamaConfig(**{name: getattr(config, name) for name in same}, **options)).eval()
+    return peer(LlamaForCausalLM, LlamaConfig, config, "vocab_size", pad_token_id=0)
 
 
-def filled(model: Any) -> Any:
-    """Give a model memory and seeded random weights; norms and scales are 1."""
-    model = model.float().to_empty(device="cpu").eval()
-    generator = torch.Generator().manual_seed(0)
+def vision_peer_of(model: Any) -> Any:
+    """transformers' own vision tower with the weights of a joint model."""
+    return sharing_weights(vision_peer(model.config.vision_config), model.vision_model.state_dict())
+
+
+def text_peer_of(model: Any) -> Any:
+    """transformers' own LLaMA with the weights of a joint model."""
+    return sharing_weights(text_peer(model.config.qllama_config), model.qllama.state_dict())
+
+
+@torch.no_grad()
+def with_random_weights(model: Any, device: torch.device | str = "cpu") -> Any:
+    """Give a model memory and seeded random weights, at the scales of the synthetic checkpoint."""
+    model = model.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
     for name, parameter in model.named_parameters():
-        if parameter.ndim > 1:
-            nn.init.uniform_(parameter, -0.03, 0.03, generator=generator)
-        else:
-            nn.init.constant_(parameter, float(name.endswith("weight") or ".ls" in name))
+        parameter.normal_(*mean_and_deviation(name, parameter.shape), generator=generator)
     return model
 
 
-# Our names for those of the vision peer, which has queries, keys and values apart.
+# Our names and those of the vision peer, whose queries, keys and values have separate weights.
 VISION_NAMES = (
     ("embeddings.class_embedding", "embeddings.cls_token"),
     ("embeddings.position_embedding", "embeddings.position_embeddings"),
@@ -232,7 +243,7 @@ VISION_NAMES = (
 
 
 def sharing_weights(peer: Any, state: dict[str, torch.Tensor]) -> Any:
-    """Give a peer our weights, the same memory: where weights lie makes a difference of some percent."""
+    """Give a peer our weights in the same memory: their place in memory changes times by a few percent."""
     if "embeddings.class_embedding" in state:
         renamed = {}
         for name, tensor in state.items():
@@ -247,7 +258,7 @@ def sharing_weights(peer: Any, state: dict[str, torch.Tensor]) -> Any:
     device = next(peer.parameters()).device
     for module in peer.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
-            if "inv_freq" in name:  # rotary frequencies, which the constructor computed on the meta device
+            if "inv_freq" in name:  # rotary frequencies: the constructor computed them on the meta device
                 size = 2 * len(buffer)
                 setattr(module, name, 10_000 ** -(torch.arange(0, size, 2, device=device).float() / size))
             elif buffer.is_meta:
@@ -256,25 +267,24 @@ def sharing_weights(peer: Any, state: dict[str, torch.Tensor]) -> Any:
 
 
 def small_models(layers: int) -> dict[str, Any]:
-    """Models and peers of many layers in which arithmetic is next to nothing, filled."""
+    """Models and peers with many layers that compute next to nothing, with weights."""
     small = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": layers}
-    vision, text = {"image_size": 28}, {"num_key_value_heads": 2, "vocab_size": 128}
+    vision, text = small | {"image_size": 28}, small | {"num_key_value_heads": 2, "vocab_size": 128}
     joint = joint_model(1)
-    models = {
-        "vision": (joint.vision_model, vision),
-        "text": (joint.qllama.model, text),
-        "vision, transformers": (vision_peer(joint.config.vision_config), vision),
-        "text, transformers": (text_peer(joint.config.qllama_config).model, text | {"head_dim": 16}),
+
+    def like(model: Any, fields: dict[str, int]) -> Any:
+        with torch.device("meta"):
+            return type(model)(type(model.config)(**model.config.to_dict() | fields)).float().eval()
+
+    models = {"vision": like(joint.vision_model, vision), "text": like(joint.qllama.model, text)}
+    peers = {
+        "vision": like(vision_peer(joint.config.vision_config), vision),
+        "text": like(text_peer(joint.config.qllama_config).model, text | {"head_dim": 16}),
     }
-    with torch.device("meta"):
-        made = {
-            name: type(model)(type(model.config)(**model.config.to_dict() | small | others)).eval()
-            for name, (model, others) in models.items()
-        }
-    for part in ("vision", "text"):
-        made[part] = filled(made[part])
-        made[f"{part}, transformers"] = sharing_weights(made[f"{part}, transformers"], made[part].state_dict())
-    return made
+    for part, model in list(models.items()):
+        models[part] = with_random_weights(model)
+        models[f"{part}, transformers"] = sharing_weights(peers[part], model.state_dict())
+    return models
 
 
 # ---------------------------------------------------------------------------------------------------------- inputs
@@ -299,13 +309,13 @@ def prompts(count: int) -> torch.Tensor:
 
 
 def written(count: int, beams: int = BEAMS, **others: Any) -> dict[str, Any]:
-    """Options of `generate` for exactly so many tokens."""
+    """Options of `generate` for exactly `count` tokens."""
     exactly = {"max_new_tokens": count, "min_new_tokens": count, "eos_token_id": 2, "pad_token_id": 0}
     return {"num_beams": beams, **exactly, **others}
 
 
 class Clock(LogitsProcessor):
-    """Notes when each step of `generate` has its logits."""
+    """Records the time at which each step of `generate` has its logits."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -316,14 +326,14 @@ class Clock(LogitsProcessor):
 
 
 def step_times(write: Callable[..., Any], count: int = 10, **options: Any) -> list[float]:
-    """Seconds of each step but the first, with all that `generate` does from one forward pass to the next."""
+    """Seconds of each step but the first, including everything that `generate` does between two forward passes."""
     clock = Clock()
     write(logits_processor=[clock], **written(count, **options))
     return [after - before for before, after in itertools.pairwise(clock.times)]
 
 
 def original_caption(model: Any, seen: Any, prompt: torch.Tensor, **options: Any) -> torch.Tensor:
-    """Caption as the original did: queries and prompt once per beam, logits at each of their positions."""
+    """Caption as the original did: queries and prompt run once per beam, with logits at each of their positions."""
     decoder = model.qllama
 
     def all_at_once(
@@ -337,8 +347,8 @@ def original_caption(model: Any, seen: Any, prompt: torch.Tensor, **options: Any
         if others[CACHE_NAME].get_seq_length():
             return inputs | {"input_ids": input_ids[:, -1:], "logits_to_keep": 1}
         queries = model.config.num_query_token
-        picture = {"encoder_hidden_states": encoder_hidden_states, "num_bidirectional": queries}
-        return inputs | picture | {"inputs_embeds": inputs_embeds, "logits_to_keep": 0}
+        image = {"encoder_hidden_states": encoder_hidden_states, "num_bidirectional": queries}
+        return inputs | image | {"inputs_embeds": inputs_embeds, "logits_to_keep": 0}
 
     prefix = torch.cat([model.query_tokens, decoder.model.embed_tokens(prompt)], dim=1)
     mask = torch.ones(prefix.shape[:2], dtype=torch.long)
@@ -352,8 +362,8 @@ def original_caption(model: Any, seen: Any, prompt: torch.Tensor, **options: Any
 
 class AsOnCuda(TorchFunctionMode):
     """
-    Gives a simulated card the two kernels that CUDA has and that torch spells out for tensors without data: the norm,
-    and attention that never holds all its weights. Counts them, and the copies of inputs that the norm needs in a row.
+    Gives a simulated card the two fused kernels of CUDA that torch decomposes for tensors without data: the norm, and
+    attention that never holds all its weights. Counts them, and the inputs that the norm copies to be contiguous.
     """
 
     def __init__(self) -> None:
@@ -374,7 +384,7 @@ class AsOnCuda(TorchFunctionMode):
 
 
 class Operators(TorchDispatchMode):
-    """Counts what a card is asked to compute; views and empty memory cost it nothing."""
+    """Counts the operators that a card would run; views and empty memory cost nothing."""
 
     FREE = ("_unsafe_view", "new_empty", "empty", "device")
 
@@ -401,18 +411,10 @@ def put_on_a_card(model: nn.Module, dtype: torch.dtype) -> None:
 
 @contextmanager
 def simulated_card() -> Iterator[tuple[simulate_devices.DeviceMeter, AsOnCuda]]:
-    """Inside, tensors can lie on a card that is not there, and those that do are counted."""
+    """Inside, tensors can be placed on a card that does not exist, and their bytes are counted."""
     # Tensors of inference mode lose their fake device on the way.
     with torch.inference_mode(False), simulate_devices.simulated_machine() as meter, AsOnCuda() as kernels:
         yield meter, kernels
-
-
-@contextmanager
-def on_a_card(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[simulate_devices.DeviceMeter, AsOnCuda]]:
-    """Inside, a model on the meta device is on a simulated card."""
-    with simulated_card() as found:
-        put_on_a_card(model, dtype)
-        yield found
 
 
 def run_vision(model: Any, dtype: torch.dtype) -> Callable[[], Any]:
@@ -436,11 +438,15 @@ def run_decoding(model: Any, dtype: torch.dtype) -> Callable[[], Any]:
 def operators_per_layer(
     make: Callable[[int], Any], run: Callable[..., Any], dtype: torch.dtype
 ) -> tuple[Counter[str], float]:
-    """What two more layers (of QLLaMA: one with cross-attention, one without) add to a pass, for one; and copies."""
+    """
+    Operators that one more layer adds to a pass, and the copies among them. It is the mean of two layers: in QLLaMA one
+    has cross-attention and one does not.
+    """
     counts, copies = [], []
     for layers in (2, 4):
         model = make(layers)
-        with on_a_card(model, dtype) as (_, kernels):
+        with simulated_card() as (_, kernels):
+            put_on_a_card(model, dtype)
             work = run(model, dtype)
             kernels.kernels.clear()
             kernels.copies = 0
@@ -453,9 +459,10 @@ def operators_per_layer(
 
 
 def peak_megabytes(work: Callable[[Any], Any]) -> float:
-    """The most memory that a call needs beyond the weights, in bfloat16, of the joint model."""
+    """Peak memory of a call to the joint model in bfloat16, without the weights."""
     model = joint_model()
-    with on_a_card(model, torch.bfloat16) as (meter, _):
+    with simulated_card() as (meter, _):
+        put_on_a_card(model, torch.bfloat16)
         before = meter.alive[CARD]
         meter.restart()
         work(model)

@@ -1,8 +1,8 @@
-"""Load a checkpoint in one way, embed, match and write, and say what that cost. `full_size.py` runs it once per plan.
+"""Load a checkpoint in one way, use it, and measure that. Run by full_size.py, once per plan.
 
     python -m benchmarks.one_plan --plan disk --folder CHECKPOINT --out RESULT
 
-writes RESULT.json, what was measured, and RESULT.safetensors, what the model gave. Linux only: it reads /proc.
+writes the measurements to RESULT.json and the model's outputs to RESULT.safetensors. Linux only: it reads /proc.
 """
 
 import argparse
@@ -20,25 +20,26 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
-PICTURE = Path(__file__).resolve().parents[1] / "examples" / "pictures" / "panda.png"
+ROOT = Path(__file__).resolve().parents[1]
+IMAGE = ROOT / "examples" / "pictures" / "panda.png"
 TEXTS = ("a photo of a panda", "一张熊猫的照片", "パンダの写真")
 NEW_TOKENS = 4
 STAGES = {
-    "image C": "a picture, InternVL-C",
-    "image G": "a picture, InternVL-G",
+    "image C": "an image, InternVL-C",
+    "image G": "an image, InternVL-G",
     "texts": f"{len(TEXTS)} texts",
     "match": "match",
     "caption": f"a caption of {NEW_TOKENS} tokens",
 }
 SAMPLING_SECONDS = 0.02
-# Layers that cut models keep: of vision, and of QLLaMA with cross-attention. One, and one more of either.
+# Layers of the cut models: of vision, and of QLLaMA with cross-attention. One of each, and one more of either.
 CUTS = ((1, 1), (2, 1), (1, 2))
 CUT_ROUNDS = 3
 MEMORY = {"VmRSS": "rss", "RssAnon": "anonymous", "RssFile": "file_backed"}
 
 
 def int8_options() -> dict[str, Any]:
-    """Every linear layer's weights become int8 while they are loaded; what is computed with stays bfloat16."""
+    """The weights of linear layers become int8 while they are loaded; the arithmetic stays bfloat16."""
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
@@ -46,33 +47,33 @@ def int8_options() -> dict[str, Any]:
 
 
 PLANS: dict[str, Callable[[], dict[str, Any]]] = {
-    "mapped": dict,  # what a plain load does on a CPU: the shards are mapped, and read where they are first used
+    "mapped": dict,  # a plain load on a CPU maps the shards, and reads each weight at its first use
     "disk": lambda: {"device_map": {"": "disk"}},
     "ram+disk": lambda: {"device_map": "auto", "max_memory": {"cpu": "8GiB"}},
     "int8": int8_options,
 }
-RESIDENT_PLANS = ("int8",)  # which leave the shards alone once they are loaded
+RESIDENT_PLANS = ("int8",)  # these do not read the shards again after loading
 
 
 def memory() -> dict[str, int]:
-    """Bytes of this process that are in RAM now: all, anonymous ones, and pages of mapped files."""
+    """Bytes of this process in RAM: all of them, anonymous memory, and pages of mapped files."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {name: int(fields[field].split()[0]) * 1024 for field, name in MEMORY.items()}
 
 
 def bytes_read() -> int:
-    """What this process had the disk read so far, page faults included and what the page cache held left out."""
+    """Bytes that this process has read from the disk, including page faults but not hits of the page cache."""
     fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(fields["read_bytes"])
 
 
 def seconds_queued() -> float:
-    """How long the main thread was ready to run so far and got no core, because other processes had them."""
+    """How long the main thread has waited for a core that other processes used."""
     return int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
 
 
 class Peaks(threading.Thread):
-    """Watches the memory of this process while something runs."""
+    """Samples the memory of this process."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -91,7 +92,7 @@ class Peaks(threading.Thread):
 
 
 def measured(action: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
-    """The result of `action`, and what it cost."""
+    """The result of `action`, and what it took."""
     peaks = Peaks()
     peaks.start()
     read, queued, usage = bytes_read(), seconds_queued(), resource.getrusage(resource.RUSAGE_SELF)
@@ -101,7 +102,6 @@ def measured(action: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
     cost = {
         "seconds": seconds,
         "queued_seconds": seconds_queued() - queued,
-        "user_seconds": after.ru_utime - usage.ru_utime,
         "system_seconds": after.ru_stime - usage.ru_stime,
         "bytes_read": bytes_read() - read,
         "peak": peaks.stop(),
@@ -111,12 +111,12 @@ def measured(action: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def undisturbed(cost: dict[str, Any]) -> float:
-    """Seconds without those in which other processes had the cores."""
+    """Seconds without the wait for cores that other processes used."""
     return cost["seconds"] - cost["queued_seconds"]
 
 
 def cut_config(folder: Path, vision: int, language: int) -> Any:
-    """The checkpoint's config with so many layers of vision, and of QLLaMA's layers with cross-attention."""
+    """The checkpoint's config with fewer layers of vision, and of QLLaMA with cross-attention."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     config.vision_config.num_hidden_layers = vision
     config.qllama_config.num_hidden_layers = language * config.cross_attention_frequency
@@ -124,22 +124,22 @@ def cut_config(folder: Path, vision: int, language: int) -> Any:
 
 
 def load(folder: Path, plan: str, depths: tuple[int, int] | None) -> torch.nn.Module:
-    """The model of a plan, or with `depths` one of so few layers that it stays in RAM."""
+    """The model of a plan, or with `depths` one cut to so few layers that it stays in RAM."""
     options = PLANS[plan]()
     if depths is not None:
         options |= {"config": cut_config(folder, *depths), "strict": False}
     model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="auto", **options).eval()
     if plan in RESIDENT_PLANS:
         for parameter in model.parameters():
-            if type(parameter) is torch.nn.Parameter:  # not quantised, and so still a mapped part of a shard
+            if type(parameter) is torch.nn.Parameter:  # not quantised, so still mapped from a shard
                 parameter.data = parameter.data.clone()
     return model
 
 
 def stages_of(model: torch.nn.Module, folder: Path) -> dict[str, Callable[[], torch.Tensor]]:
-    """What a model is asked, by the names in `STAGES`."""
+    """The calls to a model, by the names in `STAGES`."""
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    pixels = processor(images=[PICTURE]).pixel_values
+    pixels = processor(images=[IMAGE]).pixel_values
     texts, pair = processor(text=list(TEXTS)), processor(text=[TEXTS[0]], task="match")
     lengths = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
     return {
@@ -154,7 +154,7 @@ def stages_of(model: torch.nn.Module, folder: Path) -> dict[str, Callable[[], to
 def run(
     folder: Path, plan: str, depths: tuple[int, int] | None = None, rounds: int = 1
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a plan cost and what it gave. Of several rounds the fastest one of each stage counts."""
+    """What a plan took, and its outputs. Of several rounds the fastest one of each stage counts."""
     before, others = memory(), os.getloadavg()[0]
     model, loading = measured(partial(load, folder, plan, depths))
     costs, outputs = {}, {}
@@ -162,18 +162,16 @@ def run(
         for name, stage in stages_of(model, folder).items():
             results = [measured(stage) for _ in range(rounds)]
             outputs[name], costs[name] = min(results, key=lambda result: undisturbed(result[1]))
-    report = {"before": before, "load_average": others, "load": loading, "stages": costs}
-    report["threads"] = torch.get_num_threads()
-    report["peak_rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return report, outputs
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"before": before, "load_average": others, "load": loading, "stages": costs, "peak_rss": peak}, outputs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plan", choices=PLANS, required=True)
-    parser.add_argument("--folder", type=Path, required=True, help="of the checkpoint, with its code")
+    parser.add_argument("--folder", type=Path, required=True, help="the checkpoint, with its code")
     parser.add_argument("--out", type=Path, required=True, help="path of the results, without a suffix")
-    parser.add_argument("--cut", action="store_true", help="measure models of few layers instead, warm")
+    parser.add_argument("--cut", action="store_true", help="measure models cut to few layers instead, warm")
     arguments = parser.parse_args()
     folder, plan = arguments.folder, arguments.plan
     if arguments.cut:
@@ -182,7 +180,7 @@ def main() -> None:
         report, outputs = run(folder, plan)
         save_file({name: tensor.contiguous() for name, tensor in outputs.items()}, f"{arguments.out}.safetensors")
     Path(f"{arguments.out}.json").write_text(json.dumps(report))
-    os._exit(0)  # without taking apart what is offloaded, which takes seconds and tells nothing
+    os._exit(0)  # skip the teardown of offloaded weights, which takes seconds
 
 
 if __name__ == "__main__":

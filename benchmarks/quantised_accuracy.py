@@ -1,20 +1,18 @@
-"""Compare quantised models with the same weights in float32 and print how far their embeddings turn.
+"""Compare quantised models with the same weights in float32, and print how much their embeddings differ.
 
-Run by whoever changes which layers are quantised; speed.py imports it.
+Run by whoever changes which layers are quantised. speed.py and the tests import it.
 
     python -m benchmarks.quantised_accuracy           # tiny/, on examples/pictures and their names in three languages
-    python -m benchmarks.quantised_accuracy --wide    # golden/wide too: one layer of each tower at the 14B's widths
+    python -m benchmarks.quantised_accuracy --wide    # also golden/wide: one layer of each tower at the 14B's widths
 
-Given are the least and the mean cosine of an embedding to that of the float32 model, and the largest difference of a
+Prints the lowest and the mean cosine of embeddings to those of the float32 model, and the largest difference of a
 probability of image-text matching. Needs tests/requirements.txt; `--wide` also 6 GB of memory and 2 GB of disk.
 """
 
 import argparse
 import json
-import platform
 import tempfile
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +22,9 @@ from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
 from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig, TorchAoConfig
 
-from benchmarks.golden_wide import regenerated, regenerated_pixels
-from benchmarks.goldens import golden, golden_config, repo_class
+from benchmarks import this_machine
+from benchmarks.goldens import ROOT, golden_config, golden_inputs, golden_weights, repo_class
 from tools import pages
-
-ROOT = Path(__file__).resolve().parents[1]
-
 
 TINY = {"subfolder": "tiny", "trust_remote_code": True}
 PICTURES = ROOT / "examples" / "pictures"
@@ -64,14 +59,14 @@ def outputs(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torc
 
 
 def compare(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Of each kind of embedding the least and the mean cosine; of matching the largest difference."""
+    """The lowest and the mean cosine of each kind of embedding; of matching, the largest difference."""
     cosines = {name: torch.cosine_similarity(found[name], wanted[name], dim=-1) for name in EMBEDDINGS}
     result: dict[str, Any] = {name: (float(each.min()), float(each.mean())) for name, each in cosines.items()}
     return result | {MATCH: float((found[MATCH] - wanted[MATCH]).abs().max())}
 
 
 def tiny_inputs() -> dict[str, torch.Tensor]:
-    """The example pictures and their names, as texts to embed in three languages and, every other wrong, to match."""
+    """The example images, their names in three languages to embed, and texts to match, every other wrong."""
     processor = AutoProcessor.from_pretrained(ROOT, **TINY)
     examples = json.loads((PICTURES / "examples.json").read_text("utf-8"))
     names = [example["name"] for example in examples]
@@ -90,8 +85,9 @@ def load_tiny(**options: Any) -> nn.Module:
 
 def with_plain_kernels(model: nn.Module) -> nn.Module:
     """
-    bitsandbytes 0.50's fast 4-bit kernel for CPUs repacks weights by 32 rows and whole blocks of a row, and fails in
-    the first call where that does not go up, as in tiny/; its plain path takes every shape. The 14B's layers all fit.
+    Keep bitsandbytes 0.50 from its fast 4-bit kernel for CPUs where that fails at the first call: it repacks weights by
+    32 rows and whole blocks of a row, which do not divide those of tiny/. Its plain path takes every shape. All layers
+    of the 14B fit.
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
@@ -102,18 +98,13 @@ def with_plain_kernels(model: nn.Module) -> nn.Module:
 
 def wide_inputs() -> dict[str, torch.Tensor]:
     """The inputs of golden/wide."""
-    ids = golden("wide/inputs")["input_ids"]
-    return {"pixel_values": regenerated_pixels(), "input_ids": ids, "match_ids": ids}
+    inputs = golden_inputs("wide")
+    return inputs | {"match_ids": inputs["input_ids"]}
 
 
 def write_wide(folder: Path) -> None:
-    """Write golden/wide's weights, in bfloat16 as the published ones are, so that they can be quantised in loading."""
-    with torch.device("meta"):
-        shapes = {
-            n: p.shape
-            for n, p in repo_class("modeling_internvl.InternVLModel")(golden_config("wide")).named_parameters()
-        }
-    tensors = {name: regenerated(name, shape).bfloat16() for name, shape in shapes.items()}
+    """Write golden/wide's weights, in bfloat16 like the published ones, so that loading can quantise them."""
+    tensors = {name: tensor.bfloat16() for name, tensor in golden_weights("wide").items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text("{}")
 
@@ -124,7 +115,7 @@ def load_wide(folder: Path, **options: Any) -> nn.Module:
 
 
 def rows(load: Callable[..., nn.Module], inputs: dict[str, torch.Tensor]) -> list[list[str]]:
-    """Rows of the table for each method; the models are loaded one after the other."""
+    """A row of the table for each method; one model is in memory at a time, beside the float32 outputs."""
     wanted = outputs(load(dtype=torch.float32), inputs)
     lines = []
     for name, config in METHODS.items():
@@ -135,32 +126,23 @@ def rows(load: Callable[..., nn.Module], inputs: dict[str, torch.Tensor]) -> lis
     return lines
 
 
-def processor_name() -> str:
-    """The processor's name, as far as the system tells it."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.machine()
-
-
 def print_table(title: str, lines: list[list[str]]) -> None:
-    head = [title, *(f"{name}: least, mean cosine" for name in EMBEDDINGS), "match: largest difference"]
+    head = [title, *(f"{name}: lowest, mean cosine" for name in EMBEDDINGS), "match: largest difference"]
     print(pages.table(head, lines), end="\n\n", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--wide", action="store_true", help="golden/wide too")
+    parser.add_argument("--wide", action="store_true", help="also golden/wide")
     arguments = parser.parse_args()
     print_table("`tiny/`", rows(load_tiny, tiny_inputs()))
     if arguments.wide:
         with tempfile.TemporaryDirectory() as folder:
             write_wide(Path(folder))
             print_table("`golden/wide`", rows(lambda **options: load_wide(Path(folder), **options), wide_inputs()))
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "torchao", "bitsandbytes"))
-    threads = torch.get_num_threads()
-    print(
-        f"Against float32, from bfloat16 weights and in bfloat16, on {processor_name()}, {threads} threads; {packages}."
-    )
+    packages = this_machine.listed(this_machine.versions("torch", "transformers", "torchao", "bitsandbytes"))
+    machine = f"{this_machine.processor_name()}, {torch.get_num_threads()} threads"
+    print(f"Compared with float32, from bfloat16 weights and in bfloat16, on {machine}; {packages}.")
 
 
 if __name__ == "__main__":

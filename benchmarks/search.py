@@ -1,20 +1,18 @@
-"""How long examples/search.py takes to index and search 10,000 pictures, with what memory and disk.
+"""Measure how long examples/search.py takes to index and search 10,000 images, and its memory and disk.
 
 Run by whoever changes examples/search_index.py.
 
     python -m benchmarks.search                          # writes search.json and the README's table
-    python -m benchmarks.search --pictures 500 --out /tmp/report.json          # and no table
+    python -m benchmarks.search --pictures 500 --out /tmp/report.json          # leaves the README alone
 
-The pictures are those of examples/pictures, turned, resized and put on coloured grounds, no two alike: PNG, JPEG and
-WebP files of 260 to 400 pixels. Every step is a process of its own, as a user runs it, with the tiny checkpoint: its
-share of the time is small, and that of the 14B would be nearly all. Whether the right pictures are found is counted
-too: those of the same original among the first ten of a picture, and of its English name.
+The images are those of examples/pictures, rotated, resized and on coloured backgrounds, no two alike: PNG, JPEG and
+WebP files of 260 to 400 pixels. Each step is a process of its own, as a user runs it, with the tiny checkpoint, which
+takes a small share of the time; the 14B would take nearly all of it. The report also says how many of the first ten
+results have the right original, for searches by an image and by its English name.
 """
 
 import argparse
 import json
-import os
-import platform
 import random
 import resource
 import statistics
@@ -22,16 +20,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 from PIL import Image
 
+from benchmarks import this_machine
 from tools import pages
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
 README = ROOT / "README.md"
 OUT = Path(__file__).with_suffix(".json")
 SOURCES = ROOT / "examples" / "pictures"
@@ -52,15 +48,15 @@ print(json.dumps([rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
 
 
 def draw(folder: Path, count: int) -> None:
-    """`count` files, whose names say what they were made of."""
+    """Write `count` images, whose file names begin with that of their original."""
     originals = [(path.stem, Image.open(path).convert("RGBA")) for path in sorted(SOURCES.glob("*.png"))]
     for number in range(count):
-        name, picture = originals[number % len(originals)]
+        name, original = originals[number % len(originals)]
         chance = random.Random(number)
-        ground = tuple(chance.randrange(150, 256) for _ in range(3))
-        turned = picture.rotate(chance.uniform(-12, 12), Image.Resampling.BICUBIC, fillcolor=(255, 255, 255, 0))
-        canvas = Image.new("RGBA", (chance.randrange(260, 400), chance.randrange(260, 400)), ground)
-        canvas.paste(turned, ((canvas.width - 256) // 2, (canvas.height - 256) // 2), turned)
+        background = tuple(chance.randrange(150, 256) for _ in range(3))
+        rotated = original.rotate(chance.uniform(-12, 12), Image.Resampling.BICUBIC, fillcolor=(255, 255, 255, 0))
+        canvas = Image.new("RGBA", (chance.randrange(260, 400), chance.randrange(260, 400)), background)
+        canvas.paste(rotated, ((canvas.width - 256) // 2, (canvas.height - 256) // 2), rotated)
         ending, options = KINDS[number % len(KINDS)]
         place = folder / f"{number // 1000:02}"
         place.mkdir(exist_ok=True)
@@ -80,7 +76,7 @@ def size(folder: Path) -> float:
 
 
 def queries(folder: Path) -> list[dict]:
-    """Names in three languages, and pictures."""
+    """Searches by names in three languages, and by images."""
     listing = json.loads((SOURCES / "examples.json").read_text("utf-8"))
     names = [text for entry in listing for text in entry["name"].values()]
     shown = random.Random(0).sample(sorted(str(path) for path in folder.rglob("*.*") if path.is_file()), QUERIES)
@@ -88,7 +84,7 @@ def queries(folder: Path) -> list[dict]:
 
 
 def right(query: dict, found: list[str]) -> float | None:
-    """The share of the first ten that were made of the same original; None for names in other languages."""
+    """The share of the first ten results with the right original; None for names in other languages."""
     listing = json.loads((SOURCES / "examples.json").read_text("utf-8"))
     of_name = {entry["name"]["en"]: Path(entry["file"]).stem for entry in listing}
     wanted = Path(query["picture"]).name.split(".")[0] if "picture" in query else of_name.get(query["words"])
@@ -96,27 +92,27 @@ def right(query: dict, found: list[str]) -> float | None:
 
 
 def measure(folder: Path, count: int) -> dict:
-    pictures, index = folder / "pictures", folder / "index"
-    pictures.mkdir()
-    draw(pictures, count)
+    images, index = folder / "images", folder / "index"
+    images.mkdir()
+    draw(images, count)
     script = [sys.executable, ROOT / "examples" / "search.py"]
-    run = [*script, "index", pictures, "--index", index, "--no-captions"]
+    run = [*script, "index", images, "--index", index, "--no-captions"]
     first, said = timed(run)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     again, _ = timed(run)
-    changed = sorted(pictures.rglob("*.png"))[: count // 100]
+    changed = sorted(images.rglob("*.png"))[: count // 100]
     for path in changed:
         Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
     after, _ = timed(run)
     one, _ = timed([*script, "query", "panda", "--index", index])
-    asked = queries(pictures)
+    asked = queries(images)
     _, printed = timed([sys.executable, "-c", SEARCH, index], input=json.dumps(asked), cwd=ROOT / "examples")
     rows, memory = json.loads(printed)
     seconds = [each for each, _ in rows[5:]]  # the first ones warm up
     shares = [(right(query, names), "words" in query) for query, (_, names) in zip(asked, rows, strict=True)]
     return {
         "pictures": count,
-        "pictures_mb": size(pictures),
+        "pictures_mb": size(images),
         "index_mb": size(index),
         "said": said.strip().splitlines()[0].split(": ", 1)[1],
         "first_run_s": first,
@@ -134,32 +130,29 @@ def measure(folder: Path, count: int) -> dict:
 
 
 def table(report: dict) -> str:
-    """What the README says, as Markdown."""
-    found, versions = report["result"], report["versions"]
+    """The README's table, as Markdown."""
+    found = report["result"]
     rows = [
-        ("first run", f"{found['first_run_s']} s, {found['first_run_pictures_per_s']} pictures a second"),
-        ("its memory, at most", f"{found['first_run_peak_mb']} MB"),
+        ("first run", f"{found['first_run_s']} s, {found['first_run_pictures_per_s']} images a second"),
+        ("its peak memory", f"{found['first_run_peak_mb']} MB"),
         ("second run, nothing changed", f"{found['second_run_nothing_changed_s']} s"),
         ("run after 1 % of the files changed", f"{found['run_after_one_percent_changed_s']} s"),
-        ("index on disk", f"{found['index_mb']} MB, for {found['pictures_mb']} MB of pictures"),
-        (
-            "a search, by words or by a picture",
-            f"median {found['query_median_ms']} ms, 95 % {found['query_p95_ms']} ms",
-        ),
+        ("index on disk", f"{found['index_mb']} MB, for {found['pictures_mb']} MB of images"),
+        ("a search by words or an image", f"median {found['query_median_ms']} ms, 95 % {found['query_p95_ms']} ms"),
         ("`query` from the command line, with loading", f"{found['one_query_with_loading_s']} s"),
-        ("memory while searching, at most", f"{found['searching_peak_mb']} MB"),
-        ("of ten found by a picture, made of the same original", f"{found['same_original_among_ten_by_picture']:.0%}"),
-        ("of ten found by its English name", f"{found['same_original_among_ten_by_words']:.0%}"),
+        ("peak memory while searching", f"{found['searching_peak_mb']} MB"),
+        ("right originals in the first ten, by an image", f"{found['same_original_among_ten_by_picture']:.0%}"),
+        ("right originals in the first ten, by the English name", f"{found['same_original_among_ten_by_words']:.0%}"),
     ]
-    figures = pages.table([f"{found['pictures']:,} pictures", ""], rows)
-    packages = ", ".join(f"{name} {number}" for name, number in versions.items())
+    figures = pages.table([f"{found['pictures']:,} images", ""], rows)
+    packages = this_machine.listed(report["versions"])
     return f"{figures}\n\nMeasured by `{report['command']}` on {report['machine']}; {packages}."
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=10_000)
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--pictures", type=int, default=10_000, help="number of images")
+    parser.add_argument("--out", type=Path, default=OUT, help="report; the README changes only by the default")
     options = parser.parse_args()
     if options.pictures < QUERIES:
         parser.error(f"--pictures must be at least {QUERIES}, got {options.pictures}")
@@ -167,11 +160,11 @@ def main() -> None:
         result = measure(Path(folder), options.pictures)
     report = {
         "command": "python -m benchmarks.search",
-        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} CPUs",
-        "versions": {name: version(name) for name in ("lancedb", "torch", "transformers", "pillow")},
+        "machine": this_machine.processor(),
+        "versions": this_machine.versions("lancedb", "torch", "transformers", "pillow"),
         "result": result,
     }
-    options.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    this_machine.write_json(options.out, report)
     if options.out == OUT:
         pages.put(README, "search", table(report))
     print(json.dumps(report, indent=1))

@@ -3,7 +3,7 @@
 Run by whoever changes what the model computes or how (`make bench`).
 
     python -m benchmarks.speed               # everything, in less than 15 minutes on 2 quiet cores
-    python -m benchmarks.speed vision match  # some sections; of the others the last results are kept
+    python -m benchmarks.speed vision match  # some sections; the last results of the others are kept
 
 Needs tests/requirements.txt.
 """
@@ -11,15 +11,12 @@ Needs tests/requirements.txt.
 import argparse
 import copy
 import json
-import os
-import platform
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
-from importlib.metadata import version
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +29,10 @@ from transformers.utils import logging
 
 from benchmarks import measuring as m
 from benchmarks import quantised_accuracy as accuracy
-from benchmarks.measuring import BEAMS, PROMPT, QUERIES, WIDTH, Row, in_turn, pixels, prompts, written
+from benchmarks import this_machine
+from benchmarks.measuring import BEAMS, PROMPT, QUERIES, ROOT, WIDTH, Row, in_turn, pixels, prompts, written
 from tools.pages import put, table
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 MEASURED = ROOT / "benchmarks" / "speed.json"
 CURVES = ROOT / "benchmarks" / "curves.png"
@@ -44,63 +41,52 @@ HEAD = ("work", "figure", "value", "spread", "target", "met")
 INTRODUCTION = """\
 # How fast
 
-Written by `python -m benchmarks.speed` (`make bench`). `A / B` is a ratio of times within one run: what is
-compared runs in turn, A B A B ..., and the fastest run of A is divided by the fastest of B, since what else happens on
-a machine only adds time. The spread is that of runs next to each other; on a machine that others share, a difference
-of less than that between two runs of this command, some percent, means nothing. All models have the published widths,
-two layers a tower, random weights, float32, unless said.
+Written by `python -m benchmarks.speed` (`make bench`). `A / B` is a ratio of times within one run. The two run
+alternately, A B A B ..., and the fastest run of A is divided by the fastest of B, since other processes only add time.
+The spread is that of neighbouring runs; on a shared machine, smaller differences between two runs of this command, a
+few percent, mean nothing. Unless stated otherwise, models have the published widths, two layers a tower and random
+weights in float32.
 
-* `products`: the matrix products of the same work alone, every Linear and convolution that ran, with its weights and
+* `products`: the matrix products of the same work alone: every Linear and convolution that ran, with its weights and
   the shape of its input, and the two products of every attention.
-* `original`: the published implementation's way of doing the work, through this model: texts padded to 80, beams made
-  before the queries run, logits at every position. It is this model's own layers that do it, so they are faster there
-  than the original's were.
-* `transformers`: its own `InternVLVisionModel` (with qk-norm) and `LlamaForCausalLM`, of the same sizes, the same
-  weights in the same memory, with SDPA.
-* Targets are what the project set itself before it measured; `no` with a ratio of 1.00 to 1.03 is a difference that
-  lies within the spread.
-* Two layers a tower are not the 14B's 48 and 32: there the vision tower is a larger part of captions and zero-shot
-  calls, and the language head, here a third of a decoding step, next to nothing.
+* `original`: the work as the published implementation does it, with this model: texts padded to 80, beams made before
+  the queries run, logits at every position. Its layers are this model's, which are faster than the original's.
+* `transformers`: its own `InternVLVisionModel` (with qk-norm) and `LlamaForCausalLM`, of the same sizes and with the
+  same weights in the same memory, with SDPA.
+* The project set the targets before it measured. A ratio of 1.00 to 1.03 that misses its target is within the spread.
+* The 14B has 48 and 32 layers instead of two. There the vision tower is a larger part of captions and zero-shot calls,
+  and the language head, here a third of a decoding step, takes next to no time.
 """
 
 
 @dataclass
 class Bench:
-    """The rows and notes of a section, and the models, made when they are first needed."""
+    """The rows and notes of a section, and the models, built at their first use."""
 
     rounds: int
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    made: dict[str, nn.Module] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def model(self) -> Any:
-        if "joint" not in self.made:
-            self.made["joint"] = m.filled(m.joint_model())
-        return self.made["joint"]
+        return m.with_random_weights(m.joint_model().float())
 
-    @property
+    @cached_property
     def vision_peer(self) -> Any:
-        if "vision" not in self.made:
-            self.made["vision"] = m.sharing_weights(
-                m.vision_peer(self.model.config.vision_config), self.model.vision_model.state_dict()
-            )
-        return self.made["vision"]
+        return m.vision_peer_of(self.model)
 
-    @property
+    @cached_property
     def text_peer(self) -> Any:
-        if "text" not in self.made:
-            self.made["text"] = m.sharing_weights(
-                m.text_peer(self.model.config.qllama_config), self.model.qllama.state_dict()
-            )
-        return self.made["text"]
+        return m.text_peer_of(self.model)
 
     def add(self, row: Row) -> None:
         print("   ", " | ".join(row.cells()), flush=True)
         self.rows.append(row)
 
-    def ratio(self, work: str, times: dict[str, list[float]], one: str, other: str, *more: str) -> None:
-        self.add(m.ratio(work, times, one, other, *more))
+    def ratios(self, work: str, times: dict[str, list[float]], *pairs: tuple[str, ...]) -> None:
+        """Add a row for each pair of ways, which may have a target and a headline: see `measuring.ratio`."""
+        for pair in pairs:
+            self.add(m.ratio(work, times, *pair))
 
 
 # ---------------------------------------------------------------------------------------------------------- towers
@@ -117,16 +103,16 @@ def vision(bench: Bench) -> None:
             "transformers": lambda i=images: peer(i),
         }
         times = in_turn(ways, bench.rounds if batch > 1 else 2 * bench.rounds)
-        headline = "the vision encoder on 4 pictures takes {} x the time of its matrix products alone" if target else ""
-        bench.ratio(f"batch {batch}, 224 px", times, "ours", "products", target, headline)
-        bench.ratio(f"batch {batch}, 224 px", times, "ours", "transformers", "<= 1")
-        # The one difference in products: the checkpoint has queries, keys and values in one weight.
+        headline = "the vision encoder on 4 images takes {} x the time of its matrix products alone" if target else ""
+        pairs = (("ours", "products", target, headline), ("ours", "transformers", "<= 1"))
+        bench.ratios(f"batch {batch}, 224 px", times, *pairs)
+        # The products differ in one place: the checkpoint has queries, keys and values in one weight.
         weight, states = model.encoder.layers[0].attn.qkv.weight, torch.randn(batch * 257, m.VISION_WIDTH)
         ways = {
             "in one": partial(F.linear, states, weight),
             "in three": partial(lambda x, parts: [F.linear(x, part) for part in parts], states, weight.chunk(3)),
         }
-        bench.ratio(f"batch {batch}, the product of qkv", in_turn(ways, 4 * bench.rounds), "in one", "in three")
+        bench.ratios(f"batch {batch}, the product of qkv", in_turn(ways, 4 * bench.rounds), ("in one", "in three"))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         model(pixels(4))
     took = {event.key.removeprefix("aten::"): event.self_cpu_time_total for event in profile.key_averages()}
@@ -134,8 +120,8 @@ def vision(bench: Bench) -> None:
     listed = sorted(((share, name) for name, share in shares.items() if share > 0.001), reverse=True)
     bench.notes.append(f"Profile, batch 4: {', '.join(f'{name} {share:.1%}' for share, name in listed)}.")
     bench.notes.append(
-        "The checkpoint keeps the weights of queries, keys and values in one; three products of a third, which is what "
-        "transformers' tower does, are faster by the ratio above in this machine's MKL."
+        "The checkpoint has queries, keys and values in one weight. transformers' tower computes three products with a "
+        "third of it each, which this machine's MKL does faster by the ratio above."
     )
 
 
@@ -149,16 +135,15 @@ def text(bench: Bench) -> None:
         "transformers": lambda: peer(input_ids=short, use_cache=False),
     }
     times, work = in_turn(ways, 3 * bench.rounds), "8 texts of 12 tokens, padded to 80 for `ours`"
-    bench.ratio(work, times, "ours", "products", "<= 1.1")
-    bench.ratio(work, times, "ours", "transformers", "<= 1")
+    bench.ratios(work, times, ("ours", "products", "<= 1.1"), ("ours", "transformers", "<= 1"))
     ways = {
         "ours": ways["ours"],
         "original": lambda: model.qllama.model(input_ids=padded, use_cache=False),
         "transformers, padded": lambda: peer(input_ids=padded, attention_mask=padded > 0, use_cache=False),
     }
-    times = in_turn(ways, 2)
-    bench.ratio(work, times, "original", "ours", "", "8 texts of 12 tokens: {} x faster than padded to 80")
-    bench.ratio(work, times, "ours", "transformers, padded", "<= 1")
+    headline = "8 texts of 12 tokens: {} x faster than padded to 80"
+    pairs = (("original", "ours", "", headline), ("ours", "transformers, padded", "<= 1"))
+    bench.ratios(work, in_turn(ways, 2), *pairs)
 
 
 def embedding(bench: Bench) -> None:
@@ -169,25 +154,18 @@ def embedding(bench: Bench) -> None:
         return model.embed_image(images, "InternVL-G")
 
     times = in_turn({"ours": embed, "products": m.products_of(model, embed)}, bench.rounds - 1)
-    bench.ratio("batch 4", times, "ours", "products", "<= 1.05")
+    bench.ratios("batch 4", times, ("ours", "products", "<= 1.05"))
 
 
 # ------------------------------------------------------------------------------------------------------- zero-shot
 
-TEMPLATES = (
-    "{}",
-    "a photo of a {}",
-    "a picture of the {}",
-    "{}的图片",
-    "一张{}的照片",
-    "{}の写真",
-    "a drawing of one {}",
-)
+ENGLISH = ("{}", "a photo of a {}", "a picture of the {}", "a drawing of one {}")
+TEMPLATES = (*ENGLISH, "{}的图片", "一张{}的照片", "{}の写真")
 KINDS = ("red", "blue", "green", "old", "young", "small", "large", "flying", "sleeping", "happy", "wooden", "wild")
 
 
 def class_names(count: int) -> list[str]:
-    """So many names of one to five words."""
+    """Names of one to five words."""
     examples = json.loads((ROOT / "examples" / "pictures" / "examples.json").read_text("utf-8"))
     nouns = [example["name"]["en"] for example in examples]
     with_kind = [f"{kind} {noun}" for kind in KINDS for noun in nouns]
@@ -229,13 +207,15 @@ def zero_shot(bench: Bench) -> None:
         "text side": text_side,
         "its products": m.products_of(model, text_side),
     }
-    times, work = in_turn(ways, 2), f"{len(names)} names x {len(TEMPLATES)} templates, and one image"
-    bench.ratio(work, times, "text side", "its products", "<= 1.1")
-    bench.ratio(work, times, "original, each call", "first call")
-    headline = (
-        f"zero-shot with {len(names)} names x {len(TEMPLATES)} templates: {{}} x faster from the second picture on"
+    work = f"{len(names)} names x {len(TEMPLATES)} templates"
+    headline = f"zero-shot with {work}: {{}} x faster from the second image on"
+    bench.ratios(
+        f"{work}, and one image",
+        in_turn(ways, 2),
+        ("text side", "its products", "<= 1.1"),
+        ("original, each call", "first call"),
+        ("original, each call", "further call", "", headline),
     )
-    bench.ratio(work, times, "original, each call", "further call", "", headline)
 
 
 # -------------------------------------------------------------------------------------------------------- captions
@@ -263,22 +243,19 @@ def caption(bench: Bench) -> None:
             times[f"{way}, all"] = [sum(both) for both in zip(times[way], times["vision tower"], strict=True)]
         what = "the first token" if count == 1 else f"{count} tokens"
         work = f"{what}, one image, {BEAMS} beams"
-        bench.ratio(f"{work}, QLLaMA's part", times, "original", "ours", target)
-        headline = f"a caption with {BEAMS} beams, {what}: {{}} x faster"
-        bench.ratio(f"{work}, and the vision tower's time", times, "original, all", "ours, all", target, headline)
-        bench.ratio(f"{what}, QLLaMA's part; LLaMA with 101 positions", times, "ours", "transformers", "<= 1")
-        alone = {
-            "ours": m.products_of(model, ways["ours"]),
-            "original": m.products_of(model, ways["original"]),
-            "vision tower": m.products_of(model, ways["vision tower"]),
-        }
+        bench.ratios(f"{work}, QLLaMA's part", times, ("original", "ours", target))
+        pair = ("original, all", "ours, all", target, f"a caption with {BEAMS} beams, {what}: {{}} x faster")
+        bench.ratios(f"{work}, and the vision tower's time", times, pair)
+        work = f"{what}, QLLaMA's part; LLaMA with {QUERIES + PROMPT} positions"
+        bench.ratios(work, times, ("ours", "transformers", "<= 1"))
+        alone = {way: m.products_of(model, ways[way]) for way in ("ours", "original", "vision tower")}
         least = {way: min(took) for way, took in in_turn(alone, 1, warm=False).items()}
         bound = (least["original"] + least["vision tower"]) / (least["ours"] + least["vision tower"])
+        share = min(times["vision tower"]) / min(times["ours, all"])
         bench.notes.append(
-            f"{what}: of ours with the vision tower, {min(times['vision tower']) / min(times['ours, all']):.0%} is the "
-            f"vision tower, which both ways run alike. The matrix products alone, of both ways with the vision tower, "
-            f"are to each other as {bound:.2f} to 1: more than that only what is no product could give. Of that the "
-            f"original had more than this model's layers, which stand for it here."
+            f"{what}: the vision tower takes {share:.0%} of our time, and both ways run the same one. By their matrix "
+            f"products alone, vision tower included, the ratio is {bound:.2f}; only other work can raise it, and the "
+            f"original had more of that than this model's layers, which represent it here."
         )
 
     with m.Products(model.qllama) as products:
@@ -293,29 +270,28 @@ def caption(bench: Bench) -> None:
             products.run(step=-2)  # the last is empty
             times["products"].append(time.perf_counter() - start)
     work = f"each further step, {BEAMS} rows, with all that beam search does"
-    bench.ratio(work, times, "ours", "products", "<= 1.15")
-    bench.ratio(work, times, "ours", "transformers", "<= 1")
+    bench.ratios(work, times, ("ours", "products", "<= 1.15"), ("ours", "transformers", "<= 1"))
 
 
 def sharing(bench: Bench) -> None:
-    """Pictures seen once for several calls"""
+    """Images seen once for several calls"""
     model, image, several, options = bench.model, pixels(1), prompts(4), written(4, beams=1)
 
-    def three_calls(picture: Any) -> None:
-        model.generate(picture, several[:1], **options)
-        model.embed_image(picture, "InternVL-G")
-        model.match(picture, m.ids(1, 12))
+    def three_calls(seen: Any) -> None:
+        model.generate(seen, several[:1], **options)
+        model.embed_image(seen, "InternVL-G")
+        model.match(seen, m.ids(1, 12))
 
     ways = {
         "apart": lambda: [model.generate(image, prompt, **options) for prompt in several.split(1)],
         "together": lambda: model.generate(image, several, **options),
     }
-    headline = "4 prompts on one picture in one call: {} x faster than in four calls"
-    bench.ratio("4 prompts on one image, 4 tokens each", in_turn(ways, 2), "apart", "together", "", headline)
+    headline = "4 prompts on one image in one call: {} x faster than in four calls"
+    bench.ratios("4 prompts on one image, 4 tokens each", in_turn(ways, 2), ("apart", "together", "", headline))
     ways = {"apart": lambda: three_calls(image), "with `look_at`": lambda: three_calls(model.look_at(image))}
     work = "caption of 4 tokens, InternVL-G embedding and match of one image"
-    headline = "caption, embedding and match of one picture with `look_at`: {} x faster than without"
-    bench.ratio(work, in_turn(ways, 2), "apart", "with `look_at`", "", headline)
+    headline = "caption, embedding and match of one image with `look_at`: {} x faster than without"
+    bench.ratios(work, in_turn(ways, 2), ("apart", "with `look_at`", "", headline))
 
 
 def match(bench: Bench) -> None:
@@ -324,12 +300,12 @@ def match(bench: Bench) -> None:
     seen = model.look_at(pixels(1), queries=False)
     repeated = type(seen)(seen.image_states.repeat(len(texts), 1, 1))
 
-    def ours() -> torch.Tensor:
-        return model.match(seen, texts, all_pairs=True)
-
-    ways = {"ours": ours, "original": lambda: model.match(repeated, texts)}
-    times, work = in_turn(ways, 1, warm=False), f"1 image x {len(texts)} texts of 12 tokens"
-    bench.ratio(work, times, "original", "ours", ">= 1")
+    ways = {
+        "ours": lambda: model.match(seen, texts, all_pairs=True),
+        "original": lambda: model.match(repeated, texts),
+    }
+    work = f"1 image x {len(texts)} texts of 12 tokens"
+    bench.ratios(work, in_turn(ways, 1, warm=False), ("original", "ours", ">= 1"))
 
 
 # ------------------------------------------------------------------------------------------------- a simulated card
@@ -338,14 +314,16 @@ def match(bench: Bench) -> None:
 def operators(bench: Bench) -> None:
     """Operators launched per layer, on a simulated card"""
 
-    def vision_peer(layers: int) -> Any:
-        return m.vision_peer(m.joint_config(layers).vision_config)
-
     def text_peer(layers: int) -> Any:
         return m.text_peer(m.joint_config(layers).qllama_config).model
 
     kinds: dict[str, tuple[Any, Any, Any, str]] = {
-        "vision": (lambda n: m.joint_model(n).vision_model, vision_peer, m.run_vision, "<= 13"),
+        "vision": (
+            lambda n: m.joint_model(n).vision_model,
+            lambda n: m.vision_peer(m.joint_config(n).vision_config),
+            m.run_vision,
+            "<= 13",
+        ),
         "text": (lambda n: m.joint_model(n).qllama.model, text_peer, m.run_text, "<= 24"),
         "decoding": (lambda n: m.joint_model(n).qllama.model, text_peer, m.run_decoding, "<= 26"),
     }
@@ -356,11 +334,11 @@ def operators(bench: Bench) -> None:
             count = m.operators_per_layer(peer, run, dtype)[0].total()
             bench.add(Row(name, f"transformers, {str(dtype).removeprefix('torch.')}", count))
         listed = ", ".join(f"{count:g} {kind}" for kind, count in sorted(found.items()))
-        also = f" CUDA's norm also copies {copies:g} inputs that do not lie in a row." if copies else ""
+        also = f" CUDA's norm also copies {copies:g} inputs that are not contiguous." if copies else ""
         bench.notes.append(f"{name}: {listed}.{also}")
     bench.notes.append(
-        "Counted are the operators that torch dispatches, without views. `rms_norm` and attention are one each, as on "
-        "CUDA; what these kernels launch inside was not observed: there is no card here. Ours are the same in float32."
+        "The counts are of the operators that torch dispatches, without views. `rms_norm` and attention count as one "
+        "each, as on CUDA; what these kernels launch inside is not known without a card. Ours are the same in float32."
     )
 
 
@@ -384,9 +362,6 @@ def memory(bench: Bench) -> None:
     def match(model: Any, texts: int, length: int) -> torch.Tensor:
         return model.match(images(1), **ids(texts, length), all_pairs=True)
 
-    def beam_cache(beams: int) -> float:
-        return beams * 2 * m.LAYERS * WIDTH * (QUERIES + PROMPT + 10) * 2 / 1e6
-
     calls: list[tuple[str, tuple[Any, Any], Callable[[Any, Any], Any]]] = [
         ("vision encoder, batch", (4, 8), lambda model, n: model.vision_model(images(n))),
         ("vision encoder, tokens", (1025, 4097), lambda model, n: model.vision_model(pixel_embeds=tokens(n))),
@@ -395,22 +370,21 @@ def memory(bench: Bench) -> None:
         ("match, 1 image x texts of 12", (32, 64), lambda model, n: match(model, n, 12)),
         ("match, 1 image x 8 texts, tokens", (80, 160), lambda model, n: match(model, 8, n)),
         ("InternVL-G, batch", (4, 8), lambda model, n: model.embed_image(images(n), "InternVL-G")),
+        ("caption of 10 tokens, beams", (5, 20), write),
     ]
     for name, sizes, call in calls:
         peaks = [m.peak_megabytes(lambda model, n=n, call=call: call(model, n)) for n in sizes]
         for size, peak in zip(sizes, peaks, strict=True):
             bench.add(Row(f"{name}: {size}", "MB", peak))
+        if call is write:
+            caches = 15 * 2 * m.LAYERS * WIDTH * (QUERIES + PROMPT + 10) * 2 / 1e6  # keys and values, 2 bytes each
+            bench.add(Row("caption", "growth with beams / growth of their caches", (peaks[1] - peaks[0]) / caches))
+            continue
         factor, growth = round(sizes[1] / sizes[0], 2), round(peaks[1] / peaks[0], 2)
         bench.add(Row(name, f"growth, where the size grows {factor:g} x", growth, target=f"<= {factor:g}"))
-    beams = (5, 20)
-    peaks = [m.peak_megabytes(lambda model, n=n: write(model, n)) for n in beams]
-    for size, peak in zip(beams, peaks, strict=True):
-        bench.add(Row(f"caption of 10 tokens, beams: {size}", "MB", peak))
-    growth = beam_cache(beams[1]) - beam_cache(beams[0])
-    bench.add(Row("caption", "growth with beams / growth of their caches", (peaks[1] - peaks[0]) / growth))
     bench.notes.append(
-        "Beyond the caches, what grows with beams is one layer's cache while it is extended, here one of two layers, "
-        "and the scores of all words."
+        "Beyond the caches, one layer's cache while it is extended (here one of two layers) and the scores of all "
+        "tokens grow with beams."
     )
 
 
@@ -420,39 +394,39 @@ def memory(bench: Bench) -> None:
 def int8(bench: Bench) -> None:
     """int8 on the CPU: torchao, `Int8DynamicActivationInt8WeightConfig`, with `compile_layers`"""
     model, start = bench.model, time.perf_counter()
-    quantised = copy.deepcopy(model)
-    kept = type(model)._keep_unquantized
-    quantize_(
-        quantised,
+    quantised, kept, config = (
+        copy.deepcopy(model),
+        type(model)._keep_unquantized,
         Int8DynamicActivationInt8WeightConfig(),
-        filter_fn=lambda module, name: isinstance(module, nn.Linear) and not name.startswith(kept),
     )
+    quantize_(quantised, config, lambda module, name: isinstance(module, nn.Linear) and not name.startswith(kept))
     quantised.compile_layers()
     states, cache_of = model.vision_model(pixels(4)).last_hidden_state, {}
     for each in (model, quantised):
         cache_of[each] = DynamicCache(config=model.config.qllama_config)
         model.qllama.model(input_ids=m.ids(BEAMS, 101), cache=cache_of[each], use_cache=True)
     step = m.ids(BEAMS, 2)[:, :1]
+
+    def decode(each: Any) -> torch.Tensor:
+        return each.qllama.model(input_ids=step, cache=cache_of[each], use_cache=True)[0]
+
     calls: dict[str, tuple[str, Callable[[Any], torch.Tensor]]] = {
         "vision encoder, batch 4": (">= 2.5", lambda each: each.vision_model(pixels(4)).last_hidden_state),
         "vision encoder, batch 1": ("", lambda each: each.vision_model(pixels(1)).last_hidden_state),
         "4 texts of 12 tokens": (">= 2.5", lambda each: each.embed_text(m.ids(4, 12))),
-        "the queries over 4 pictures": (">= 2.5", lambda each: each._query_states(states)),
-        "decoding, 5 rows": (
-            ">= 2",
-            lambda each: each.qllama.model(input_ids=step, cache=cache_of[each], use_cache=True)[0],
-        ),
+        "the queries over 4 images": (">= 2.5", lambda each: each._query_states(states)),
+        "decoding, 5 rows": (">= 2", decode),
     }
     for work, (target, call) in calls.items():
         ways = {"int8": lambda c=call: c(quantised), "float32": lambda c=call: c(model)}
         also = " (without the language head)" if work.startswith("decoding") else ""
         headline = f"int8 on a CPU, {work}{also}: {{}} x faster than float32"
-        bench.ratio(work, in_turn(ways, bench.rounds - 1), "float32", "int8", target, headline)
+        bench.ratios(work, in_turn(ways, bench.rounds - 1), ("float32", "int8", target, headline))
     bench.notes.append(
-        f"Quantising and all compiling took {time.perf_counter() - start:.0f} s, the runs included. `decoding` is the "
-        "decoder's layers; the language head stays in float32, and with two layers it would be a third of a step."
+        f"Quantising, compiling and these runs took {time.perf_counter() - start:.0f} s. `decoding` is the decoder's "
+        "layers; the language head stays in float32, and with two layers it would be a third of a step."
     )
-    options = {"quantization_config": TorchAoConfig(Int8DynamicActivationInt8WeightConfig())}
+    options = {"quantization_config": TorchAoConfig(config)}
     with tempfile.TemporaryDirectory() as folder:
         accuracy.write_wide(Path(folder))
         pairs = [accuracy.load_wide(Path(folder), dtype=torch.float32, **which) for which in ({}, options)]
@@ -465,9 +439,9 @@ def int8(bench: Bench) -> None:
     for name, each in zip(("float32", "int8"), pairs, strict=True):
         embeds = accuracy.outputs(each, accuracy.tiny_inputs())
         images, texts = embeds["image, InternVL-G"], embeds["text"].unflatten(0, (3, -1))
-        nearest = (images @ texts.transpose(1, 2)).argmax(-1)  # [languages, pictures]
+        nearest = (images @ texts.transpose(1, 2)).argmax(-1)  # [languages, images]
         right = (nearest == torch.arange(len(images))).sum()
-        work = f"tiny/, {nearest.numel()} searches for the names of the example pictures"
+        work = f"tiny/, {nearest.numel()} searches for the names of the example images"
         bench.add(Row(work, f"found by {name}", int(right)))
     bench.notes.append("`python -m tools.tiny.evaluate_tiny --int8` measures the whole table of tiny/ with int8.")
 
@@ -484,18 +458,17 @@ def compiled(bench: Bench) -> None:
         work()
         return graphs["unique_graphs"]
 
-    def batches() -> None:
-        for batch in (4, 2, 3):
-            images = pixels(batch)
-            torch._dynamo.mark_dynamic(images, 0)
-            vision(images)
+    def images_of(batch: int) -> torch.Tensor:
+        images = pixels(batch)
+        torch._dynamo.mark_dynamic(images, 0)
+        return images
 
     vision.compile(fullgraph=True)
-    bench.add(Row("vision encoder, batches of 4, 2 and 3", "graphs", graphs_of(batches), target="<= 1"))
-    images = pixels(2)
-    torch._dynamo.mark_dynamic(images, 0)
+    count = graphs_of(lambda: [vision(images_of(batch)) for batch in (4, 2, 3)])
+    bench.add(Row("vision encoder, batches of 4, 2 and 3", "graphs", count, target="<= 1"))
+    images = images_of(2)
     times = in_turn({"eager": lambda: model.vision_model(images), "compiled": lambda: vision(images)}, bench.rounds)
-    bench.ratio("vision encoder, batch 2", times, "eager", "compiled")
+    bench.ratios("vision encoder, batch 2", times, ("eager", "compiled"))
 
     decoder.compile(fullgraph=True, dynamic=False)
     twin = copy.copy(model)
@@ -512,14 +485,14 @@ def compiled(bench: Bench) -> None:
     for _ in range(2):
         times["eager"] += m.step_times(lambda **options: write(model, **options))
         times["compiled"] += m.step_times(lambda **options: write(twin, **options), **static)
-    bench.ratio("each of its steps; eager with a dynamic cache", times, "eager", "compiled")
+    bench.ratios("each of its steps; eager with a dynamic cache", times, ("eager", "compiled"))
 
 
 # ---------------------------------------------------------------------------------------------- Python, and the curves
 
 
 def overhead(bench: Bench) -> None:
-    """Python and dispatch per layer, at batch 1, where arithmetic is next to nothing"""
+    """Python and dispatch per layer, at batch 1, in models with next to no arithmetic"""
     found = {layers: m.small_models(layers) for layers in (4, 44)}
     tokens, image = m.ids(1, 12) % 100 + 3, pixels(1, 28)
     caches = {model: DynamicCache(config=model.config) for models in found.values() for model in models.values()}
@@ -548,27 +521,26 @@ def curves(bench: Bench) -> None:
     model = bench.model
     seen = model.look_at(pixels(1), queries=False)
     series: dict[str, tuple[tuple[int, ...], Callable[[int], Any]]] = {
-        "encoder: pictures": ((1, 2, 4, 8), lambda n: model.vision_model(pixels(n))),
+        "encoder: images": ((1, 2, 4, 8), lambda n: model.vision_model(pixels(n))),
         "encoder: side in pixels": ((224, 448, 896), lambda n: model.vision_model(pixels(1, n))),
         "text: tokens of one text": ((4, 8, 16, 32, 80, 160, 320), lambda n: model.embed_text(m.ids(1, n))),
         "caption of 4 tokens: beams": ((1, 2, 5, 10), lambda n: model.generate(seen, prompts(1), **written(4, n))),
         "caption of 4 tokens: prompts": ((1, 2, 4, 8), lambda n: model.generate(seen, prompts(n), **written(4, 1))),
     }
-    drawn: dict[str, list[tuple[int, float, float]]] = {}
+    points: dict[str, list[tuple[int, float, float]]] = {}
     for name, (sizes, work) in series.items():
-        drawn[name] = []
+        points[name] = []
         for size in sizes:
             ways = {
                 "ours": lambda n=size, work=work: work(n),
                 "products": m.products_of(model, lambda n=size, work=work: work(n)),
             }
             times = in_turn(ways, 3 if name.startswith("text") else 1, warm=False)
-            drawn[name].append((size, min(times["ours"]), min(times["products"])))
-        print("   ", name, [f"{x}: {a:.2f} s, {b:.2f}" for x, a, b in drawn[name]], flush=True)
-        seconds = "; ".join(f"{size}: {ours:.2f}, {products:.2f}" for size, ours, products in drawn[name])
-        bench.notes.append(f"{name}, seconds of ours and of the products: {seconds}.")
-    draw(drawn)
-    bench.notes.append(f"![Seconds by size; what the matrix products take is drawn in]({CURVES.name})")
+            points[name].append((size, min(times["ours"]), min(times["products"])))
+        seconds = "; ".join(f"{size}: {ours:.2f}, {products:.2f}" for size, ours, products in points[name])
+        print(f"    {name}, seconds of ours and of the products: {seconds}.", flush=True)
+    draw(points)
+    bench.notes.append(f"![Seconds by size, beside those of the matrix products alone]({CURVES.name})")
 
 
 def draw(series: dict[str, list[tuple[int, float, float]]]) -> None:
@@ -588,36 +560,16 @@ def draw(series: dict[str, list[tuple[int, float, float]]]) -> None:
     figure.savefig(CURVES, dpi=90)
 
 
-SECTIONS: dict[str, Callable[[Bench], None]] = {
-    section.__name__: section
-    for section in (
-        vision,
-        text,
-        embedding,
-        zero_shot,
-        caption,
-        sharing,
-        match,
-        int8,
-        compiled,
-        operators,
-        memory,
-        overhead,
-        curves,
-    )
-}
+ALL = (vision, text, embedding, zero_shot, caption, sharing, match, int8, compiled, operators, memory, overhead, curves)
+SECTIONS: dict[str, Callable[[Bench], None]] = {section.__name__: section for section in ALL}
 
 
 # ---------------------------------------------------------------------------------------------------------- report
 
 
 def machine() -> str:
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.machine(),
-    )
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "torchao"))
-    return f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, no GPU used; {packages}"
+    packages = this_machine.listed(this_machine.versions("torch", "transformers", "torchao"))
+    return f"{this_machine.processor()}, {torch.get_num_threads()} threads, no GPU used; {packages}"
 
 
 def report(measured: dict[str, Any]) -> str:
@@ -634,14 +586,14 @@ def report(measured: dict[str, Any]) -> str:
 
 
 def summary(measured: dict[str, Any]) -> str:
-    """What the README says, as Markdown."""
+    """The README's list, as Markdown."""
     rows = [Row(**row) for found in measured.values() for row in found["rows"]]
     lines = [f"* {row.headline.format(format(row.value, '.3g'))};" for row in rows if row.headline]
     return "\n".join([*lines[:-1], lines[-1].replace(";", "."), "", f"On {measured['vision']['machine']}."])
 
 
 def write(measured: dict[str, Any]) -> None:
-    MEASURED.write_text(json.dumps(measured, indent=1, ensure_ascii=False) + "\n")
+    this_machine.write_json(MEASURED, measured)
     RESULTS.write_text(report(measured))
     if "vision" in measured:
         put(README, "speed", summary(measured))
@@ -649,12 +601,11 @@ def write(measured: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; all by default")
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("sections", nargs="*", help=f"some of {', '.join(SECTIONS)}; default: all")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
-    bench = Bench(arguments.rounds)
+    bench = Bench(rounds=4)
     measured = json.loads(MEASURED.read_text()) if MEASURED.exists() and arguments.sections else {}
     for name in arguments.sections or SECTIONS:
         print(name, flush=True)

@@ -307,7 +307,7 @@ def test_listings_may_be_lines_or_a_table_with_a_row_for_each_text(folders, tmp_
     else:
         text = "".join(json.dumps({"file": picture, "text": words}) + "\n" for picture, words in entries)
     (tmp_path / "x" / f"captions.{ending}").write_text(text, "utf-8")
-    found = data.read_pictures(str(tmp_path / "x"), "auto", "retrieval", ["en"], data.Columns("file", "label", "text"))
+    found = data.read_images(str(tmp_path / "x"), "auto", "retrieval", ["en"], data.Columns("file", "label", "text"))
     assert [Path(name).parent.name for name in found.names] == ["fox", "lion"]
     assert found.captions == {"en": [["a fox", "ein Fuchs"], ["a lion, asleep"]]}
 
@@ -316,7 +316,7 @@ def test_a_folder_that_datasets_reads_is_read(folders, tmp_path):
     shutil.copytree(folders / "things", tmp_path / "x")
     (tmp_path / "x" / "captions.json").unlink()
     (tmp_path / "x" / "metadata.jsonl").write_text('{"file_name": "fox/0.png", "text": "a fox"}\n')
-    found = data.read_pictures(str(tmp_path / "x"), "auto", "retrieval", ["en"], data.Columns("image", "label", "text"))
+    found = data.read_images(str(tmp_path / "x"), "auto", "retrieval", ["en"], data.Columns("image", "label", "text"))
     assert found.names == [str(tmp_path / "x" / "fox" / "0.png")] and found.captions == {"en": [["a fox"]]}
 
 
@@ -369,7 +369,7 @@ class Opened:
 
     def __init__(self, monkeypatch, stop: int | None = None):
         self.rows: list[int] = []
-        original = data.Pictures.open
+        original = data.Images.open
 
         def counted(pictures, index):
             if index == stop:
@@ -377,7 +377,7 @@ class Opened:
             self.rows.append(index)
             return original(pictures, index)
 
-        monkeypatch.setattr(data.Pictures, "open", counted)
+        monkeypatch.setattr(data.Images, "open", counted)
 
 
 def no_model(self):
@@ -417,7 +417,7 @@ def test_texts_of_another_run_are_not_taken(loaded, folders, trained, tmp_path):
     model, processor = loaded
     options = ["--task", "retrieval", "--data", folders / "things", "--model", trained, "--dtype", "float32"]
     parsed = evaluate.parse([str(option) for option in [*options, "--cache", tmp_path / "cache", "--device", "cpu"]])
-    evaluation = evaluate.Evaluation(parsed, data.Pictures([], lambda index: None, "none"))
+    evaluation = evaluate.Evaluation(parsed, data.Images([], lambda index: None, "none"))
     for names, templates in [(["fox", "lion"], ["{}"]), (["lion", "fox"], ["{}"]), (["lion", "fox"], ["a {}"])]:
         expected = model.embed_classes(processor, names, templates)
         assert_close(evaluation.classes(names, templates), expected, **TOLERANCE)
@@ -429,7 +429,7 @@ def test_only_two_batches_are_in_memory(folders, trained, monkeypatch):
     options = ["--task", "retrieval", "--data", str(folders / "things"), "--model", str(trained), "--device", "cpu"]
     parsed = evaluate.parse([*options, "--batch-size", "2"])
     columns = data.Columns("image", "label", "caption")
-    pictures = data.read_pictures(parsed.data, "folder", "retrieval", ["en"], columns)
+    pictures = data.read_images(parsed.data, "folder", "retrieval", ["en"], columns)
     opened = Opened(monkeypatch)
     batches = evaluate.Evaluation(parsed, pictures).pixels(0)
     for taken in range(1, 4):
@@ -483,7 +483,7 @@ def test_a_picture_that_cannot_be_read_is_named(run, folders, tmp_path, source):
         write_dataset(broken, rows)
     else:
         named = r"lion.1\.png"
-    with pytest.raises(ValueError, match=f"The picture .*{named} cannot be read"):
+    with pytest.raises(ValueError, match=f"The image .*{named} cannot be read"):
         run("classification", broken)
 
 
@@ -510,7 +510,7 @@ def test_bad_data_is_refused(run, folders, tmp_path):
     with pytest.raises(ValueError, match="`--language` must be one where"):
         run("retrieval", things, "--language", "en", "zh")
     (things / "fox" / "notes.txt").write_text("x")
-    with pytest.raises(ValueError, match="must hold pictures and nothing else, got .*notes.txt"):
+    with pytest.raises(ValueError, match="must hold images and nothing else, got .*notes.txt"):
         run("classification", things)
     (shards / "test" / "1.tar").unlink()
     with pytest.raises(ValueError, match="must have 3 shards"):
@@ -530,12 +530,12 @@ def test_bad_data_is_refused(run, folders, tmp_path):
 @pytest.mark.parametrize(
     "entry, message",
     [
-        ({"image": "fox/9.png", "caption": "a"}, "entry 1 names the picture .*9.png, which does not exist"),
+        ({"image": "fox/9.png", "caption": "a"}, "entry 1 names the image .*9.png, which does not exist"),
         ({"image": "fox/0.png"}, "entry 1 must have 'image' and 'caption', got"),
         ({"image": "fox/0.png", "caption": []}, "none of them empty, got \\[\\]"),
         ({"image": "fox/0.png", "caption": ["a", " "]}, "none of them empty"),
         ({"image": "fox/0.png", "caption": {"zh": "a"}}, "has no text in \\['en'\\], only in \\['zh'\\]"),
-        ({"image": None, "caption": "a"}, "entry 1 must name a picture, got None"),
+        ({"image": None, "caption": "a"}, "entry 1 must name an image, got None"),
     ],
 )
 def test_bad_listings_are_refused(run, folders, tmp_path, entry, message):

@@ -802,7 +802,7 @@ def test_the_benchmark(benchmark, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads((tmp_path / "report.json").read_text("utf-8"))
     assert report["result"]["said"].startswith("100 embedded, 0 moved")
-    assert "| 100 pictures |  |" in benchmark.table(report)
+    assert "| 100 images |  |" in benchmark.table(report)
 
 
 def test_what_the_page_needs_is_what_is_tested():
