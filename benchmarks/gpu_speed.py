@@ -397,8 +397,10 @@ def tokens_a_second(machine: Machine, write: Callable[[int], Any], batch: int) -
         return {}
     short, long, _ = caption_lengths(machine)
     first, second = (machine.seconds(partial(write, count)) for count in (short, long))
+    if second <= first:
+        raise Missing(f"{long} tokens took no longer than {short}: the machine is too busy for a rate")
     return {
-        "a second": batch * (long - short) / max(second - first, 1e-9),
+        "a second": batch * (long - short) / (second - first),
         f"seconds, {long} tokens": second,
         PEAK: machine.peak(partial(write, long)),
     }
