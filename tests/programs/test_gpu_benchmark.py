@@ -37,7 +37,8 @@ def assert_complete(steps):
     """Nothing failed, and nothing was skipped but what a CPU has not."""
     assert not list(gpu.problems(steps, "failed"))
     skipped = list(gpu.problems(steps, "skipped"))
-    allowed = (*MISSING_ON_A_CPU, "torchvision is not installed here", "diffusers is not installed here", "too busy for")
+    absent = ("torchvision is not installed here", "diffusers is not installed here")
+    allowed = (*MISSING_ON_A_CPU, *absent, "the machine is too busy for a rate")
     assert [each for each in skipped if not any(name in each for name in allowed)] == []
 
 
