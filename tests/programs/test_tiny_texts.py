@@ -94,7 +94,6 @@ def test_the_sampler_gives_nothing_that_is_kept_back(monkeypatch):
 
 def test_kinds_of_captions_and_queries(monkeypatch):
     torch = pytest.importorskip("torch")
-    pytest.importorskip("torchao")
     evaluate_tiny = importlib.import_module("tools.tiny.evaluate_tiny")
     groups = [("food", "fruit"), ("food", "fruit"), ("food", "drink"), ("animals", "bird")]
     names = ["apple", "cherry", "tea", "owl"]
@@ -107,7 +106,6 @@ def test_kinds_of_captions_and_queries(monkeypatch):
     kinds = [evaluation.kind_of_caption("en", 0, caption) for caption in [*names, "appel"]]
     assert kinds == ["exact", "same subgroup", "same group", "another name", "no name"]
 
-    evaluation.pictures = names
     evaluation.images = dict.fromkeys(evaluate_tiny.MODES, torch.eye(4))
     monkeypatch.setattr(evaluation, "embed_texts", lambda texts: torch.eye(4)[: len(texts)])
     figures = evaluation.found({"a": {0}, "b": {2, 3}}, shortlist=1)
@@ -117,7 +115,6 @@ def test_kinds_of_captions_and_queries(monkeypatch):
 
 
 def test_the_spread_is_of_the_least_and_the_greatest():
-    pytest.importorskip("torchao")
     evaluate_tiny = importlib.import_module("tools.tiny.evaluate_tiny")
 
     def training(value: float) -> dict:
