@@ -114,20 +114,6 @@ def test_kinds_of_captions_and_queries(monkeypatch):
     assert figures["chance"] == pytest.approx((1 / 4 + 2 / 4) / 2)
 
 
-def test_the_spread_is_of_the_least_and_the_greatest():
-    evaluate_tiny = importlib.import_module("tools.tiny.evaluate_tiny")
-
-    def training(value: float) -> dict:
-        part = {mode: dict.fromkeys(evaluate_tiny.FIGURES, value) for mode in evaluate_tiny.MODES}
-        queries = {kind: dict.fromkeys(evaluate_tiny.MODES, value) for kind in evaluate_tiny.QUERIES}
-        return dict.fromkeys(LANGUAGES, part | {"reranked_r1": value, "caption_exact": value, "queries": queries})
-
-    table = evaluate_tiny.spread_table(evaluate_tiny.spread_of([training(0.2), training(0.4), training(0.3)]))
-    rows = table.splitlines()[2:]
-    assert rows and all(row.endswith("| 0.200 to 0.400 | 0.200 to 0.400 | 0.200 to 0.400 |") for row in rows)
-    assert "3 trainings" in table
-
-
 def test_photographs_are_those_with_captions_in_every_language(tmp_path):
     pytest.importorskip("torch")
     evaluate_photographs = importlib.import_module("tools.tiny.evaluate_photographs")

@@ -2,7 +2,7 @@
 
 Run by publish.py in a process of its own, and by whoever checks that a folder or a cached repository is complete.
 
-    python -m tools.hub.offline_load FOLDER_OR_ID [--subfolder tiny] [--revision R] [--code-revision R]
+    python -m tools.hub.offline_load FOLDER_OR_ID [--subfolder tiny]
     python -m tools.hub.offline_load FOLDER --empty
 
 FOLDER_OR_ID is a folder, or an id in the Hub's cache (HF_HUB_CACHE). Every Auto class of transformers that users call
@@ -96,16 +96,13 @@ def shard_complaints(path: Path, wanted: set[str], state: dict[str, torch.Tensor
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("place", help="a folder, or an id in the Hub's cache")
-    parser.add_argument("--subfolder")
-    parser.add_argument("--revision")
-    parser.add_argument("--code-revision")
+    parser.add_argument("--subfolder", help="of the checkpoint in it")
     parser.add_argument("--empty", action="store_true", help="build the model without weights, and check the index")
     arguments = parser.parse_args()
     refuse_network()
     if arguments.empty:
         return print(json.dumps(empty_results(Path(arguments.place))))
-    names = ("subfolder", "revision", "code_revision")
-    where = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    where = {"subfolder": arguments.subfolder} if arguments.subfolder else {}
     print(json.dumps(results(arguments.place, **where)))
 
 

@@ -38,7 +38,8 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.repocard import metadata_load
 
-ROOT = Path(__file__).resolve().parents[2]
+from tools import ROOT
+
 MARK = ".published.json"  # lists the files of the folder; it is not uploaded
 LEFT_OUT = (".ci/", ".gitignore")
 WEIGHTS = ("*.safetensors", "tokenizer.model")

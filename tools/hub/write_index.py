@@ -18,7 +18,8 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import AutoConfig, AutoModel
 
-ROOT = Path(__file__).resolve().parents[2]
+from tools import ROOT
+
 INDEX = "model.safetensors.index.json"
 SHARDS = "model{suffix}.safetensors"
 

@@ -26,12 +26,12 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from tools import ROOT
 from tools.pages import put, table
 from tools.tiny.emoji_data import LANGUAGES, load
 from tools.tiny.evaluate_tiny import (
     BATCH,
     MODES,
-    ROOT,
     checkpoint_options,
     embed_texts,
     load_checkpoint,

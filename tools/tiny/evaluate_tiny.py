@@ -8,12 +8,6 @@ Run by whoever retrained tiny/ (`make tiny`), or changed its tables (`--tables`)
     python -m tools.tiny.evaluate_tiny --tables     # writes only tables and model-index, from tiny/results.json
     python -m tools.tiny.evaluate_tiny --weights    # tries values of MATCH_WEIGHT on augmented training images
 
-To compare seeds 1, 2, ... (this writes only seeds.json and its table in `tiny/`):
-
-    python -m tools.tiny.train_tiny --seed 1 --out .cache/seed1 --checkpoint .cache/seed1.pt
-    python -m tools.tiny.evaluate_tiny --subfolder .cache/seed1     # writes .cache/seed1/results.json
-    python -m tools.tiny.evaluate_tiny --spread .cache/seed1 .cache/seed2
-
 Every figure is over all concepts of the dataset, one held-out image each:
 
 * image-to-text R@1: the image's own name is the nearest of all names of that language; text-to-image R@1 likewise;
@@ -42,22 +36,16 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor, TorchAoConfig
 
-from tools.hub.model_index import write_model_index
+from tools import ROOT
+from tools.hub.model_index import PER_MODE, write_model_index
 from tools.pages import put, table
 from tools.tiny.emoji_data import DEFAULT_CACHE, LANGUAGES, EmojiData, load
 from tools.tiny.tiny_texts import CAPTION_PROMPTS, Texts, phrases
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tiny" / "results.json"
-SEEDS = ROOT / "tiny" / "seeds.json"
 CARDS = (ROOT / "README.md", ROOT / "tiny" / "README.md")
 MODES = ("InternVL-C", "InternVL-G")
-FIGURES = {
-    "image_to_text_r1": "image-to-text R@1",
-    "image_to_text_r5": "image-to-text R@5",
-    "text_to_image_r1": "text-to-image R@1",
-    "zero_shot_20": "20-way zero-shot",
-}
+FIGURES = {key: name for key, (_, _, name) in PER_MODE.items()} | {"zero_shot_20": "20-way zero-shot"}
 MATCH_WEIGHT = 0.3
 BATCH = 100
 FLOAT32 = "float32 from bfloat16 weights"
@@ -288,34 +276,6 @@ def figures_table(results: dict) -> str:
     return f"{table(head, rows)}\n\n{measured_by(results['measured_with'])}"
 
 
-def headlines(part: dict) -> dict[str, float]:
-    """The figures of one language that `--spread` compares, by their titles."""
-    titles = {key: title for key, title in FIGURES.items() if key != "image_to_text_r5"}
-    found = {f"{title}, {mode}": part[mode][key] for mode in MODES for key, title in titles.items()}
-    found |= {"image-to-text R@1, re-ranked": part["reranked_r1"], CAPTIONS["exact"]: part["caption_exact"]}
-    return found | {
-        f"{title}, R@10, InternVL-C": part["queries"][kind]["InternVL-C"] for kind, title in QUERIES.items()
-    }
-
-
-def spread_of(trainings: list[dict]) -> dict[str, dict[str, list[float]]]:
-    """For each figure and language, its values in several trainings."""
-    found = {language: [headlines(training[language]) for training in trainings] for language in LANGUAGES}
-    return {
-        title: {language: [each[title] for each in found[language]] for language in LANGUAGES}
-        for title in found["en"][0]
-    }
-
-
-def spread_table(spread: dict[str, dict[str, list[float]]]) -> str:
-    count = len(next(iter(spread.values()))["en"])
-    rows = [
-        [title, *(f"{min(values[language]):.3f} to {max(values[language]):.3f}" for language in LANGUAGES)]
-        for title, values in spread.items()
-    ]
-    return table([f"least and greatest of {count} trainings, each with another seed", *LANGUAGES], rows)
-
-
 def write_tables(results: dict) -> None:
     """Put the table into both model cards, and the figures into the metadata of the tiny one."""
     for path in CARDS:
@@ -323,27 +283,15 @@ def write_tables(results: dict) -> None:
     write_model_index(CARDS[1], results)
 
 
-def write_spread(folders: list[str]) -> None:
-    """Write how the figures of tiny/ and of other trainings differ, from the results.json of each."""
-    paths = [RESULTS, *(ROOT / folder / "results.json" for folder in folders)]
-    spread = spread_of([json.loads(path.read_text("utf-8")) for path in paths])
-    SEEDS.write_text(json.dumps(spread, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    put(CARDS[1], "seeds", spread_table(spread))
-    print(spread_table(spread))
-
-
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=[checkpoint_options()])
     parser.add_argument("--tables", action="store_true", help="measure nothing, write the tables again")
-    parser.add_argument("--spread", nargs="+", metavar="FOLDER", help="measure nothing, compare with other trainings")
     parser.add_argument("--int8", action="store_true", help="measure the model with int8 weights and activations")
     parser.add_argument("--weights", action="store_true", help="try weights of matching on training images")
     options = parser.parse_args()
     if options.tables:
         return write_tables(json.loads(RESULTS.read_text("utf-8")))
-    if options.spread:
-        return write_spread(options.spread)
     if options.int8:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 

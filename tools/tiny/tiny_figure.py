@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 
 from examples.demo import GREEN, GREY, INK, LINE, MARGIN, THUMBNAIL, Example, Poster
+from tools import ROOT
 from tools.tiny.emoji_data import LANGUAGES, load
-from tools.tiny.evaluate_tiny import ROOT, captions_of, checkpoint_options, embed_texts, load_checkpoint
+from tools.tiny.evaluate_tiny import captions_of, checkpoint_options, embed_texts, load_checkpoint
 
 COUNT, COLUMNS, SEED = 24, 3, 0
 

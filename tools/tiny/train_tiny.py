@@ -32,6 +32,7 @@ import time
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
@@ -41,10 +42,10 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from tools import ROOT
 from tools.tiny.emoji_data import DEFAULT_CACHE, LANGUAGES, load
 from tools.tiny.tiny_texts import CAPTION_PROMPTS, JOINTS, TEMPLATES, Texts, phrases
 
-ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / ".cache" / "train_tiny.pt"
 RECIPE = ("steps", "finish", "batch", "named", "asked", "joint", "seed", "rate")  # the options that change the weights
 
@@ -209,9 +210,8 @@ class Trainer:
         torch.manual_seed(arguments.seed)
         self.data = load(arguments.data)
         self.rgba = torch.from_numpy(self.data.rgba)
-        self.images_of = [[] for _ in self.data.concepts]
-        for image in self.data.train_mask.nonzero()[0]:
-            self.images_of[self.data.concept[image]].append(int(image))
+        concepts_of_images = np.where(self.data.train_mask, self.data.concept, -1)
+        self.images_of = [np.flatnonzero(concepts_of_images == n).tolist() for n in range(len(self.data.concepts))]
         config = AutoConfig.from_pretrained(ROOT, subfolder="tiny", trust_remote_code=True)
         # Label smoothing would keep names at a distance from their anchors, where images find other names.
         config.label_smoothing = 0.0
@@ -236,7 +236,6 @@ class Trainer:
         )
         self.sampler = Sampler(tokenizer, self.data.concepts, self.generator)
         self.optimizers = self.make_optimizers()
-        self.peak_rates = [3 * arguments.rate, arguments.rate]
         self.step, self.seconds = 0, 0.0
         self.order: list[int] = []
 
@@ -246,11 +245,13 @@ class Trainer:
         for name, parameter in self.model.named_parameters():
             inside = parameter.ndim == 2 and "embed_tokens" not in name and "lm_head" not in name
             (matrices if inside else others).append(parameter)
-        decayed = [parameter for parameter in others if parameter.ndim > 1]
-        rest = [parameter for parameter in others if parameter.ndim <= 1]
-        muon = torch.optim.Muon(matrices, weight_decay=0.03, adjust_lr_fn="match_rms_adamw")
-        groups = [{"params": decayed, "weight_decay": 0.02}, {"params": rest, "weight_decay": 0.0}]
-        return [muon, torch.optim.AdamW(groups, betas=(0.9, 0.98))]
+        rate = self.arguments.rate
+        muon = [{"params": matrices, "peak": 3 * rate, "weight_decay": 0.03}]
+        adamw = [
+            {"params": [each for each in others if each.ndim > 1], "peak": rate, "weight_decay": 0.02},
+            {"params": [each for each in others if each.ndim <= 1], "peak": rate, "weight_decay": 0.0},
+        ]
+        return [torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw"), torch.optim.AdamW(adamw, betas=(0.9, 0.98))]
 
     def set_rates(self) -> None:
         """Warm up, then fall to zero along a cosine; while finishing, once more from half the height."""
@@ -258,9 +259,8 @@ class Trainer:
         begin, length, peak = (recipe.steps, recipe.finish, 0.5) if self.finishing else (0, recipe.steps, 1.0)
         done = self.step - begin
         share = peak * min(1.0, (done + 1) / 50) * 0.5 * (1 + math.cos(math.pi * done / length))
-        for optimizer, rate in zip(self.optimizers, self.peak_rates, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * share
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"] = group["peak"] * share
 
     @property
     def progress(self) -> float:

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import sentencepiece
 
+from tools import ROOT
 from tools.tiny.emoji_data import DEFAULT_CACHE, LANGUAGES
 from tools.tiny.tiny_texts import Texts
 
-ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 4096
 
 # Phrases around the names in prompts and captions; `{}` is the place of a name.
