@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+from huggingface_hub.constants import SAFETENSORS_INDEX_FILE as INDEX
 from huggingface_hub.repocard import metadata_load
 
 from tools import ROOT
@@ -43,7 +44,6 @@ from tools import ROOT
 MARK = ".published.json"  # lists the files of the folder; it is not uploaded
 LEFT_OUT = (".ci/", ".gitignore")
 WEIGHTS = ("*.safetensors", "tokenizer.model")
-INDEX = "model.safetensors.index.json"
 FLAT_FOLDERS = ("examples/", "tools/")
 FLAT_FILES = ("LICENSE", "requirements.txt")
 OWN_FILES = ("*.json", "*.safetensors", "*.model", "README.md")  # of a checkpoint from elsewhere

@@ -16,12 +16,10 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub.constants import SAFETENSORS_INDEX_FILE as INDEX
 from transformers import AutoConfig, AutoModel
 
 from tools import ROOT
-
-INDEX = "model.safetensors.index.json"
-SHARDS = "model{suffix}.safetensors"
 
 
 def empty_model(folder: Path, subfolder: str = "") -> torch.nn.Module:
@@ -33,7 +31,7 @@ def empty_model(folder: Path, subfolder: str = "") -> torch.nn.Module:
 
 def index_of(state: dict[str, torch.Tensor], max_shard_size: str) -> dict:
     """The index of a checkpoint of these tensors: its size in bytes, and the shard of every tensor."""
-    split = split_torch_state_dict_into_shards(state, filename_pattern=SHARDS, max_shard_size=max_shard_size)
+    split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
     weight_map = {name: split.tensor_to_filename[name] for name in state}
     return {"metadata": {"total_size": split.metadata["total_size"]}, "weight_map": weight_map}
 

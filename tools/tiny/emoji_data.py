@@ -61,10 +61,6 @@ class Package:
     integrity: str
     files: tuple[str, ...] = ("icons.json", "chars.json")
 
-    @property
-    def folder(self) -> str:
-        return f"{self.name.split('/')[-1]}-{self.version}"
-
 
 HELD_OUT = "twemoji"
 RASTER = "fluent-emoji-3d"  # the set that comes as image files; the others are SVG
@@ -123,7 +119,7 @@ def check_integrity(data: bytes, integrity: str) -> None:
 
 def fetch(package: Package, cache: Path) -> Path:
     """Return the folder that holds `package.files`, downloading the package if it is not there yet."""
-    folder = cache / "packages" / package.folder
+    folder = cache / "packages" / f"{package.name.rpartition('/')[2]}-{package.version}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -338,10 +334,6 @@ class IconSet:
     def aliases(self) -> dict[str, dict]:
         return self.collection.get("aliases", {})
 
-    @property
-    def names(self) -> list[str]:
-        return [*self.collection["icons"], *self.aliases]
-
     def resolve(self, name: str) -> tuple[str, bool]:
         """Follow aliases from `name`: return their icon, and whether they mirror it."""
         flipped = False
@@ -371,8 +363,8 @@ class IconSet:
         candidates = [(hexcode, name) for name, hexcode in by_hand.items()]
         candidates += [(plain_hexcode(hexcode), name) for hexcode, name in self.chars.items()]
         # One artist draws some emoji several times and numbers them: take the first.
-        plain = {name: re.sub("-[1-9]$", "", name) for name in self.names}
-        found = [(*tier_and_hexcode, name) for name in self.names if (tier_and_hexcode := index.find(plain[name]))]
+        plain = {name: re.sub("-[1-9]$", "", name) for name in (*self.collection["icons"], *self.aliases)}
+        found = [(*tier_and_hexcode, name) for name in plain if (tier_and_hexcode := index.find(plain[name]))]
         found.sort(key=lambda match: (match[2] in self.aliases, match[0]))
         candidates += [(hexcode, name) for _, hexcode, name in found if name not in by_hand]
 
@@ -545,13 +537,8 @@ def load(cache: str | Path = DEFAULT_CACHE) -> EmojiData:
     if not is_built(cache):
         raise FileNotFoundError(f"no dataset of these sets in {cache}: build it with `python -m tools.tiny.emoji_data`")
     with np.load(cache / "pictures.npz") as arrays:
-        return EmojiData(
-            concepts=_read_json(cache / "concepts.json"),
-            rgba=arrays["rgba"],
-            concept=arrays["concept"],
-            source=arrays["source"],
-            sources=arrays["sources"].tolist(),
-        )
+        loaded = {name: arrays[name] for name in ("rgba", "concept", "source")}
+        return EmojiData(_read_json(cache / "concepts.json"), **loaded, sources=arrays["sources"].tolist())
 
 
 # ------------------------------------------------------------------------------------------------------------ examples
