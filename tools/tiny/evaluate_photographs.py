@@ -28,19 +28,9 @@ from tqdm import tqdm
 
 from tools import ROOT
 from tools.pages import put, table
+from tools.tiny import evaluate_tiny as tiny
 from tools.tiny.emoji_data import LANGUAGES, load
-from tools.tiny.evaluate_tiny import (
-    BATCH,
-    MODES,
-    checkpoint_options,
-    embed_texts,
-    load_checkpoint,
-    measured_by,
-    measured_with,
-    recall,
-)
 
-RESULTS = ROOT / "tiny" / "photographs.json"
 CARD = ROOT / "tiny" / "README.md"
 PACKAGE = "tuxpaint-stamps-default"
 STAMPS = ROOT / ".cache" / PACKAGE
@@ -103,31 +93,30 @@ def squared(path: Path) -> Image.Image:
 @torch.inference_mode()
 def evaluate(model: Any, processor: Any, photographs: list[tuple[Path, dict[str, str]]], concepts: list[dict]) -> dict:
     number_of = {concept["name"]["en"].lower(): number for number, concept in enumerate(concepts)}
-    named = [number_of.get(plain(captions["en"]), -1) for _, captions in photographs]
-    known = torch.tensor([row for row, number in enumerate(named) if number >= 0])
-    names = torch.tensor([number for number in named if number >= 0])
+    numbers = torch.tensor([number_of.get(plain(captions["en"]), -1) for _, captions in photographs])
+    known = torch.nonzero(numbers >= 0).flatten()
+    names = numbers[known]
     pixels = processor(images=[squared(path) for path, _ in tqdm(photographs, "photographs")]).pixel_values
-    images = {mode: torch.cat([model.embed_image(batch, mode) for batch in pixels.split(BATCH)]) for mode in MODES}
-
+    images = tiny.embed_images(model, pixels)
     results: dict = {"photographs": len(photographs), "named": len(known), "names": len(concepts)}
     for language in LANGUAGES:
-        captions = embed_texts(model, processor, [captions[language] for _, captions in photographs])
-        all_names = embed_texts(model, processor, [concept["name"][language] for concept in concepts])
+        captions = tiny.embed_texts(model, processor, [captions[language] for _, captions in photographs])
+        all_names = tiny.embed_texts(model, processor, [concept["name"][language] for concept in concepts])
         results[language] = {}
-        for mode in MODES:
-            own = torch.arange(len(photographs))
+        for mode, embeds in images.items():
+            own, named = (embeds @ captions.T, torch.arange(len(photographs))), (embeds[known] @ all_names.T, names)
             results[language][mode] = {
-                "caption_r1": recall(images[mode] @ captions.T, own, 1),
-                "caption_r10": recall(images[mode] @ captions.T, own, 10),
-                "name_r1": recall(images[mode][known] @ all_names.T, names, 1),
-                "name_r10": recall(images[mode][known] @ all_names.T, names, 10),
+                "caption_r1": tiny.recall(*own, 1),
+                "caption_r10": tiny.recall(*own, 10),
+                "name_r1": tiny.recall(*named, 1),
+                "name_r10": tiny.recall(*named, 10),
             }
     return results
 
 
 def figures_table(results: dict) -> str:
     rows = []
-    for mode in MODES:
+    for mode in tiny.MODES:
         for key, among, title in FIGURES:
             for shortlist in (1, 10):
                 values = [results[language][mode][f"{key}_r{shortlist}"] for language in LANGUAGES]
@@ -135,18 +124,19 @@ def figures_table(results: dict) -> str:
                 cells = [f"{value:.3f}" for value in [*values, chance]]
                 rows.append([f"{title.format(**results)}, R@{shortlist}, {mode}", *cells])
     found = table(["photographs (Tux Paint)", *LANGUAGES, "by chance"], rows)
-    return f"{found}\n\n{measured_by(results['measured_with'])}"
+    return f"{found}\n\n{tiny.measured_by(results['measured_with'])}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=[checkpoint_options()])
-    parser.add_argument("--stamps", type=Path, default=STAMPS, help="where the photographs are, or go to")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=[tiny.checkpoint_options()])
+    parser.add_argument("--stamps", type=Path, default=STAMPS, help="folder of the photographs; downloaded if missing")
     options = parser.parse_args()
     photographs = find_photographs(fetch(options.stamps))
-    results = evaluate(*load_checkpoint(options), photographs, load(options.data).concepts)
-    results["measured_with"] = measured_with("evaluate_photographs")
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
-    put(CARD, "photographs", figures_table(results))
+    results = evaluate(*tiny.load_checkpoint(options), photographs, load(options.data).concepts)
+    results["measured_with"] = tiny.measured_with("evaluate_photographs")
+    (ROOT / options.subfolder / "photographs.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+    if options.subfolder == "tiny":
+        put(CARD, "photographs", figures_table(results))
     print(figures_table(results))
 
 

@@ -66,8 +66,7 @@ QUERIES = {
 def checkpoint_options() -> argparse.ArgumentParser:
     """A parser for `parents`: which checkpoint is evaluated, and the dataset."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--model", default=str(ROOT), help="path or id of the repository")
-    parser.add_argument("--subfolder", default="tiny", help="of the checkpoint in it")
+    parser.add_argument("--subfolder", default="tiny", help="folder of the checkpoint, in this repository")
     parser.add_argument("--data", type=Path, default=DEFAULT_CACHE, help="the dataset of emoji_data.py")
     return parser
 
@@ -75,8 +74,8 @@ def checkpoint_options() -> argparse.ArgumentParser:
 def load_checkpoint(options: argparse.Namespace, **how: Any) -> tuple[Any, Any]:
     """Model and processor."""
     where = {"subfolder": options.subfolder, "trust_remote_code": True}
-    model = AutoModel.from_pretrained(options.model, dtype=torch.float32, **where, **how).eval()
-    return model, AutoProcessor.from_pretrained(options.model, **where)
+    model = AutoModel.from_pretrained(ROOT, dtype=torch.float32, **where, **how).eval()
+    return model, AutoProcessor.from_pretrained(ROOT, **where)
 
 
 def measured_with(command: str, dtype: str = FLOAT32) -> dict[str, str]:
@@ -86,8 +85,13 @@ def measured_with(command: str, dtype: str = FLOAT32) -> dict[str, str]:
 
 
 def measured_by(how: dict[str, str]) -> str:
-    versions = f"torch {how['torch']}, transformers {how['transformers']}"
-    return f"Measured by `{how['command']}` on {how['machine']}, {versions}, {how.get('dtype', FLOAT32)}."
+    packages = f"torch {how['torch']}, transformers {how['transformers']}"
+    return f"Measured by `{how['command']}` on {how['machine']}, {packages}, {how.get('dtype', FLOAT32)}."
+
+
+def embed_images(model: Any, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """By mode: [N, D]"""
+    return {mode: torch.cat([model.embed_image(batch, mode) for batch in pixels.split(BATCH)]) for mode in MODES}
 
 
 def embed_texts(model: Any, processor: Any, texts: list[str]) -> torch.Tensor:
@@ -119,9 +123,7 @@ class Evaluation:
         self.own = torch.arange(len(self.concepts))
         self.names = {language: [concept["name"][language] for concept in self.concepts] for language in LANGUAGES}
         self.pixels = processor(images=[on_white(data.rgba[index]) for index in held_out]).pixel_values
-        self.images = {
-            mode: torch.cat([model.embed_image(pixels, mode) for pixels in self.pixels.split(BATCH)]) for mode in MODES
-        }
+        self.images = embed_images(model, self.pixels)
         self.texts = {language: self.embed_texts(self.names[language]) for language in LANGUAGES}
 
     def embed_texts(self, texts: list[str]) -> torch.Tensor:
@@ -176,8 +178,9 @@ class Evaluation:
         captions = captions_of(self.model, self.processor, self.pixels, language)
         similarity = self.embed_texts([caption or "-" for caption in captions]) @ self.texts[language].T
         kinds = Counter(self.kind_of_caption(language, *pair) for pair in enumerate(captions))
+        exact = sum(caption == name for caption, name in zip(captions, self.names[language]))
         return {
-            "caption_exact": sum(map(str.__eq__, captions, self.names[language])) / len(captions),
+            "caption_exact": exact / len(captions),
             "caption_r1": recall(similarity, self.own, 1),
             "captions": {kind: kinds[kind] / len(captions) for kind in CAPTIONS},
         }
