@@ -21,8 +21,9 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -254,10 +255,7 @@ class DeviceMeter(TorchDispatchMode):
         self._known[storage] = size
         self.alive[device] += size
         self.peak[device] = max(self.peak[device], self.alive[device])
-        weakref.finalize(storage, self._released, device, size)
-
-    def _released(self, device: str, size: int) -> None:
-        self.alive[device] -= size
+        weakref.finalize(storage, self.alive.subtract, {device: size})
 
     def restart(self) -> None:
         self.peak = Counter(self.alive)
@@ -276,12 +274,9 @@ def set_fake_parameter(
 @contextmanager
 def simulated_machine() -> Iterator[DeviceMeter]:
     """Inside, tensors can be on any card, although there is none."""
-    with ExitStack() as stack:
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=False))
-        meter = stack.enter_context(DeviceMeter())
-        stack.enter_context(CudaInPython())
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(patch("accelerate.hooks.set_module_tensor_to_device", set_fake_parameter))
+    fake, meter = FakeTensorMode(allow_non_fake_inputs=False), DeviceMeter()
+    setter = patch("accelerate.hooks.set_module_tensor_to_device", set_fake_parameter)
+    with fake, meter, CudaInPython(), torch.no_grad(), setter:
         yield meter
 
 
@@ -360,10 +355,9 @@ def public_calls(model: torch.nn.Module, batch: Batch, device: str) -> list[Call
 
     calls = []
     for mode in ("InternVL-C", "InternVL-G"):
-        of_mode = {"mode": mode}
         calls += [
-            Call(f"forward, {mode}", lambda m=of_mode: model(ids, pixels, mask, **m), logits + embeds),
-            Call(f"encode_image, {mode}", lambda m=of_mode: model.encode_image(pixels, **m), embeds[:1]),
+            Call(f"forward, {mode}", partial(model, ids, pixels, mask, mode=mode), logits + embeds),
+            Call(f"encode_image, {mode}", partial(model.encode_image, pixels, mode), embeds[:1]),
         ]
     return [
         *calls,
