@@ -1,25 +1,26 @@
 """Export both sides of the model by `torch.export` and to ONNX, for programs without transformers and this code.
 
-Run by whoever deploys the model outside Python, and with `--report` by whoever changes what is exported.
+Run by whoever deploys the model outside Python, and with `--report` by whoever changes the export.
 
     python -m tools.export --out DIR --int8 --check                   # tiny/
     python -m tools.export --out DIR --model PATH_OR_ID               # another checkpoint, at its root
     python -m tools.export --out DIR --mode InternVL-G --what vision
 
-Written into DIR, which must be new or empty:
+DIR must be new or empty; it gets
 
-* vision.pt2, vision.onnx: `pixel_values` float32 [B, 3, H, W] -> `image_embeds` float32 [B, width]. Sides are multiples
-  of the patch, at least two patches, square or not.
+* vision.pt2, vision.onnx: `pixel_values` float32 [B, 3, H, W] -> `image_embeds` float32 [B, width]. H and W are
+  multiples of the patch size, at least two patches; they may differ.
 * text.pt2, text.onnx: `input_ids`, `attention_mask` int64 [T, L], padded on either side -> `text_embeds` [T, width].
-* ....onnx.data beside each .onnx: its weights. One protobuf holds 2 GB, and each side of the 14B has more than 20.
-* vision.int8.onnx, text.int8.onnx with `--int8`: the layers' weights in 8 bits, activations quantised as they come.
+* *.onnx.data: the weights of each .onnx. A protobuf holds at most 2 GB, and each side of the 14B has more than 20.
+* vision.int8.onnx, text.int8.onnx with `--int8`: the weights of the layers in 8 bits, activations quantised at run
+  time.
 * the processor, which makes the inputs, with its code: `AutoProcessor.from_pretrained(DIR, trust_remote_code=True)`.
-* export.json: what was exported, `logit_scale`, sizes, and with `--check` how far the files are from the model.
+* export.json: settings, `logit_scale`, sizes, and with `--check` the differences between the files and the model.
 
 A .pt2 takes its inputs by position: `torch.export.load(file).module()(pixel_values)`. Weights are exported in float32,
-one side after the other, in some twice their memory; `--check` and `--int8` take four times. Besides torch and
-transformers it needs `pip install onnx onnxscript onnxruntime`; what was exported needs torch (.pt2) or onnxruntime
-(.onnx) alone.
+one side after the other, in about twice their memory; `--check` and `--int8` take four times. Besides torch and
+transformers this needs `pip install onnx onnxscript onnxruntime`; the exported files need only torch (.pt2) or
+onnxruntime (.onnx).
 """
 
 import argparse
@@ -30,6 +31,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,18 +44,18 @@ from torch.export import Dim, ExportedProgram
 from transformers import AutoModel, AutoModelForTextEncoding, AutoProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from tools import pages
+from tools import ROOT, pages
 
-ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "examples" / "pictures"
 REPORT = ROOT / "benchmarks" / "export.json"
 VISION_CLASS = "modeling_internvl.InternVLVisionModelWithProjection"
 MODES = ("InternVL-C", "InternVL-G")
 SIDES = ("vision", "text")
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-OPSET = 23  # the first with RMSNormalization and Attention: half the nodes
-RTOL, ATOL = 1e-4, 2e-5  # of the tests against the original's tensors
+OPSET = 23  # the first with RMSNormalization and Attention, which halve the number of nodes
+RTOL, ATOL = 1e-4, 2e-5  # as in the tests against the original's tensors
 ROUNDS = 5
+Runner = Callable[..., torch.Tensor]
 
 # ------------------------------------------------------------------------------------------------------------- sides
 
@@ -61,8 +63,8 @@ ROUNDS = 5
 class VisionSide(nn.Module):
     """
     Pixels to embeddings, as `embed_image`. Positions are always interpolated, without a branch for the table's own
-    grid, where bicubic interpolation changes nothing; and patches are cut by a reshape, which fails in ONNX too where a
-    side is no multiple of the patch. A convolution would ignore what is left over.
+    grid, where bicubic interpolation changes nothing. A reshape cuts the patches: it fails, also in ONNX, if a side is
+    not a multiple of the patch size, where a convolution would ignore the remaining pixels.
     """
 
     inputs, output = ("pixel_values",), "image_embeds"
@@ -70,14 +72,14 @@ class VisionSide(nn.Module):
     def __init__(self, model: nn.Module, mode: str, normalize: bool):
         super().__init__()
         self.model, self.mode, self.normalize = model, mode, normalize
-        self.seen = sys.modules[type(model).__module__].InternVLSeen
+        self.seen_class = sys.modules[type(model).__module__].InternVLSeen
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         states = self.model.vision_model(pixel_embeds=self.embedded(pixel_values)).last_hidden_state
-        return self.model.embed_image(self.seen(states), self.mode, self.normalize)
+        return self.model.embed_image(self.seen_class(states), self.mode, self.normalize)
 
     def embedded(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[B, 3, H, W] -> the embedded tokens [B, 1 + N, C]"""
+        """[B, 3, H, W] -> embedded tokens [B, 1 + N, C]"""
         embeddings = self.model.vision_model.embeddings
         embeddings.check_pixels(pixel_values)
         side, projection = embeddings.patch_size, embeddings.patch_embedding
@@ -99,7 +101,7 @@ def grid_of_positions(table: torch.Tensor, height: int, width: int) -> torch.Ten
 
 
 class TextSide(nn.Module):
-    """Ids to embeddings, as `embed_text`, without sorting, for which the ONNX exporter has no stable form."""
+    """Ids to embeddings, as `embed_text`, without sorting, because the ONNX exporter has no stable sort."""
 
     inputs, output = ("input_ids", "attention_mask"), "text_embeds"
 
@@ -117,7 +119,7 @@ class TextSide(nn.Module):
 
 
 def places_real_first(mask: torch.Tensor) -> torch.Tensor:
-    """Where each token [T, L] goes for the real ones to come first, in their order."""
+    """The new position of each token [T, L] that puts the real ones first, in their order."""
     padding = mask.logical_not()
     behind = mask.sum(dim=1, keepdim=True) + padding.long().cumsum(dim=1)
     return torch.where(mask, mask.long().cumsum(dim=1), behind) - 1
@@ -128,7 +130,7 @@ def places_real_first(mask: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Checkpoint:
-    """Where the model is, and as what it is exported."""
+    """The model to export, and the kind of embeddings."""
 
     path: str
     subfolder: str
@@ -139,18 +141,14 @@ class Checkpoint:
     def options(self) -> dict[str, Any]:
         return {"subfolder": self.subfolder, "trust_remote_code": True}
 
-    def check(self) -> None:
-        """Refuse what is no checkpoint, before anything is written."""
+    def processor(self) -> Any:
         try:
-            self.processor()
+            return AutoProcessor.from_pretrained(self.path, **self.options)
         except (OSError, ValueError) as error:
             raise SystemExit(f"--model must be a checkpoint: {error}") from None
 
-    def processor(self) -> Any:
-        return AutoProcessor.from_pretrained(self.path, **self.options)
-
     def load(self, what: str) -> nn.Module:
-        """The side in float32, with what it needs of the checkpoint and no more."""
+        """The side in float32, with only the weights that it needs."""
         options = self.options | {"dtype": torch.float32, "attn_implementation": "sdpa"}
         if what == "text":
             return TextSide(AutoModelForTextEncoding.from_pretrained(self.path, **options), self.normalize).eval()
@@ -162,13 +160,13 @@ class Checkpoint:
         return VisionSide(model, self.mode, self.normalize).eval()
 
     def logit_scale(self) -> float:
-        """The factor of cosines before a softmax. Neither side has it; in the stored dtype weights are not read."""
+        """The factor of cosines before a softmax, which neither side contains. The stored dtype maps weights unread."""
         model = AutoModel.from_pretrained(self.path, **self.options, dtype="auto", contrastive_only=True)
         return float(model.logit_scale.detach().float().exp())
 
 
 def without_words(model: nn.Module) -> nn.Module:
-    """Take what no picture passes through away from the joint model: an exported program has all of its weights."""
+    """Delete what images do not pass through from the joint model: a program exports all weights of its module."""
     del model.itm_head, model.text_projection, model.logit_scale
     del model.qllama.lm_head, model.qllama.model.embed_tokens
     return model
@@ -178,24 +176,24 @@ def without_words(model: nn.Module) -> nn.Module:
 
 
 def example_and_shapes(side: nn.Module) -> tuple[tuple[torch.Tensor, ...], dict[str, dict[int, Any]]]:
-    """Inputs to trace a side with, and which of their sizes may vary."""
+    """Inputs to trace a side with, and their dynamic dimensions."""
     if isinstance(side, TextSide):
         shape = {0: Dim("texts"), 1: Dim("length")}
-        # Two tensors: one that is given twice is traced as one input.
+        # Two tensors: the same one twice would be traced as one input.
         example = tuple(torch.ones(3, 7, dtype=torch.long) for _ in side.inputs)
         return example, {name: shape for name in side.inputs}
     patch = side.model.config.vision_config.patch_size
-    shape = {0: Dim("pictures"), 2: patch * Dim("rows", min=2), 3: patch * Dim("columns", min=2)}
+    shape = {0: Dim("images"), 2: patch * Dim("rows", min=2), 3: patch * Dim("columns", min=2)}
     return (torch.zeros(2, 3, 5 * patch, 7 * patch),), {"pixel_values": shape}
 
 
 def traced(side: nn.Module) -> ExportedProgram:
     example, shapes = example_and_shapes(side)
-    # Only in strict mode is `len(tensor)`, which the model asks for, a size that may vary.
+    # Only strict mode keeps `len(tensor)`, which the model calls, dynamic.
     program = torch.export.export(side, example, dynamic_shapes=shapes, strict=True)
     for node in program.graph.nodes:
         if node.target == torch.ops.aten.scaled_dot_product_attention.default:
-            # transformers 4.57 asks for it where each query head has a key of its own; the ONNX exporter refuses that.
+            # transformers 4.57 sets `enable_gqa` even if each query head has its own key; the ONNX exporter refuses it.
             query, key = (argument.meta["val"] for argument in node.args[:2])
             if query.shape[1] == key.shape[1]:
                 node.kwargs = {name: value for name, value in node.kwargs.items() if name != "enable_gqa"}
@@ -204,8 +202,8 @@ def traced(side: nn.Module) -> ExportedProgram:
 
 
 def write_onnx(program: ExportedProgram, side: nn.Module, file: Path) -> list[str]:
-    """Write a program as ONNX with its weights in a file beside it, and name the products that are in layers."""
-    names = {0: "pictures", 2: "height", 3: "width"} if isinstance(side, VisionSide) else {0: "texts", 1: "length"}
+    """Write a program as ONNX with its weights in a second file; returns the names of the layers' MatMul nodes."""
+    names = {0: "images", 2: "height", 3: "width"} if isinstance(side, VisionSide) else {0: "texts", 1: "length"}
     options = {"dynamo": True, "verbose": False, "opset_version": OPSET, "output_names": [side.output]}
     shapes = {name: names if name == side.inputs[0] else {} for name in side.inputs}
     exported = torch.onnx.export(program, (), dynamic_shapes=shapes, **options)
@@ -213,81 +211,69 @@ def write_onnx(program: ExportedProgram, side: nn.Module, file: Path) -> list[st
     for node in exported.model.graph:
         if node.op_type == "MatMul" and ".layers." in node.metadata_props.get("pkg.torch.onnx.name_scopes", ""):
             in_layers.append(node.name)
-        node.metadata_props.clear()  # half of the file otherwise, paths of this machine among it
+        node.metadata_props.clear()  # otherwise half of the file, with paths of this machine
     exported.save(file, external_data=True)
     return in_layers
 
 
-def write_int8(source: Path, file: Path, products: list[str]) -> None:
-    """Quantise products of an ONNX file: weights per channel now, activations when it runs."""
+def write_int8(source: Path, file: Path, nodes: list[str]) -> None:
+    """Quantise MatMul nodes of an ONNX file: weights per channel now, activations at run time."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     quantize_dynamic(
         source,
         file,
         op_types_to_quantize=["MatMul"],
-        nodes_to_quantize=products,
+        nodes_to_quantize=nodes,
         per_channel=True,
         weight_type=QuantType.QInt8,
         use_external_data_format=True,
     )
     data = file.with_name(f"{file.name}.data")
     if data.exists():
-        data.chmod(file.stat().st_mode)  # onnxruntime leaves it to its owner alone
+        data.chmod(file.stat().st_mode)  # onnxruntime makes it readable for its owner alone
 
 
-def export_side(side: nn.Module, what: str, out: Path, int8: bool) -> dict[str, list[Path]]:
-    """Write all files of a side; returns the files of each format."""
+def export_side(side: nn.Module, what: str, out: Path, int8: bool) -> dict[str, float]:
+    """Write all files of a side; returns their sizes in MB, with the weights beside them."""
     program = traced(side)
     torch.export.save(program, out / f"{what}.pt2")
-    products = write_onnx(program, side, out / f"{what}.onnx")
+    nodes = write_onnx(program, side, out / f"{what}.onnx")
+    names = [f"{what}.pt2", f"{what}.onnx"]
     if int8:
-        write_int8(out / f"{what}.onnx", out / f"{what}.int8.onnx", products)
-    files = {name: [out / name] for name in (f"{what}.pt2", f"{what}.onnx", f"{what}.int8.onnx")}
-    with_data = {name: [*paths, out / f"{name}.data"] for name, paths in files.items()}
-    return {name: [path for path in paths if path.exists()] for name, paths in with_data.items() if paths[0].exists()}
+        names.append(f"{what}.int8.onnx")
+        write_int8(out / names[1], out / names[2], nodes)
+    return {name: sum(path.stat().st_size for path in out.glob(f"{name}*")) / 1e6 for name in names}
 
 
 # ---------------------------------------------------------------------------------------------------------- checking
 
 
-@dataclass
-class Runner:
-    """Runs an exported file, or the model itself, on the inputs of its side."""
-
-    name: str
-    run: Callable[..., torch.Tensor]
-
-
 def runner_of(file: Path, inputs: Iterable[str]) -> Runner:
+    """Run an exported file on the inputs of its side."""
     if file.suffix == ".pt2":
-        return Runner(file.name, torch.no_grad()(torch.export.load(file).module()))
+        return torch.no_grad()(torch.export.load(file).module())
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()  # as many as torch has, for the times
+    options.intra_op_num_threads = torch.get_num_threads()  # for comparable times
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
     def run(*tensors: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(session.run(None, dict(zip(inputs, (tensor.numpy() for tensor in tensors))))[0])
 
-    return Runner(file.name, run)
+    return run
 
 
 def model_of(side: nn.Module) -> Runner:
-    """What everything is compared with: the model's own call."""
-
-    @torch.no_grad()
-    def run(*tensors: torch.Tensor) -> torch.Tensor:
-        if isinstance(side, VisionSide):
-            return side.model.embed_image(*tensors, mode=side.mode, normalize=side.normalize)
-        return side.model.embed_text(*tensors, normalize=side.normalize)
-
-    return Runner("torch", run)
+    """The reference: the model's own call."""
+    if isinstance(side, VisionSide):
+        return torch.no_grad()(partial(side.model.embed_image, mode=side.mode, normalize=side.normalize))
+    return torch.no_grad()(partial(side.model.embed_text, normalize=side.normalize))
 
 
-def made_up(side: nn.Module) -> list[tuple[torch.Tensor, ...]]:
-    """Inputs of many shapes, none of them the one that was traced."""
+def made_up_inputs(side: nn.Module) -> list[tuple[torch.Tensor, ...]]:
+    """Inputs of many shapes, all different from the traced one."""
     generator = torch.Generator().manual_seed(0)
     if isinstance(side, VisionSide):
         config = side.model.config.vision_config
@@ -305,7 +291,7 @@ def made_up(side: nn.Module) -> list[tuple[torch.Tensor, ...]]:
 def made_up_texts(
     rows: int, length: int, side: str, vocabulary: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask [rows, length] of texts that are all of different length, padded on either side or on both."""
+    """Ids and mask [rows, length] of texts of different lengths, padded on either side or on both."""
     ids = torch.zeros(rows, length, dtype=torch.long)
     for row in range(rows):
         padding = row * (length - 3) // rows
@@ -317,7 +303,7 @@ def made_up_texts(
 
 
 def real_inputs(what: str, processor: Any) -> list[tuple[torch.Tensor, ...]]:
-    """The example pictures one by one, or their names in each language."""
+    """The example images one by one, or their names in each language."""
     examples = json.loads((PICTURES / "examples.json").read_text("utf-8"))
     if what == "vision":
         return [(processor(images=[PICTURES / example["file"]]).pixel_values,) for example in examples]
@@ -328,7 +314,7 @@ def real_inputs(what: str, processor: Any) -> list[tuple[torch.Tensor, ...]]:
 
 @dataclass
 class Comparison:
-    """How far embeddings are from those of the model: [rows, width] each, of any number of calls."""
+    """Embeddings of any number of calls beside those of the model, [rows, width] each."""
 
     pairs: list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -347,50 +333,45 @@ class Comparison:
         return all(torch.allclose(found, wanted, RTOL, ATOL) for found, wanted in self.pairs)
 
 
-def seconds_in_turn(runners: list[Runner], tensors: tuple[torch.Tensor, ...]) -> dict[str, float]:
-    """The fastest of some runs of each, run in turn after one that does not count."""
-    times: dict[str, list[float]] = {runner.name: [] for runner in runners}
+def seconds_in_turn(runners: dict[str, Runner], tensors: tuple[torch.Tensor, ...]) -> dict[str, float]:
+    """The fastest of some runs of each, run in turn after a warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in runners}
     for _ in range(1 + ROUNDS):
-        for runner in runners:
+        for name, run in runners.items():
             start = time.perf_counter()
-            runner.run(*tensors)
-            times[runner.name].append(time.perf_counter() - start)
+            run(*tensors)
+            times[name].append(time.perf_counter() - start)
     return {name: min(each[1:]) for name, each in times.items()}
 
 
-@dataclass
-class Checked:
-    """Of one side: a row for each file, the embeddings of the examples by runner, and the files that are not close."""
-
-    rows: dict[str, dict[str, Any]]
-    embeds: dict[str, torch.Tensor]
-    failed: list[str]
-
-
-def check_side(side: nn.Module, what: str, files: list[Path], processor: Any) -> Checked:
-    """Compare every file with the model."""
-    model = model_of(side)
-    runners = [model, *(runner_of(file, side.inputs) for file in files)]
-    shapes, real = made_up(side), real_inputs(what, processor)
+def check_side(side: nn.Module, what: str, files: list[Path], processor: Any) -> tuple[dict, dict, list[str]]:
+    """
+    Compare every file with the model: a row of figures for each, the embeddings of the examples by runner, and the
+    names of files that are not close.
+    """
+    runners = {"torch": model_of(side)} | {file.name: runner_of(file, side.inputs) for file in files}
+    made_up, real = made_up_inputs(side), real_inputs(what, processor)
     timed = real[0] if what == "text" else (torch.cat([tensors[0] for tensors in real[:4]]),)
     seconds = seconds_in_turn(runners, tuple(tensor[:8] for tensor in timed))
-    wanted = [[model.run(*tensors) for tensors in inputs] for inputs in (shapes, real)]
-    checked = Checked({}, {"torch": torch.cat(wanted[1])}, [])
-    for runner in runners[1:]:
-        found = [[runner.run(*tensors) for tensors in inputs] for inputs in (shapes, real)]
+    rows, embeds, failed, wanted = {}, {}, [], []
+    for name, run in runners.items():
+        found = [[run(*tensors) for tensors in inputs] for inputs in (made_up, real)]
+        embeds[name] = torch.cat(found[1])
+        wanted = wanted or found  # the model's own come first
+        if name == "torch":
+            continue
         compared = [Comparison(list(zip(*pair))) for pair in zip(found, wanted)]
         of_shapes, of_examples = (comparison.report for comparison in compared)
-        ratio = seconds[runner.name] / seconds["torch"]
-        checked.rows[runner.name] = {"shapes": of_shapes, "examples": of_examples, "time_to_torch": ratio}
-        checked.embeds[runner.name] = torch.cat(found[1])
-        if "int8" not in runner.name and not all(comparison.is_close for comparison in compared):
-            checked.failed.append(runner.name)
-    return checked
+        ratio = seconds[name] / seconds["torch"]
+        rows[name] = {"shapes": of_shapes, "examples": of_examples, "time_to_torch": ratio}
+        if "int8" not in name and not all(comparison.is_close for comparison in compared):
+            failed.append(name)
+    return rows, embeds, failed
 
 
 def zero_shot(images: torch.Tensor, texts: torch.Tensor) -> float:
-    """The share of pictures [N] whose own name is the nearest of all N, in the mean over languages [languages * N]."""
-    nearest = F.normalize(texts, dim=-1).unflatten(0, (-1, len(images))) @ images.T  # [languages, names, pictures]
+    """The share of images [N] whose own name is the nearest of all N, averaged over languages [languages * N]."""
+    nearest = F.normalize(texts, dim=-1).unflatten(0, (-1, len(images))) @ images.T  # [languages, names, images]
     return float((nearest.argmax(dim=1) == torch.arange(len(images))).float().mean())
 
 
@@ -398,7 +379,7 @@ def zero_shot(images: torch.Tensor, texts: torch.Tensor) -> float:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The files of a report and what their check gave, as Markdown."""
+    """The files of a report and the results of their check, as Markdown."""
     head = ["file", "MB", "noise: largest difference", "noise: least cosine", "examples: least, mean cosine", "time"]
     rows = []
     for name, size in report["megabytes"].items():
@@ -410,12 +391,11 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         pages.table(head, rows),
         "",
-        "Against the model: noise and random ids in many shapes, and the example pictures and their names. Time is",
+        "Compared with the model: noise and random ids in many shapes, and the example images and their names. Time is",
         "that of a few examples, as a multiple of the model's in torch.",
     ]
-    found = [f"{name} {share:.3f}" for name, share in report["zero_shot"].items()]
-    if found:
-        lines += ["", f"Share of example pictures to which their own name is the nearest: {', '.join(found)}."]
+    if found := [f"{name} {share:.3f}" for name, share in report["zero_shot"].items()]:
+        lines += ["", f"Share of example images whose own name is the nearest: {', '.join(found)}."]
     kind = "of length 1" if report["normalized"] else "not normalised"
     packages = ", ".join(f"{name} {number}" for name, number in report["packages"].items())
     lines += ["", f"{report['mode']}, embeddings {kind}; on a CPU, {report['threads']} thread(s); {packages}."]
@@ -423,7 +403,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def described(checkpoint: Checkpoint, side: nn.Module) -> dict[str, Any]:
-    """What a program that loads the files has to know."""
+    """The settings that a program needs to use the files."""
     config = side.model.config
     return {
         "model": checkpoint.path if checkpoint.path != str(ROOT) else ".",
@@ -448,21 +428,15 @@ def described(checkpoint: Checkpoint, side: nn.Module) -> dict[str, Any]:
 
 
 def check_packages(names: Iterable[str]) -> None:
-    missing = [name for name in names if find_spec(name) is None]
-    if missing:
+    if missing := [name for name in names if find_spec(name) is None]:
         raise SystemExit(f"Exporting needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def checked_folder(out: Path) -> Path:
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise SystemExit(f"--out must be a new or an empty folder, and {out} is not.")
+        raise SystemExit(f"--out must be a new or an empty folder, got {out}.")
     out.mkdir(parents=True, exist_ok=True)
     return out
-
-
-def save_processor(processor: Any, out: Path) -> None:
-    processor.save_pretrained(out)
-    processor.image_processor.save_pretrained(out)  # a file of its own, which transformers 4.57 looks for
 
 
 def export(
@@ -472,24 +446,24 @@ def export(
     Write everything into the folder `out`.
 
     Returns:
-        What export.json holds; "failed" names the files that are not close to the model.
+        The content of export.json; "failed" names the files that are not close to the model.
     """
     processor = checkpoint.processor()
-    save_processor(processor, out)
+    processor.save_pretrained(out)
+    processor.image_processor.save_pretrained(out)  # a file of its own, which transformers 4.57 needs
     report: dict[str, Any] = {}
     embeds: dict[str, dict[str, torch.Tensor]] = {}
     failed: list[str] = []
     for name in what:
         side = checkpoint.load(name)
         report = report or described(checkpoint, side)
-        files = export_side(side, name, out, int8)
-        sizes = {file: sum(path.stat().st_size for path in paths) / 1e6 for file, paths in files.items()}
+        sizes = export_side(side, name, out, int8)
         report["megabytes"] |= sizes
         if check:
-            checked = check_side(side, name, [out / file for file in files], processor)
-            report["checks"] |= checked.rows
-            embeds[name] = {runner.removeprefix(f"{name}."): found for runner, found in checked.embeds.items()}
-            failed += checked.failed
+            rows, found, distant = check_side(side, name, [out / file for file in sizes], processor)
+            report["checks"] |= rows
+            embeds[name] = {runner.removeprefix(f"{name}."): each for runner, each in found.items()}
+            failed += distant
     if len(embeds) == len(SIDES):
         report["zero_shot"] = {kind: zero_shot(embeds["vision"][kind], embeds["text"][kind]) for kind in embeds["text"]}
     (out / "export.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
@@ -497,7 +471,7 @@ def export(
 
 
 def quieten() -> None:
-    """Leave out what the exporters say of packages that are not needed and of their own future."""
+    """Silence the exporters about packages that are not needed and about their own future."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     logging.getLogger().setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
@@ -506,14 +480,16 @@ def quieten() -> None:
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="a folder that is new or empty")
-    parser.add_argument("--model", help="path or id of a checkpoint; the tiny one of this repository if not given")
+    parser.add_argument("--model", help="path or id of a checkpoint; by default the tiny one of this repository")
     parser.add_argument("--subfolder", help='of the checkpoint; "tiny" without --model, none with it')
     parser.add_argument("--mode", choices=MODES, default=MODES[0])
     parser.add_argument("--what", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--unnormalized", action="store_true", help="leave embeddings as `encode_image` gives them")
-    parser.add_argument("--int8", action="store_true", help="ONNX with dynamically quantised layers too")
+    parser.add_argument("--unnormalized", action="store_true", help="do not normalise embeddings, as `encode_image`")
+    parser.add_argument("--int8", action="store_true", help="also write ONNX with dynamically quantised layers")
     parser.add_argument("--check", action="store_true", help="compare all files with the model")
-    parser.add_argument("--report", type=Path, help="with --check: write export.json here too; ours into the README")
+    parser.add_argument(
+        "--report", type=Path, help="with --check: write export.json here too (ours updates the README)"
+    )
     options = parser.parse_args(arguments)
     if options.report and not options.check:
         parser.error("--report needs --check")
@@ -526,7 +502,7 @@ def main(arguments: list[str] | None = None) -> None:
     quieten()
     subfolder = ("" if options.model else "tiny") if options.subfolder is None else options.subfolder
     checkpoint = Checkpoint(options.model or str(ROOT), subfolder, options.mode, not options.unnormalized)
-    checkpoint.check()
+    checkpoint.processor()  # fails before anything is written
     out = checked_folder(options.out)
     report = export(checkpoint, out, options.what, options.int8, options.check)
     print(f"Written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")

@@ -6,10 +6,10 @@ Run by whoever adds a version of transformers (`make matrix`); CI runs it on the
     python -m tools.matrix --only 4.57.6 newest                # some of them; writes nothing
     python -m tools.matrix --python .venv/bin/python           # an existing interpreter; writes nothing
 
-Each version gets an environment under .cache/matrix (1.4 GB, one to three minutes to make), which later runs reuse.
-Only torch and transformers are pinned in it. "newest" pins torch alone and is upgraded before every run, so it is what
-`pip install` gives a user today. A skipped check counts as a failure, unless KNOWN_BAD in compat_internvl.py refuses
-its feature. The exit status is 1 if anything failed.
+Each version gets an environment under .cache/matrix (1.4 GB, one to three minutes to make), which later runs reuse. It
+pins only torch and transformers. "newest" pins only torch and is upgraded before every run, so it is what `pip install`
+gives a user today. A skipped check is a failure, unless KNOWN_BAD in compat_internvl.py refuses its feature. The exit
+status is 1 if anything failed.
 """
 
 import argparse
@@ -28,13 +28,12 @@ from datetime import date
 from pathlib import Path
 from xml.etree import ElementTree
 
-from tools import pages
+from tools import ROOT, pages
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "versions.md"
 ENVIRONMENTS = ROOT / ".cache" / "matrix"
 NEWEST = "newest"
-# A version with two numbers stands for the newest patch of it. The table has one row for each.
+# A version with two numbers stands for its newest patch. The table has one row for each.
 VERSIONS = ("4.57.6", "5.1.0", "5.8", "5.15", "5.23", NEWEST)
 TORCH = "torch==2.13.0"
 LIBRARIES = ("transformers", "huggingface_hub", "sentence-transformers", "accelerate", "peft")
@@ -70,8 +69,8 @@ class Result:
     One run of the contract.
 
     Attributes:
-        counts: by subject, of "passed", "failed", "skipped" and "refused" checks.
-        refusal: why nothing was run, where KNOWN_BAD refuses to load the model at all.
+        counts: of "passed", "failed", "skipped" and "refused" checks, by subject.
+        refusal: why nothing was run, if KNOWN_BAD refuses to load the model.
     """
 
     versions: dict[str, str]
@@ -84,12 +83,9 @@ class Result:
 
 def known_bad() -> list[tuple[str, str, str, str]]:
     """KNOWN_BAD of compat_internvl.py, (package, version, feature, reason), read without importing the model."""
-    path = ROOT / "compat_internvl.py"
-    for node in ast.parse(path.read_text("utf-8")).body if path.is_file() else ():
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        if any(isinstance(target, ast.Name) and target.id == "KNOWN_BAD" for target in targets):
-            return list(ast.literal_eval(node.value))  # type: ignore[attr-defined]
-    return []
+    tree = ast.parse((ROOT / "compat_internvl.py").read_text("utf-8"))
+    assigned = (node for node in tree.body if isinstance(node, ast.AnnAssign))
+    return list(ast.literal_eval(next(node.value for node in assigned if ast.unparse(node.target) == "KNOWN_BAD")))
 
 
 # ---------------------------------------------------------------------------------------------------- environments
@@ -101,7 +97,7 @@ def requirements(name: str) -> list[str]:
 
 
 def environment(name: str) -> Path:
-    """The interpreter of a version's environment, which is created or upgraded first where necessary."""
+    """The interpreter of a version's environment, which is created or upgraded if necessary."""
     folder = ENVIRONMENTS / name
     python, ready, wanted = folder / "bin" / "python", folder / "ready", shlex.join(requirements(name))
     if name != NEWEST and ready.is_file() and ready.read_text() == wanted:
@@ -142,15 +138,14 @@ def contract(name: str, python: Path) -> Result:
             return result
     print(f"{name}: running the contract on transformers {result.versions['transformers']} ...", flush=True)
     ENVIRONMENTS.mkdir(parents=True, exist_ok=True)
-    report = ENVIRONMENTS / f"{name}.xml"
+    report, log = (ENVIRONMENTS / f"{name}.{kind}" for kind in ("xml", "log"))
     report.unlink(missing_ok=True)
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", "tests/contract"]
+    settings = os.environ | {"OMP_NUM_THREADS": "1"}
     started, cpu = time.perf_counter(), cpu_of_children()
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, errors="replace"
-    )
+    done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, errors="replace")
     result.seconds, result.cpu_seconds = time.perf_counter() - started, cpu_of_children() - cpu
-    (ENVIRONMENTS / f"{name}.log").write_text(done.stdout + done.stderr, "utf-8")
+    log.write_text(done.stdout + done.stderr, "utf-8")
     if report.is_file():
         read_report(report, result)
     if done.returncode and not result.failures:
@@ -158,10 +153,8 @@ def contract(name: str, python: Path) -> Result:
     total = sum(result.counts.values(), Counter())
     counts = ", ".join(f"{count} {kind}" for kind, count in total.items())
     print(f"{name}: {counts} in {result.seconds:.0f} s, {result.cpu_seconds:.0f} s of CPU time", flush=True)
-    for failure in result.failures:
-        print(f"  {failure}", flush=True)
     if result.failures:
-        print(f"  Details: {ENVIRONMENTS / f'{name}.log'}", flush=True)
+        print(*result.failures, f"Details: {log}", sep="\n  ", flush=True)
     return result
 
 
@@ -195,7 +188,7 @@ def outcome(case: ElementTree.Element) -> str:
 
 
 def table(results: dict[str, Result]) -> str:
-    """Markdown: one row for each version that was run, one for each other version that KNOWN_BAD names."""
+    """Markdown: a row for each version that ran, and for each other version in KNOWN_BAD."""
     columns = [*LIBRARIES, *SUBJECTS.values(), "seconds (CPU)"]
     rows = [[*(each.versions[name] for name in LIBRARIES), *cells(each)] for each in results.values()]
     run_versions = {each.versions["transformers"] for each in results.values()}
@@ -203,9 +196,8 @@ def table(results: dict[str, Result]) -> str:
         if package == "transformers" and version not in run_versions:
             rows.append([version, f"{feature} are refused: {reason}", *[""] * (len(columns) - 2)])
     torch_version = next(iter(results.values())).versions["torch"]
-    machine = (
-        f"a CPU ({platform.machine()}, {os.cpu_count()} cores), torch {torch_version}, Python {sys.version.split()[0]}"
-    )
+    cpu = f"a CPU ({platform.machine()}, {os.cpu_count()} cores)"
+    machine = f"{cpu}, torch {torch_version}, Python {platform.python_version()}"
     return f"{pages.table(columns, rows)}\n\nChecks passed, by `make matrix` on {machine}, {date.today()}."
 
 
@@ -221,31 +213,27 @@ def cell(counts: Counter) -> str:
         return "**not run**"
     parts = [str(counts["passed"])] if counts["passed"] else []
     parts += [f"**{counts[kind]} {kind}**" for kind in ("failed", "skipped") if counts[kind]]
-    return ", ".join(parts + [f"{counts[kind]} {kind}" for kind in ("refused",) if counts[kind]])
+    return ", ".join(parts + ([f"{counts['refused']} refused"] if counts["refused"] else []))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", metavar="VERSION", help=f"some of {', '.join(VERSIONS)}, or any other")
     parser.add_argument("--python", type=Path, help="use this interpreter instead of making environments")
-    parser.add_argument(
-        "--no-write", action="store_true", help="do not write the table, not even after a run of all versions"
-    )
     arguments = parser.parse_args()
     if arguments.python:
         if arguments.only and len(arguments.only) > 1:
             parser.error("--python is one interpreter, so --only takes one version with it")
         pythons = {(arguments.only or ["given"])[0]: arguments.python.absolute()}
     else:
-        # All are made before the first run: a failing install shows early, and is not part of any timing.
+        # All are made before the first run: a failing install shows early and is not timed.
         pythons = {name: environment(name) for name in arguments.only or VERSIONS}
     results = {name: contract(name, python) for name, python in pythons.items()}
     text = table(results)
     print(f"\n{text}")
-    if not (arguments.only or arguments.python or arguments.no_write):
+    if not (arguments.only or arguments.python):
         pages.put(PAGE, "versions", text)
-    if any(result.failures for result in results.values()):
-        sys.exit(1)
+    sys.exit(any(result.failures for result in results.values()))
 
 
 if __name__ == "__main__":

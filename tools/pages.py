@@ -1,19 +1,25 @@
 """Write tables of figures into pages: Markdown, between marks. Scripts of tools/ and benchmarks/ import this module.
 
-The marks of a table are `<!-- results:NAME -->` and `<!-- /results:NAME -->`. Whatever stands between them is written
-by a script and never by hand.
+The marks of a table are `<!-- results:NAME -->` and `<!-- /results:NAME -->`. Scripts write the text between them;
+never edit it by hand.
 """
 
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 
 
 def table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
-    """A table as Markdown, without a line break at its end."""
+    """A Markdown table, without a final line break."""
     head = [*head]
     lines = [f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows)]
     lines.insert(1, "|---" * len(head) + "|")
     return "\n".join(lines)
+
+
+def versions(*packages: str) -> str:
+    """The installed versions, as in "torch 2.13.0, transformers 5.24.0"."""
+    return ", ".join(f"{name} {version(name)}" for name in packages)
 
 
 def marks(name: str) -> tuple[str, str]:
@@ -21,7 +27,7 @@ def marks(name: str) -> tuple[str, str]:
 
 
 def parts(page: str, name: str) -> tuple[str, str, str]:
-    """What stands before a table's first mark, between its marks, and after the second."""
+    """The text before a table's first mark, between its marks, and after the second."""
     start, end = marks(name)
     before, opened, rest = page.partition(start)
     between, closed, after = rest.partition(end)

@@ -85,11 +85,6 @@ def test_names_without_ascii_are_not_all_the_same_name():
     assert NameIndex([("1F43C", "熊猫")]).find("狐狸") is None
 
 
-def test_shared_names_are_reported():
-    concepts = [concept("🐼", zh="熊猫"), concept("🦊", zh="狐狸"), concept("🐻", zh="熊猫")]
-    assert emoji_data.duplicate_names(concepts, "zh") == {"熊猫": ["🐼", "🐻"]}
-
-
 # Which emoji are left out
 
 

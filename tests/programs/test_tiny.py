@@ -2,12 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoModel, AutoProcessor
 
-from conftest import ROOT
+from conftest import ROOT, run_module
 from tools import pages
 
 TINY = ROOT / "tiny"
@@ -90,3 +91,29 @@ def test_cards_show_what_was_measured():
     results = json.loads((TINY / "results.json").read_text("utf-8"))
     for card in (ROOT / "README.md", TINY / "README.md"):
         assert pages.taken(card, "tiny") == evaluate_tiny.figures_table(results)
+
+
+@pytest.mark.heavy
+def test_training_runs_and_goes_on_where_it_stopped(tmp_path):
+    """Both phases, on noise that is named."""
+    pytest.importorskip("tqdm")
+    from tools.tiny.emoji_data import ARTWORK, LANGUAGES
+
+    words = ["red", "fruit", "round", "sweet", "tree"]
+    concepts = [
+        {"name": dict.fromkeys(LANGUAGES, f"thing {number}"), "keywords": dict.fromkeys(LANGUAGES, words[number % 5 :])}
+        for number in range(24)
+    ]
+    (tmp_path / "concepts.json").write_text(json.dumps(concepts))
+    concept, source = (part.flatten() for part in np.indices((len(concepts), len(ARTWORK))))
+    rgba = np.random.default_rng(0).integers(0, 256, (len(concept), 64, 64, 4), dtype=np.uint8)
+    np.savez(tmp_path / "pictures.npz", rgba=rgba, concept=concept, source=source, sources=list(ARTWORK))
+    options = ["--data", tmp_path, "--out", tmp_path / "out", "--checkpoint", tmp_path / "state.pt"]
+    options += ["--steps", 2, "--finish", 1, "--batch", 24, "--named", 8, "--asked", 4, "--joint", 4]
+    for _ in range(2):  # the second run has nothing left to do
+        done = run_module(tmp_path, "tools.tiny.train_tiny", *options)
+        assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert (report["steps_done"], report["concepts"]) == (3, 24)
+    assert {path.name for path in TINY.glob("*config.json")} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2

@@ -94,7 +94,6 @@ def test_the_sampler_gives_nothing_that_is_kept_back(monkeypatch):
 
 def test_kinds_of_captions_and_queries(monkeypatch):
     torch = pytest.importorskip("torch")
-    pytest.importorskip("torchao")
     evaluate_tiny = importlib.import_module("tools.tiny.evaluate_tiny")
     groups = [("food", "fruit"), ("food", "fruit"), ("food", "drink"), ("animals", "bird")]
     names = ["apple", "cherry", "tea", "owl"]
@@ -107,28 +106,12 @@ def test_kinds_of_captions_and_queries(monkeypatch):
     kinds = [evaluation.kind_of_caption("en", 0, caption) for caption in [*names, "appel"]]
     assert kinds == ["exact", "same subgroup", "same group", "another name", "no name"]
 
-    evaluation.pictures = names
     evaluation.images = dict.fromkeys(evaluate_tiny.MODES, torch.eye(4))
     monkeypatch.setattr(evaluation, "embed_texts", lambda texts: torch.eye(4)[: len(texts)])
     figures = evaluation.found({"a": {0}, "b": {2, 3}}, shortlist=1)
     assert figures["queries"] == 2
     assert figures["InternVL-C"] == figures["InternVL-G"] == 0.5
     assert figures["chance"] == pytest.approx((1 / 4 + 2 / 4) / 2)
-
-
-def test_the_spread_is_of_the_least_and_the_greatest():
-    pytest.importorskip("torchao")
-    evaluate_tiny = importlib.import_module("tools.tiny.evaluate_tiny")
-
-    def training(value: float) -> dict:
-        part = {mode: dict.fromkeys(evaluate_tiny.FIGURES, value) for mode in evaluate_tiny.MODES}
-        queries = {kind: dict.fromkeys(evaluate_tiny.MODES, value) for kind in evaluate_tiny.QUERIES}
-        return dict.fromkeys(LANGUAGES, part | {"reranked_r1": value, "caption_exact": value, "queries": queries})
-
-    table = evaluate_tiny.spread_table(evaluate_tiny.spread_of([training(0.2), training(0.4), training(0.3)]))
-    rows = table.splitlines()[2:]
-    assert rows and all(row.endswith("| 0.200 to 0.400 | 0.200 to 0.400 | 0.200 to 0.400 |") for row in rows)
-    assert "3 trainings" in table
 
 
 def test_photographs_are_those_with_captions_in_every_language(tmp_path):

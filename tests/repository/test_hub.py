@@ -517,7 +517,7 @@ def second_revision(name: str, content: bytes) -> bytes:
 BY_ID = """
 import json, sys
 import torch
-from tools.hub.offline_load import pictures, refuse_network, results
+from tools.hub.offline_load import images, refuse_network, results
 from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline
 
 refuse_network()
@@ -539,7 +539,7 @@ found["labels"] = classify(sys.argv[2], candidate_labels=["panda", "lion", "rock
 describe = pipeline("image-text-to-text", model="org/flat", trust_remote_code=True, dtype=torch.float32)
 found["caption"] = describe(images=sys.argv[2], text="English caption:", max_new_tokens=5)
 embed = pipeline("image-feature-extraction", model="org/flat", trust_remote_code=True, dtype=torch.float32)
-found["features"] = embed(pictures()[0], pool=True)
+found["features"] = embed(images()[0], pool=True)
 
 # A checkpoint that was loaded by id and saved needs the Hub no more.
 model = AutoModel.from_pretrained("org/flat", trust_remote_code=True)

@@ -1,7 +1,7 @@
 """The `model-index` of the tiny checkpoint's card: what the Hub shows as evaluation results, from tiny/results.json.
 
-Imported by tools/tiny/evaluate_tiny.py, which writes it (also with `--tables`). It stands in the card of the tiny
-checkpoint alone: on the main card the Hub would show these figures as the 14B's.
+Imported by tools/tiny/evaluate_tiny.py, which writes it (also with `--tables`). Only the tiny checkpoint's card has it:
+on the main card the Hub would show these figures as the 14B's.
 """
 
 from pathlib import Path
@@ -30,27 +30,24 @@ PER_LANGUAGE = {
 
 
 def eval_results(results: dict) -> list[EvalResult]:
-    """Every figure of results.json that the model itself is responsible for, in four digits."""
+    """The model's own figures in results.json, in four digits."""
     found = []
     for language, part in results.items():
         if not isinstance(part, dict) or "caption_exact" not in part:
             continue  # not a language, but a count, a baseline or how it was measured
-        for mode in (key for key in part if key.startswith("InternVL-")):
-            for key, (task, metric, name) in PER_MODE.items():
-                found.append(one_result(dataset(results, language), task, metric, f"{name}, {mode}", part[mode][key]))
-        for key, (task, metric, name) in PER_LANGUAGE.items():
-            found.append(one_result(dataset(results, language), task, metric, name, part[key]))
+        dataset = {  # no dataset of the Hub, so nothing links it
+            "dataset_type": "twemoji",
+            "dataset_name": f"Twemoji: {results['pictures']} concepts, drawn by an artist held out of the training",
+            "dataset_config": language,
+            "dataset_split": "test",
+        }
+        modes = [mode for mode in part if mode.startswith("InternVL-")]
+        figures = [(*PER_MODE[key], f", {mode}", part[mode][key]) for mode in modes for key in PER_MODE]
+        figures += [(*PER_LANGUAGE[key], "", part[key]) for key in PER_LANGUAGE]
+        for task, metric, name, suffix, value in figures:
+            what = {"metric_type": metric, "metric_name": name + suffix, "metric_value": round(value, 4)}
+            found.append(EvalResult(**what, **TASKS[task], **dataset))
     return found
-
-
-def dataset(results: dict, language: str) -> dict[str, str]:
-    """What was measured on. It is no dataset of the Hub, so nothing links it."""
-    name = f"Twemoji: {results['pictures']} concepts, drawn by an artist held out of the training"
-    return {"dataset_type": "twemoji", "dataset_name": name, "dataset_config": language, "dataset_split": "test"}
-
-
-def one_result(where: dict[str, str], task: str, metric: str, name: str, value: float) -> EvalResult:
-    return EvalResult(metric_type=metric, metric_name=name, metric_value=round(value, 4), **TASKS[task], **where)
 
 
 def write_model_index(card: Path, results: dict) -> None:

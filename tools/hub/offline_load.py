@@ -1,14 +1,14 @@
-"""Load a repository with the network switched off, and print as JSON what it gives.
+"""Load a repository without network, and print its results as JSON.
 
-Run by publish.py, and by whoever asks whether a folder or a cached repository is complete.
+Run by publish.py in a process of its own, and by whoever checks that a folder or a cached repository is complete.
 
-    python -m tools.hub.offline_load FOLDER_OR_ID [--subfolder tiny] [--revision R] [--code-revision R]
+    python -m tools.hub.offline_load FOLDER_OR_ID [--subfolder tiny]
     python -m tools.hub.offline_load FOLDER --empty
 
-FOLDER_OR_ID is a folder, or an id that lies in the Hub's cache (HF_HUB_CACHE). Every Auto class of transformers that a
-user calls is called; pictures and texts are made here, so that two places can be compared. `--empty` is for weights
-that are too large to load or not here: the model is built without memory and compared with the index, and with the
-headers of those shards that are here. tools/hub/publish.py runs this in a process of its own.
+FOLDER_OR_ID is a folder, or an id in the Hub's cache (HF_HUB_CACHE). Every Auto class of transformers that users call
+is called, on images and texts that are made here, so that two places can be compared. `--empty` is for weights that are
+too large or not here: the model is built without memory and compared with the index, and with the headers of the shards
+that are here.
 """
 
 import argparse
@@ -32,7 +32,7 @@ TEXTS = ["panda", "a  double  space", "熊猫", "パンダの顔"]
 
 
 def refuse_network() -> None:
-    """Whatever asks for the network from now on gets an error, not an answer from a cache behind it."""
+    """From now on, any use of the network raises an error, so that no library falls back to its cache unnoticed."""
 
     def refused(*arguments: Any, **options: Any) -> NoReturn:
         raise OSError("nothing here may use the network")
@@ -42,20 +42,20 @@ def refuse_network() -> None:
     socket.create_connection = socket.getaddrinfo = refused
 
 
-def pictures() -> list[Image.Image]:
-    """Two pictures that differ, neither of them square."""
+def images() -> list[Image.Image]:
+    """Two different images, neither of them square."""
     waves = np.sin(np.arange(60 * 80 * 3).reshape(60, 80, 3) / 50)
     return [Image.fromarray(np.uint8(127 * (1 + sign * waves))) for sign in (1, -1)]
 
 
 @torch.inference_mode()
 def results(place: str, **where: Any) -> dict[str, Any]:
-    """What config, model, processor and tokenizer give, in float32."""
+    """The results of config, model, processor and tokenizer, in float32."""
     config = AutoConfig.from_pretrained(place, trust_remote_code=True, **where)
     model = AutoModel.from_pretrained(place, dtype=torch.float32, trust_remote_code=True, **where).eval()
     processor = AutoProcessor.from_pretrained(place, trust_remote_code=True, **where)
     tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=True, **where)
-    pixels = processor(images=pictures()).pixel_values
+    pixels = processor(images=images()).pixel_values
     ids = model.generate(pixels, **processor(text="English caption:", task="caption"), max_new_tokens=5)
     return {
         "model_type": config.model_type,
@@ -69,7 +69,7 @@ def results(place: str, **where: Any) -> dict[str, Any]:
 
 
 def empty_results(folder: Path) -> dict[str, Any]:
-    """The model without its weights: whether index and shards name what it has, and which shards are not here."""
+    """Compare the model without its weights with index and shards; name the shards that are not here."""
     state = empty_model(folder).state_dict()
     index = json.loads((folder / INDEX).read_text())["weight_map"]
     shards = sorted(set(index.values()))
@@ -79,13 +79,13 @@ def empty_results(folder: Path) -> dict[str, Any]:
             complaints += shard_complaints(folder / shard, {name for name in index if index[name] == shard}, state)
     if (folder / "tokenizer.model").is_file():
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-        processor(images=pictures(), text=TEXTS)
+        processor(images=images(), text=TEXTS)
     missing = [name for name in [*shards, "tokenizer.model"] if not (folder / name).is_file()]
     return {"tensors": len(state), "missing": missing, "complaints": complaints}
 
 
 def shard_complaints(path: Path, wanted: set[str], state: dict[str, torch.Tensor]) -> list[str]:
-    """What a shard's header says otherwise than the index and the model. Its data are not read."""
+    """Where a shard's header differs from the index and the model. Its data are not read."""
     with safe_open(path, "pt") as shard:
         shapes = {name: shard.get_slice(name).get_shape() for name in shard.keys()}
     wrong = sorted(set(shapes) ^ wanted)
@@ -96,16 +96,13 @@ def shard_complaints(path: Path, wanted: set[str], state: dict[str, torch.Tensor
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("place", help="a folder, or an id in the Hub's cache")
-    parser.add_argument("--subfolder")
-    parser.add_argument("--revision")
-    parser.add_argument("--code-revision")
-    parser.add_argument("--empty", action="store_true", help="build the model without weights, and look at the index")
+    parser.add_argument("--subfolder", help="of the checkpoint in it")
+    parser.add_argument("--empty", action="store_true", help="build the model without weights, and check the index")
     arguments = parser.parse_args()
     refuse_network()
     if arguments.empty:
         return print(json.dumps(empty_results(Path(arguments.place))))
-    names = ("subfolder", "revision", "code_revision")
-    where = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    where = {"subfolder": arguments.subfolder} if arguments.subfolder else {}
     print(json.dumps(results(arguments.place, **where)))
 
 

@@ -1,4 +1,4 @@
-"""Put what belongs on the Hugging Face Hub into a folder, check that it loads from there, and upload it when told to.
+"""Assemble a repository for the Hugging Face Hub in a folder, check that it loads from there, and upload it on request.
 
 Run by whoever maintains a repository on the Hub, after a change that users should get.
 
@@ -7,20 +7,20 @@ Run by whoever maintains a repository on the Hub, after a change that users shou
     python -m tools.hub.publish --to FOLDER --checkpoint out     # of what finetune.py or save_pretrained wrote
     python -m tools.hub.publish --to FOLDER ... --upload ORG/NAME
 
-Nothing leaves this machine without `--upload`. What lies in the folder:
+Nothing leaves this machine without `--upload`. The folder gets:
 
-* the 14B's: all that git tracks, because the card links most of it and its commands run there, and the published
-  weights (`*.safetensors`, `tokenizer.model`), if they were brought into the clone. Left out are `.ci`, and
-  `.gitignore`: the Hub would follow it and leave the weights out of the upload.
-* a flat one, for what knows a path or an id but no subfolder (pipelines, sentence-transformers): the checkpoint's
-  files at the root, the root's code, and those JSON files of the root that do not describe the 14B. With tiny/ come the
-  examples and tools that its card names; a checkpoint from elsewhere gets a card to be filled in, if it has none. The
-  pages about this clone (CONTRIBUTING.md, CHANGELOG.md, CITATION.cff, docs/) stay out: they are not about a checkpoint.
-* `.gitattributes` in both, from tools/hub/gitattributes. It is not at the root of this repository because its filters
-  would stop `git add` wherever git-lfs is not installed, and store pointers instead of tiny/'s weights where it is.
+* for the 14B: all that git tracks, because the card links most of it and its commands run there, and the published
+  weights (`*.safetensors`, `tokenizer.model`) if the clone has them. `.ci` and `.gitignore` are left out: the Hub would
+  follow the latter and leave the weights out of the upload.
+* for a flat repository (pipelines and sentence-transformers know a path or an id but no subfolder): the checkpoint's
+  files at the root, the root's code, and those JSON files of the root that do not describe the 14B. tiny/ comes with
+  the examples and tools that its card names; another checkpoint without a card gets one to fill in. Pages about this
+  clone (CONTRIBUTING.md, CHANGELOG.md, CITATION.cff, docs/) are left out.
+* `.gitattributes` in both, from tools/hub/gitattributes. At the root of this repository its filters would stop `git
+  add` where git-lfs is not installed, and elsewhere store pointers instead of tiny/'s weights.
 
-Large files are hard links where the disk allows it. The folder must be empty, not there, or made by this script before:
-then it is made anew. The check runs in processes of its own, without network and with an empty cache of code.
+Large files are hard links where the disk allows it. The folder must be new, empty or made by this script; then it is
+emptied first. The check runs in separate processes, without network and with an empty cache of code.
 """
 
 import argparse
@@ -36,13 +36,14 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+from huggingface_hub.constants import SAFETENSORS_INDEX_FILE as INDEX
 from huggingface_hub.repocard import metadata_load
 
-ROOT = Path(__file__).resolve().parents[2]
-MARK = ".published.json"  # lists what was put into the folder; it is not uploaded
+from tools import ROOT
+
+MARK = ".published.json"  # lists the files of the folder; it is not uploaded
 LEFT_OUT = (".ci/", ".gitignore")
 WEIGHTS = ("*.safetensors", "tokenizer.model")
-INDEX = "model.safetensors.index.json"
 FLAT_FOLDERS = ("examples/", "tools/")
 FLAT_FILES = ("LICENSE", "requirements.txt")
 OWN_FILES = ("*.json", "*.safetensors", "*.model", "README.md")  # of a checkpoint from elsewhere
@@ -56,8 +57,8 @@ tags:
 
 # {name}
 
-A checkpoint for the code of InternVL-14B, which lies beside it. What it was trained on, and how well it does, is to be
-written here.
+A checkpoint for the code of InternVL-14B, which is part of this repository. Write here what it was trained on and how
+well it does.
 
     AutoModel.from_pretrained(REPOSITORY, trust_remote_code=True)
 """
@@ -65,11 +66,11 @@ LINK_FROM = 10_000_000  # bytes: a link to a small file would let an edit there 
 LINK = re.compile(r"\]\(([^)\s#]+)[^)]*\)")
 
 
-# --------------------------------------------------------------------------------------------- what belongs there
+# ------------------------------------------------------------------------------------------------------------ files
 
 
 def tracked() -> list[str]:
-    """Paths that git tracks: what was committed or added, and nothing that happens to lie in the clone."""
+    """Paths that git tracks: committed or added files, and no others of the clone."""
     done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0 or not done.stdout:
         raise ValueError(f"{ROOT} must be a git repository, which says what belongs to it. {done.stderr.strip()}")
@@ -100,7 +101,7 @@ def flat_files(checkpoint: str) -> dict[str, Path]:
 
 
 def tracked_folder(checkpoint: str) -> str | None:
-    """The path in this repository of a folder that git tracks; of any other None."""
+    """The path in this repository of a folder that git tracks; None for any other."""
     folder = (ROOT / checkpoint).resolve()
     if not folder.is_relative_to(ROOT.resolve()):
         return None
@@ -111,12 +112,12 @@ def tracked_folder(checkpoint: str) -> str | None:
 def belongs_to_flat(name: str, with_examples: bool) -> bool:
     if "/" in name:
         return with_examples and name.startswith(FLAT_FOLDERS)
-    # The root's configs have namesakes in the checkpoint, which replace them; its index may have none.
+    # The checkpoint replaces the configs of the root by its own; it may have no index to replace the root's.
     return name in FLAT_FILES or name.endswith(".py") or (name.endswith(".json") and name != INDEX)
 
 
 def flat_card(text: str) -> str:
-    """The checkpoint's card, with the sentence on where its code lies as it is in a flat repository."""
+    """The checkpoint's card, with the sentence about its code changed to a flat repository."""
     for old, new in (("The code lies one folder up:", "The code lies beside it:"), (', subfolder="tiny"', "")):
         if text.count(old) != 1:
             raise ValueError(f"tiny/README.md must hold {old!r} once: it is not true of a flat repository.")
@@ -132,22 +133,22 @@ def assemble(folder: str | Path, checkpoint: str | None = None) -> list[str]:
     Put a repository together.
 
     Args:
-        folder (`str` or `Path`): where; empty, not there, or made by an earlier call.
-        checkpoint (`str`, *optional*): a folder whose weights are to lie at the root: "tiny", or one that
-            `save_pretrained` wrote; without it the 14B's repository is made.
+        folder (`str` or `Path`): the target; new, empty, or made by an earlier call.
+        checkpoint (`str`, *optional*): folder of the weights for a flat repository: "tiny", or one that
+            `save_pretrained` wrote; by default the 14B's repository is made.
 
     Returns:
-        `list[str]`: the paths in it, sorted.
+        `list[str]`: its paths, sorted.
 
     Raises:
-        `ValueError`: the folder holds something else, the checkpoint is none or has adapters alone, the clone is no
-            git repository, or the card shows or links what would not be there.
+        `ValueError`: the folder holds other files, the checkpoint is not one or has only adapters, the clone is not a
+            git repository, or the card shows or links a missing file.
     """
     folder = Path(folder)
     files = full_files() if checkpoint is None else flat_files(checkpoint)
     make_room(folder)
     written = sorted({*files, "README.md", ".gitattributes"})
-    (folder / MARK).write_text(json.dumps(written, indent=1))  # first, so that what an interruption leaves is ours
+    (folder / MARK).write_text(json.dumps(written, indent=1))  # first, so that an interrupted call can be repeated
     for name, source in files.items():
         place(source, folder / name)
     place(ROOT / "tools" / "hub" / "gitattributes", folder / ".gitattributes")
@@ -158,12 +159,12 @@ def assemble(folder: str | Path, checkpoint: str | None = None) -> list[str]:
         card.write_text(flat_card(card.read_text("utf-8")), "utf-8")
     absent = sorted(name for name in shown_by(card) if not (folder / name).exists())
     if absent:
-        raise ValueError(f"The card shows or links what is not there: {', '.join(absent)}.")
+        raise ValueError(f"The card shows or links missing files: {', '.join(absent)}.")
     return written
 
 
 def make_room(folder: Path) -> None:
-    """Make the folder, or empty it of what an earlier call put there."""
+    """Make the folder, or remove the files of an earlier call."""
     folder.mkdir(parents=True, exist_ok=True)
     mark = folder / MARK
     ours = {MARK, *json.loads(mark.read_text())} if mark.is_file() else set()
@@ -192,7 +193,7 @@ def place(source: Path, target: Path) -> None:
 
 
 def shown_by(card: Path) -> set[str]:
-    """Files of the repository that a card links, or shows as a picture or an example."""
+    """Files of the repository that a card links, or shows as an image or an example."""
     links = {link for link in LINK.findall(card.read_text("utf-8")) if "://" not in link}
     metadata: dict[str, Any] = metadata_load(card) or {}
     return links | {example["src"] for example in metadata.get("widget", []) if "://" not in example["src"]}
@@ -202,7 +203,7 @@ def shown_by(card: Path) -> set[str]:
 
 
 def load_offline(place: str | Path, *options: str) -> dict[str, Any]:
-    """What tools/hub/offline_load.py prints about a place, in a new process with an empty cache of code."""
+    """The results of tools/hub/offline_load.py for a place, from a new process with an empty cache of code."""
     with tempfile.TemporaryDirectory() as modules:
         settings = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": modules, "PYTHONDONTWRITEBYTECODE": "1"}
         settings["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
@@ -218,15 +219,14 @@ def check(folder: str | Path, checkpoint: str | None = None) -> list[str]:
     Load an assembled repository without network, and compare it with the clone.
 
     Args:
-        folder (`str` or `Path`): what [`assemble`] made.
+        folder (`str` or `Path`): made by [`assemble`].
         checkpoint (`str`, *optional*): as there.
 
     Returns:
-        `list[str]`: files that the repository's index and tokenizer ask for and that are not here: the 14B's weights,
-            if the clone has none.
+        `list[str]`: files that index and tokenizer need and that are missing: the 14B's weights, if the clone has none.
 
     Raises:
-        `RuntimeError`: something does not load, gives other values than the clone, or is named otherwise in the index.
+        `RuntimeError`: something does not load, gives other values than the clone, or the index has other tensors.
     """
     folder = Path(folder).resolve()
     if checkpoint is None:
@@ -237,16 +237,12 @@ def check(folder: str | Path, checkpoint: str | None = None) -> list[str]:
         found, wanted = load_offline(folder), load_offline(Path(checkpoint).resolve())
     for name in found:
         if name != "code" and found[name] != wanted[name]:
-            raise RuntimeError(
-                f"{folder} gives another `{name}` than what it was made of: {found[name]} instead of {wanted[name]}."
-            )
+            raise RuntimeError(f"{folder} gives `{name}` = {found[name]}, its source gives {wanted[name]}.")
     if checkpoint is not None:
         return []
     empty = load_offline(folder, "--empty")
-    if empty["complaints"]:
-        raise RuntimeError(
-            f"{len(empty['complaints'])} tensors are not as the model has them: {empty['complaints'][:5]}."
-        )
+    if complaints := empty["complaints"]:
+        raise RuntimeError(f"{len(complaints)} tensors are not as the model has them: {complaints[:5]}.")
     return empty["missing"]
 
 
@@ -255,18 +251,18 @@ def check(folder: str | Path, checkpoint: str | None = None) -> list[str]:
 
 def upload(folder: str | Path, repo_id: str, api: Any = None) -> Any:
     """
-    Upload an assembled repository. If it was interrupted, calling it again sends what is not there yet.
+    Upload an assembled repository. After an interruption, call it again to send the rest.
 
     Args:
-        folder (`str` or `Path`): what [`assemble`] made.
-        repo_id (`str`): "ORG/NAME"; made as a private repository if there is none.
-        api (`HfApi`, *optional*): what talks to the Hub.
+        folder (`str` or `Path`): made by [`assemble`].
+        repo_id (`str`): "ORG/NAME"; created as a private repository if there is none.
+        api (`HfApi`, *optional*): client of the Hub.
 
     Returns:
-        what `HfApi.upload_folder` returns.
+        the result of `HfApi.upload_folder`.
 
     Raises:
-        `ValueError`: the folder was not made by [`assemble`], or holds something else by now.
+        `ValueError`: the folder was not made by [`assemble`], or was changed since.
     """
     folder = Path(folder)
     mark = folder / MARK
@@ -283,10 +279,10 @@ def upload(folder: str | Path, repo_id: str, api: Any = None) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--to", type=Path, required=True, help="folder to put the repository together in")
+    parser.add_argument("--to", type=Path, required=True, help="folder of the assembled repository")
     parser.add_argument("--checkpoint", help="make a flat repository of this folder's checkpoint")
-    parser.add_argument("--upload", metavar="REPO_ID", help="upload it; without this nothing leaves the machine")
-    parser.add_argument("--without-weights", action="store_true", help="upload although weights are missing here")
+    parser.add_argument("--upload", metavar="REPO_ID", help="upload it; without this option nothing leaves the machine")
+    parser.add_argument("--without-weights", action="store_true", help="upload although weights are missing")
     arguments = parser.parse_args()
     try:
         names = assemble(arguments.to, arguments.checkpoint)
@@ -297,11 +293,11 @@ def main() -> None:
     missing = check(arguments.to, arguments.checkpoint)
     print(f"It loads without network and gives the values of {arguments.checkpoint or 'this clone'}.")
     if missing:
-        print(f"Not here: {', '.join(missing)}. Without them the repository's root does not load.")
+        print(f"Missing: {', '.join(missing)}. Without them the repository's root does not load.")
     if arguments.upload is None:
-        return print("Nothing was uploaded: that takes --upload ORG/NAME.")
+        return print("Nothing was uploaded: use --upload ORG/NAME.")
     if missing and not arguments.without_weights:
-        sys.exit("Not uploaded: --without-weights is for a repository on the Hub that has them already.")
+        sys.exit("Not uploaded. If the repository on the Hub has the weights already, use --without-weights.")
     print(upload(arguments.to, arguments.upload))
 
 

@@ -1,6 +1,6 @@
-"""Take the README's picture of the page of examples/search.py, and drive that page in Chromium for the tests.
+"""Take the README's screenshot of the page of examples/search.py.
 
-Run by whoever changes the page; tests/programs/test_search_page.py imports it.
+Run by whoever changes the page; tests/programs/test_search_page.py imports what drives the page in Chromium.
 
     python -m tools.hub.search_screenshot             # writes examples/search.png: a desk and a phone side by side
 
@@ -29,26 +29,27 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
-ROOT = Path(__file__).resolve().parents[2]
+from tools import ROOT
+
 SCRIPT = ROOT / "examples" / "search.py"
 FLAGS = (
     "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
     "disable-component-update", "disable-sync", "disable-dev-shm-usage", "hide-scrollbars",
 )  # fmt: skip
-# Width, height and question of each picture.
+# Width, height and query of each screenshot.
 DESK, PHONE = (1180, 860, "熊猫"), (390, 860, "キツネの顔")
-PHONES = 500  # what is narrower is shown as a phone does: a window cannot be so narrow
-LAST_RESORT = 1200  # seconds: only a page that hangs, and no busy machine, comes to it
+PHONES = 500  # narrower ones are emulated phones: a window cannot be so narrow
+LAST_RESORT = 1200  # seconds: a busy machine needs fewer, so the page hangs
 
 
 def index(folder: Path, arguments: list) -> None:
-    """Index `folder`; `arguments` say where the index lies, and of which model it is."""
+    """Index `folder`; `arguments` name the index, and the model if it is not the default."""
     subprocess.run([sys.executable, SCRIPT, "index", folder, *arguments], check=True, capture_output=True)
 
 
 @contextmanager
 def served(arguments: list, log: Path) -> Iterator[str]:
-    """The address of the page, which is there as long as the block runs."""
+    """Serve the page while the block runs; gives its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -71,7 +72,7 @@ def served(arguments: list, log: Path) -> Iterator[str]:
 
 
 def browser(profile: Path, width: int, height: int) -> webdriver.Chrome:
-    """A Chromium of its own, of some size; `profile` is a new folder."""
+    """A new Chromium of this size; `profile` is a new folder."""
     options = webdriver.ChromeOptions()
     for flag in (*FLAGS, f"window-size={width},{height}", f"user-data-dir={profile}"):
         options.add_argument(f"--{flag}")
@@ -89,7 +90,7 @@ def wait(condition: Callable):
 
 
 def opened(driver: webdriver.Chrome, url: str) -> WebElement:
-    """The field for words, when the page is ready: it takes the cursor then."""
+    """Wait until the page is ready and its field for words has the cursor; gives that field."""
     driver.get(url)
     box = wait(lambda: driver.find_element(By.CSS_SELECTOR, "#words textarea, #words input"))
     wait(lambda: driver.find_element(By.ID, "found"))
@@ -97,17 +98,17 @@ def opened(driver: webdriver.Chrome, url: str) -> WebElement:
     return box
 
 
-def picture(url: str, profile: Path, width: int, height: int, words: str) -> Image.Image:
+def screenshot(url: str, profile: Path, width: int, height: int, words: str) -> Image.Image:
     driver = browser(profile, width, height)
     try:
         box = opened(driver, url)
-        if width >= PHONES:  # a window's bars take from its height
+        if width >= PHONES:  # the bars of a window reduce its height
             driver.set_window_size(width, 2 * height - driver.execute_script("return window.innerHeight"))
         box.send_keys(words, Keys.ENTER)
         wait(lambda: driver.find_elements(By.CSS_SELECTOR, "#found img"))
         wait(lambda: driver.execute_script("return [...document.images].every(each => each.complete)"))
         driver.execute_script("document.activeElement.blur()")  # no cursor, which blinks
-        time.sleep(1)  # what fades in
+        time.sleep(1)  # for whatever fades in
         shot = Image.open(io.BytesIO(driver.get_screenshot_as_png())).convert("RGB")
         return shot.resize((round(shot.width * height / shot.height), height), Image.Resampling.LANCZOS)
     finally:
@@ -116,14 +117,14 @@ def picture(url: str, profile: Path, width: int, height: int, words: str) -> Ima
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "examples" / "search.png")
+    parser.add_argument("--out", type=Path, default=ROOT / "examples" / "search.png", help="the file to write")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         where = ["--index", folder / "index"]
         index(ROOT / "examples" / "pictures", where)
         with served(where, folder / "log") as url:
-            shots = [picture(url, folder / str(shot[0]), *shot) for shot in (DESK, PHONE)]
+            shots = [screenshot(url, folder / str(shot[0]), *shot) for shot in (DESK, PHONE)]
     gap = 20
     sheet = Image.new("RGB", (sum(shot.width for shot in shots) + gap, shots[0].height), "white")
     sheet.paste(shots[0], (0, 0))

@@ -1,12 +1,12 @@
-"""Write `model.safetensors.index.json`, the table of contents of the published checkpoint's shards.
+"""Write `model.safetensors.index.json`, which names the shard of every tensor of the published checkpoint.
 
 Run by whoever changes the names, sizes or order of the model's tensors; `make lint` runs `--check`.
 
     python -m tools.hub.write_index            # writes the file beside config.json
     python -m tools.hub.write_index --check    # exits with 1 if the file is not what would be written
 
-The repository holds no 14B weights, so the model is built on the meta device and split as `save_pretrained` would split
-it: tensors in the model's own order, in the dtype of config.json, in shards of 5 GB.
+The repository has no 14B weights, so the model is built on the meta device and split as `save_pretrained` splits it:
+tensors in the model's own order, in the dtype of config.json, in shards of 5 GB.
 """
 
 import argparse
@@ -16,15 +16,14 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub.constants import SAFETENSORS_INDEX_FILE as INDEX
 from transformers import AutoConfig, AutoModel
 
-ROOT = Path(__file__).resolve().parents[2]
-INDEX = "model.safetensors.index.json"
-SHARDS = "model{suffix}.safetensors"
+from tools import ROOT
 
 
 def empty_model(folder: Path, subfolder: str = "") -> torch.nn.Module:
-    """The model of a folder's config, or of a folder in it, without memory for its weights."""
+    """The model of the config in a folder (or its subfolder), without memory for its weights."""
     config = AutoConfig.from_pretrained(folder, subfolder=subfolder, trust_remote_code=True)
     with torch.device("meta"):
         return AutoModel.from_config(config, trust_remote_code=True)  # in the dtype that the config names
@@ -32,7 +31,7 @@ def empty_model(folder: Path, subfolder: str = "") -> torch.nn.Module:
 
 def index_of(state: dict[str, torch.Tensor], max_shard_size: str) -> dict:
     """The index of a checkpoint of these tensors: its size in bytes, and the shard of every tensor."""
-    split = split_torch_state_dict_into_shards(state, filename_pattern=SHARDS, max_shard_size=max_shard_size)
+    split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
     weight_map = {name: split.tensor_to_filename[name] for name in state}
     return {"metadata": {"total_size": split.metadata["total_size"]}, "weight_map": weight_map}
 
@@ -43,7 +42,7 @@ def make_index(folder: Path, max_shard_size: str) -> dict:
 
 
 def first_difference(found: dict, wanted: dict) -> str | None:
-    """What is wrong with an index, in words; None if nothing is."""
+    """The first problem of an index, in words; None if there is none."""
     if found.get("metadata") != wanted["metadata"]:
         return f"metadata is {found.get('metadata')}, expected {wanted['metadata']}"
     names, wanted_names = list(found.get("weight_map", {})), list(wanted["weight_map"])
@@ -59,7 +58,7 @@ def first_difference(found: dict, wanted: dict) -> str | None:
 
 
 def check(path: Path, wanted: dict) -> str | None:
-    """The complaint about the file at `path`, or None."""
+    """The problem of the file at `path`, or None."""
     if not path.is_file():
         return f"{path} does not exist"
     try:
@@ -74,7 +73,7 @@ def check(path: Path, wanted: dict) -> str | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=ROOT, help="with config.json and the code")
+    parser.add_argument("--folder", type=Path, default=ROOT, help="folder of config.json and the code")
     parser.add_argument("--max-shard-size", default="5GB")
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     arguments = parser.parse_args()

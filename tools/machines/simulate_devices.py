@@ -1,6 +1,6 @@
-"""Place the model on machines that are not here, run every public method there, and print the plans.
+"""Place the model on machines that you do not have, run every public method there, and print the plans.
 
-Run by whoever plans for GPUs that are not at hand; what_fits.py and benchmarks/ import it.
+Run by whoever plans for such GPUs; what_fits.py, benchmarks/ and tests import it.
 
     python -m tools.machines.simulate_devices                              # every setup of the README
     python -m tools.machines.simulate_devices 2x16 24+8+8:sequential 10    # other cards, in GB; one alone offloads
@@ -8,10 +8,9 @@ Run by whoever plans for GPUs that are not at hand; what_fits.py and benchmarks/
 
 Weights and activations are torch's fake tensors: they have a shape, a dtype and a device such as `cuda:3`, and no
 memory, so this needs neither a GPU nor 28 GB. The plan is transformers' own (`device_map="auto"`), the hooks are
-accelerate's own, and an operation on two devices raises the error that it would raise on real ones. The bytes of all
-fake storages that are alive are counted, per device. What is not counted: the CUDA context (some 0.5 GB per card),
-workspaces of kernels, and fragmentation. Attention and norms are counted as spelt out in small operations, which needs
-more than the fused kernels of a card.
+accelerate's own, and an operation on two devices raises the error that it would raise on real ones. Memory is the bytes
+of all living fake storages, per device. The CUDA context (some 0.5 GB per card), workspaces of kernels and
+fragmentation are not counted. Attention and norms are counted as small operations, which need more than fused kernels.
 """
 
 import argparse
@@ -22,9 +21,9 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -38,23 +37,19 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoConfig, AutoModel
 
-from tools import pages
-
-ROOT = Path(__file__).resolve().parents[2]
-
+from tools import ROOT, pages
 
 GB = 10**9
 HOST_MEMORY = 64 * GB
 SETUPS = ("2x24", "4x12", "8x8", "24+8+8:sequential", "24", "16", "12", "8")
 TOWERS = {"vision tower": "vision_model.encoder.layers", "language tower": "qllama.model.layers"}
 
-
 # -------------------------------------------------------------------------------------------------- the plan
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A machine: the bytes of its cards, and how the model is asked to be spread over them."""
+    """A machine: the bytes of its cards, and the strategy that spreads the model over them."""
 
     name: str
     cards: tuple[int, ...]
@@ -70,15 +65,15 @@ class Setup:
 
     @property
     def call(self) -> str:
-        """How a user asks for it."""
+        """The arguments that a user types for it."""
         given = [f"{card}: {size / GB:g}e9" for card, size in self.max_memory.items() if isinstance(card, int)]
         return f'device_map="{self.strategy}", max_memory={{{", ".join(given)}, "cpu": {HOST_MEMORY / GB:g}e9}}'
 
     @property
     def max_memory(self) -> dict[int | str, int]:
         """
-        What the planner may fill with weights. Balanced plans leave room by themselves. transformers takes nine
-        tenths of a single card; a card that is filled to its brim before the next one is used needs more room.
+        Bytes that the planner may fill with weights. Balanced plans leave room by themselves. transformers takes nine
+        tenths of a single card; sequential plans fill each card before the next one, so they must leave more.
         """
         percent = 80 if self.strategy == "sequential" else 90 if len(self.cards) == 1 else 100
         return {**{i: card * percent // 100 for i, card in enumerate(self.cards)}, "cpu": HOST_MEMORY}
@@ -86,15 +81,14 @@ class Setup:
 
 def empty_model(folder: Path) -> torch.nn.Module:
     """The model of `folder`'s config in bfloat16, without memory; the code is always the root's."""
-    subfolder = os.path.relpath(folder, ROOT)
-    options = {} if subfolder == "." else {"subfolder": subfolder}
-    config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True, **options)
+    subfolder = "" if folder.samefile(ROOT) else os.path.relpath(folder, ROOT)
+    config = AutoConfig.from_pretrained(ROOT, subfolder=subfolder, trust_remote_code=True)
     with torch.device("meta"):
         return AutoModel.from_config(config, trust_remote_code=True, dtype=torch.bfloat16).eval()
 
 
 def plan(model: torch.nn.Module, setup: Setup) -> dict[str, int | str]:
-    """The device of every module, by the very function that `from_pretrained(device_map="auto")` calls."""
+    """The device of every module, from the function that `from_pretrained(device_map="auto")` calls."""
     if hasattr(model, "_get_no_split_modules"):  # transformers 4.57
         from transformers.modeling_utils import _get_device_map
 
@@ -115,19 +109,19 @@ def parameters_of(model: torch.nn.Module, part: str) -> list[str]:
 
 
 def device_of(device_map: dict[str, int | str], name: str) -> int | str:
-    """The device that a plan gives a module or tensor: that of its longest prefix."""
+    """The device of a module or tensor in a plan: that of its longest prefix."""
     while name not in device_map:
         name = name.rpartition(".")[0]
     return device_map[name]
 
 
 def blocks_of(model: torch.nn.Module) -> list[str]:
-    """The modules that must not be spread over devices."""
+    """The modules that must stay on one device."""
     return [name for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules]
 
 
 def split_blocks(model: torch.nn.Module, device_map: dict[str, int | str]) -> list[str]:
-    """The blocks that must not be spread over devices, and are."""
+    """The blocks that a plan wrongly spreads over devices."""
     return [
         block
         for block in blocks_of(model)
@@ -136,7 +130,7 @@ def split_blocks(model: torch.nn.Module, device_map: dict[str, int | str]) -> li
 
 
 def scattered_towers(model: torch.nn.Module, device_map: dict[str, int | str]) -> list[str]:
-    """The towers whose data would travel back to a device that it has already left."""
+    """The towers whose data would return to a device that they had left."""
     rank = {"cpu": sys.maxsize - 1, "disk": sys.maxsize}
     scattered = []
     for tower, prefix in TOWERS.items():
@@ -147,11 +141,11 @@ def scattered_towers(model: torch.nn.Module, device_map: dict[str, int | str]) -
     return scattered
 
 
-# ------------------------------------------------------------------------------------------ a machine that is not
+# ----------------------------------------------------------------------------------------- the simulated machine
 
 
 def fake_getitem(tensor: torch.Tensor, index: Any) -> torch.Tensor:
-    """`tensor[index]` by operations that a fake tensor has; it takes what the model and `generate` use."""
+    """`tensor[index]` by operations that fake tensors support: the indices that the model and `generate` use."""
     parts = index if isinstance(index, tuple) else (index,)
     if any(part is Ellipsis for part in parts):
         place = next(i for i, part in enumerate(parts) if part is Ellipsis)
@@ -162,7 +156,7 @@ def fake_getitem(tensor: torch.Tensor, index: Any) -> torch.Tensor:
         if part is None:
             tensor, dim = tensor.unsqueeze(dim), dim + 1
         elif isinstance(part, slice):
-            # Beam search cuts its sequences at the longest one, a value; all are taken to be as long as they may be.
+            # Beam search cuts its sequences at the longest one, a value; here all have the maximum length.
             stop = None if isinstance(part.stop, torch.Tensor) else part.stop
             if (part.start, stop, part.step) != (None, None, None):
                 tensor = torch.ops.aten.slice.Tensor(tensor, dim, part.start, stop, part.step or 1)
@@ -190,14 +184,12 @@ def fake_contiguous(tensor: torch.Tensor, memory_format: torch.memory_format = t
 
 
 def fake_full(size: Any, fill_value: Any, **options: Any) -> torch.Tensor:
-    """Beam search fills its sequences with a token id that is a tensor; fake ones have no value to fill with."""
+    """Beam search fills its sequences with a token id from a tensor; fake tensors have no values."""
     return torch.full(size, 0 if isinstance(fill_value, torch.Tensor) else fill_value, **options)
 
 
 class CudaInPython(TorchFunctionMode):
-    """
-    The few calls that reach for the CUDA driver before torch's dispatcher, and with it the fake tensors, is asked.
-    """
+    """Replaces the few calls that need the CUDA driver before they reach torch's dispatcher and the fake tensors."""
 
     REPLACED = {
         # The binding of indexing switches to the tensor's card before it slices.
@@ -207,11 +199,11 @@ class CudaInPython(TorchFunctionMode):
         torch.Tensor.contiguous: fake_contiguous,
         torch.Tensor.__invert__: torch.bitwise_not,
         torch.Tensor.copy_: torch.ops.aten.copy_.default,
-        # Fake tensors have no values. `generate` asks whether special tokens collide or are negative, which they do
-        # not, and whether all sequences are finished, which `counted_steps` answers.
+        # Fake tensors have no values. `generate` asks whether special tokens collide or are negative (they do not),
+        # and whether all sequences are finished (see `counted_steps`).
         torch.Tensor.__bool__: lambda tensor: False,
         torch.full: fake_full,
-        # accelerate recognises tied weights by it; there are none here.
+        # accelerate finds tied weights by it; there are none here.
         torch.Tensor.data_ptr: lambda tensor: id(tensor.untyped_storage()),
     }
 
@@ -220,7 +212,7 @@ class CudaInPython(TorchFunctionMode):
 
 
 class DeviceMeter(TorchDispatchMode):
-    """Counts the bytes of the storages that are alive, per device, and their peak; refuses what fake tensors let by."""
+    """Counts the bytes of living storages and their peak, per device; raises the errors that fake tensors miss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -242,7 +234,7 @@ class DeviceMeter(TorchDispatchMode):
 
     @staticmethod
     def _check_devices(func: Callable, args: tuple) -> None:
-        """Fake tensors move what has no data, and do not compare the devices of an index or a convolution."""
+        """Fake tensors copy meta tensors, and do not compare the devices of an index or a convolution."""
         inputs = [leaf for part in args for leaf in (part if isinstance(part, (list, tuple)) else (part,))]
         devices = [tensor.fake_device for tensor in inputs if isinstance(tensor, FakeTensor)]
         if any(device.type == "meta" for device in devices) and not getattr(func, "is_view", False):
@@ -263,10 +255,7 @@ class DeviceMeter(TorchDispatchMode):
         self._known[storage] = size
         self.alive[device] += size
         self.peak[device] = max(self.peak[device], self.alive[device])
-        weakref.finalize(storage, self._released, device, size)
-
-    def _released(self, device: str, size: int) -> None:
-        self.alive[device] -= size
+        weakref.finalize(storage, self.alive.subtract, {device: size})
 
     def restart(self) -> None:
         self.peak = Counter(self.alive)
@@ -275,7 +264,7 @@ class DeviceMeter(TorchDispatchMode):
 def set_fake_parameter(
     module: torch.nn.Module, name: str, device: str, value: torch.Tensor | None = None, **unused: Any
 ) -> None:
-    """accelerate's function makes a parameter anew by calling its class, which cannot be done with fake tensors."""
+    """accelerate's own function calls the class of a parameter, which fake tensors do not allow."""
     path, _, name = name.rpartition(".")
     owner = module.get_submodule(path)
     moved = (getattr(owner, name) if value is None else value).to(device)
@@ -284,24 +273,21 @@ def set_fake_parameter(
 
 @contextmanager
 def simulated_machine() -> Iterator[DeviceMeter]:
-    """Inside, tensors can live on any card of a machine without one."""
-    with ExitStack() as stack:
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=False))
-        meter = stack.enter_context(DeviceMeter())
-        stack.enter_context(CudaInPython())
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(patch("accelerate.hooks.set_module_tensor_to_device", set_fake_parameter))
+    """Inside, tensors can be on any card, although there is none."""
+    fake, meter = FakeTensorMode(allow_non_fake_inputs=False), DeviceMeter()
+    setter = patch("accelerate.hooks.set_module_tensor_to_device", set_fake_parameter)
+    with fake, meter, CudaInPython(), torch.no_grad(), setter:
         yield meter
 
 
 def place(model: torch.nn.Module, device_map: dict[str, int | str]) -> None:
-    """Give a model on the meta device fake weights, and accelerate's hooks as `from_pretrained` would attach them."""
+    """Give a model on the meta device fake weights, and accelerate's hooks as `from_pretrained` attaches them."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             fake = torch.empty(parameter.shape, dtype=parameter.dtype)
             setattr(module, name, torch.nn.Parameter(fake, requires_grad=False))
-    # Integers stand for cards, but torch takes them only where there is one. The main device, which gets what sits on
-    # the model itself, is named because a set of names has no order; accelerate takes the first card.
+    # torch takes integers only where there are cards. The main device gets the model's own tensors; accelerate would
+    # take the first of a set, which has no order.
     devices = {name: f"cuda:{card}" if isinstance(card, int) else card for name, card in device_map.items()}
     first = min(card for card in device_map.values() if isinstance(card, int))
     dispatch_model(model, devices, main_device=f"cuda:{first}", skip_keys=model._skip_keys_device_placement)
@@ -309,7 +295,7 @@ def place(model: torch.nn.Module, device_map: dict[str, int | str]) -> None:
 
 @contextmanager
 def counted_steps(model: torch.nn.Module, steps: int) -> Iterator[None]:
-    """Let `generate` end after so many tokens: whether all sequences are finished depends on values."""
+    """Let `generate` end after `steps` tokens: whether all sequences are finished depends on values."""
     left = iter(range(steps))
     model._has_unfinished_sequences = lambda *unused, **also_unused: next(left, None) is not None
     yield
@@ -321,9 +307,9 @@ def counted_steps(model: torch.nn.Module, steps: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Sizes of the inputs. Only the last steps of a caption are run, after a prompt that fills the cache."""
+    """Sizes of the inputs. Only the last steps of a caption run, after a prompt that fills the cache."""
 
-    pictures: int = 1
+    images: int = 1
     texts: int = 8
     length: int = 80
     beams: int = 5
@@ -332,7 +318,7 @@ class Batch:
 
     def __str__(self) -> str:
         return (
-            f"{self.pictures} picture(s), {self.texts} texts of {self.length} tokens, captions of {self.caption} tokens"
+            f"{self.images} image(s), {self.texts} texts of {self.length} tokens, captions of {self.caption} tokens"
             f" (prompt and text) with {self.beams} beams"
         )
 
@@ -348,10 +334,10 @@ class Call:
 
 
 def public_calls(model: torch.nn.Module, batch: Batch, device: str) -> list[Call]:
-    """Every public method, its inputs on `device`, and the shapes that it must return."""
-    config, images, texts = model.config, batch.pictures, batch.texts
+    """Every public method with inputs on `device`, and the shapes that it must return."""
+    config, images, texts = model.config, batch.images, batch.texts
     vision, width, dim = config.vision_config, config.qllama_config.hidden_size, config.clip_embed_dim
-    # Of values that a real device takes too: benchmarks/gpu.py runs these calls on one.
+    # Valid values, because benchmarks/gpu.py runs these calls on a real device.
     pixels = torch.zeros(images, 3, vision.image_size, vision.image_size, device=device)
     ids = torch.ones(texts, batch.length, dtype=torch.long, device=device)
     mask = torch.ones_like(ids)
@@ -363,16 +349,15 @@ def public_calls(model: torch.nn.Module, batch: Batch, device: str) -> list[Call
     logits, embeds = [(images, texts), (texts, images)], [(images, dim), (texts, dim)]
     features = [(images, tokens, vision.hidden_size), (images, config.num_query_token, width)]
 
-    def generate(pictures: Any = pixels, **options: Any) -> torch.Tensor:
+    def generate(seen: Any = pixels, **options: Any) -> torch.Tensor:
         with counted_steps(model.qllama, batch.steps):
-            return model.generate(pictures, max_new_tokens=batch.steps, **options)
+            return model.generate(seen, max_new_tokens=batch.steps, **options)
 
     calls = []
     for mode in ("InternVL-C", "InternVL-G"):
-        of_mode = {"mode": mode}
         calls += [
-            Call(f"forward, {mode}", lambda m=of_mode: model(ids, pixels, mask, **m), logits + embeds),
-            Call(f"encode_image, {mode}", lambda m=of_mode: model.encode_image(pixels, **m), embeds[:1]),
+            Call(f"forward, {mode}", partial(model, ids, pixels, mask, mode=mode), logits + embeds),
+            Call(f"encode_image, {mode}", partial(model.encode_image, pixels, mode), embeds[:1]),
         ]
     return [
         *calls,
@@ -380,7 +365,7 @@ def public_calls(model: torch.nn.Module, batch: Batch, device: str) -> list[Call
         Call("embed_image", lambda: model.embed_image(pixels, "InternVL-G"), embeds[:1]),
         Call("encode_text", lambda: model.encode_text(ids), embeds[1:]),
         Call("embed_text", lambda: model.embed_text(ids, mask), embeds[1:]),
-        # Lists are on no device: what becomes of them is on the main one.
+        # Lists carry no device: their embeddings are on the main one.
         Call("embed_texts", lambda: model.embed_texts([[1] * batch.length] * texts).to(device), embeds[1:]),
         Call("embed_image, seen", lambda: model.embed_image(model.look_at(pixels), "InternVL-G"), embeds[:1]),
         Call("match", lambda: model.match(pixels, pairs, pair_mask), [(images, 2)]),
@@ -395,7 +380,7 @@ def public_calls(model: torch.nn.Module, batch: Batch, device: str) -> list[Call
 
 
 def complaint(result: Any, shapes: list[tuple[int, ...]], device: str) -> str | None:
-    """What is wrong with the shapes or devices of a result, or None."""
+    """The wrong shapes or devices of a result, or None."""
     found = list(result.values()) if isinstance(result, dict) else tree_leaves(result)
     if [tuple(tensor.shape) for tensor in found] != shapes:
         return f"shapes {[tuple(tensor.shape) for tensor in found]}, expected {shapes}"
@@ -408,7 +393,7 @@ def complaint(result: Any, shapes: list[tuple[int, ...]], device: str) -> str | 
 
 @dataclass
 class Report:
-    """What became of one setup."""
+    """The result of one setup."""
 
     setup: Setup
     device_map: dict[str, int | str]
@@ -429,7 +414,7 @@ class Report:
                 self.failures.append(f"cuda:{index} needs {needed / GB:.2f} GB of {card / GB:g} in {self.peak_call}")
 
     def table(self) -> str:
-        """Markdown; what is on no card stands in the memory of the host, and is fetched block by block."""
+        """Markdown; weights on no card are in the memory of the host and are fetched block by block."""
         rows = []
         for place in (*range(len(self.setup.cards)), *(place for place in ("cpu", "disk") if self.weights[place])):
             device = f"cuda:{place}" if isinstance(place, int) else "cpu"
@@ -444,7 +429,7 @@ class Report:
 
 
 def abbreviated(names: list[str]) -> list[str]:
-    """Names of modules as code; numbered ones that follow each other become a range."""
+    """Names of modules as code; consecutive numbers become a range."""
     runs: list[list[str]] = []
     for name in names:
         prefix, _, number = name.rpartition(".")
@@ -463,7 +448,7 @@ def simulate(
     inputs: str = "cuda:0",
     device_map: dict[str, int | str] | None = None,
 ) -> Report:
-    """Plan a setup, or take the plan given; run every public method on it, and check it all."""
+    """Plan a setup, or take the given plan; run every public method and check everything."""
     model = empty_model(folder)
     report = Report(setup, in_order(model, plan(model, setup) if device_map is None else device_map))
     for name, parameter in model.named_parameters():
@@ -482,11 +467,17 @@ def simulate(
 
 
 def failure(call: Call, inputs: str) -> str | None:
-    """Run a method; what is wrong with it, or None. Devices that do not fit raise errors of many types."""
+    """Run a method; returns its error or wrong result, or None. Mixed devices raise several types of errors."""
     try:
         return complaint(call.run(), call.shapes, inputs)
     except (RuntimeError, NotImplementedError) as error:
         return str(error).splitlines()[0]
+
+
+def quieten() -> None:
+    """Silence accelerate's warnings about missing cards."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
 
 
 def main() -> None:
@@ -495,14 +486,13 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=ROOT, help="folder of the config.json")
     parser.add_argument("--inputs", default="cuda:0", help="device of pixels and ids, and so of the results")
     arguments = parser.parse_args()
-    logging.disable(logging.WARNING)  # of accelerate, about cards that are not here
-    warnings.simplefilter("ignore")
+    quieten()
     failed = False
     for name in arguments.setups:
         report = simulate(arguments.config, Setup.parse(name), inputs=arguments.inputs)
         print(report.table(), end="\n\n", flush=True)
         failed = failed or bool(report.failures)
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate"))
+    packages = pages.versions("torch", "transformers", "accelerate")
     print(f"By `python -m tools.machines.simulate_devices`: bfloat16, {BATCH}; {packages}.")
     sys.exit(failed)
 

@@ -5,14 +5,13 @@ Run by benchmarks/full_size.py, and by whoever tests loading without the publish
     python -m tools.machines.synthesise_checkpoint --folder DIR                 # the 14B: 27.7 GB
     python -m tools.machines.synthesise_checkpoint --folder DIR --config tiny   # of another config
 
-What it is for: loading, offloading and quantising at full size can be measured without the published weights. Code and
-configs are copied beside the shards, so that AutoModel and AutoProcessor load the folder. The 14B's tokenizer.model is
-not in this repository; the one of tiny/ takes its place, and its ids lie within the 14B's vocabulary.
+Code and configs are copied beside the shards, so that AutoModel and AutoProcessor load the folder. The 14B's
+tokenizer.model is not in this repository; tiny/'s replaces it, and its ids are within the 14B's vocabulary.
 
-The values are normal. They are drawn in pieces of `CHUNK` values, each from a SFC64 generator of numpy that is seeded
-with the seed, the CRC-32 of the tensor's name and the piece's number. So neither the order of the tensors, nor the size
-of the shards, nor the number of threads changes a value; a later numpy might, its normals are no part of its promises.
-A piece goes to its place in its shard as soon as it is drawn: memory holds one piece per thread.
+The values are normal, drawn in pieces of `CHUNK` values from numpy's SFC64 generator, seeded with the seed, the CRC-32
+of the tensor's name and the number of the piece. So the order of tensors, the size of shards and the number of threads
+change no value; another version of numpy might. Each piece is written as soon as it is drawn: memory holds one piece
+per thread.
 """
 
 import argparse
@@ -31,24 +30,22 @@ from time import perf_counter
 import numpy as np
 import torch
 
+from tools import ROOT
 from tools.hub.write_index import INDEX, empty_model, index_of
-
-ROOT = Path(__file__).resolve().parents[2]
-
 
 CHUNK = 1 << 19  # values; small enough for a core's cache
 LARGEST_SHARD = 5 * 10**9  # bytes
-ROOM_TO_LEAVE = 1 << 30  # bytes of the disk, for others
+ROOM_TO_LEAVE = 1 << 30  # bytes of the disk
 TOKENIZER = "tokenizer.model"
 SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
 def copy_repository(config: Path, folder: Path) -> None:
-    """Code, configs and a tokenizer: all that a checkpoint's folder holds but the weights."""
+    """Copy code, configs and a tokenizer: all of a checkpoint's folder but the weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = [path.name for path in ROOT.glob("*.json") if path.name != INDEX]  # not what tiny/ says about its training
+    names = [path.name for path in ROOT.glob("*.json") if path.name != INDEX]  # not the reports in tiny/
     tokenizer = config / TOKENIZER
-    # What no checkpoint has of its own, the root has for all: the settings of sentence-transformers.
+    # Checkpoints have no settings of sentence-transformers; the root has them.
     configs = [config / name if (config / name).is_file() else ROOT / name for name in names]
     files = [*ROOT.glob("*.py"), *configs]
     for path in (*files, tokenizer if tokenizer.is_file() else ROOT / "tiny" / TOKENIZER):
@@ -57,9 +54,9 @@ def copy_repository(config: Path, folder: Path) -> None:
 
 def mean_and_deviation(name: str, shape: torch.Size) -> tuple[float, float]:
     """
-    Scales with which every layer has a say and 80 layers stay finite in bfloat16: those of the goldens at full width
-    (docs/model.md, "Regenerated weights") but for LayerScale, as 48 layers with 0.5 would drown the image that they
-    started from. The first rule that fits, in this order.
+    Scales at which every layer matters and 80 layers stay finite in bfloat16: those of the goldens at full width
+    (docs/model.md, "Regenerated weights"), except LayerScale: 48 layers with 0.5 would drown the image. The first
+    matching rule counts.
     """
     rules = (
         (name == "logit_scale", 2.0, 0.0),
@@ -71,12 +68,12 @@ def mean_and_deviation(name: str, shape: torch.Size) -> tuple[float, float]:
         (name.endswith("text_projection"), 0.0, shape[:1].numel() ** -0.5),
         (name.endswith("lm_head.weight"), 0.0, 3 * shape[1:].numel() ** -0.5),
     )
-    fallback = (0.0, shape[1:].numel() ** -0.5)  # 1 / sqrt of what an output is a sum of, also for convolutions
+    fallback = (0.0, shape[1:].numel() ** -0.5)  # 1 / sqrt(fan in), also for convolutions
     return next(((mean, deviation) for fits, mean, deviation in rules if fits), fallback)
 
 
 def chunk_of(name: str, tensor: torch.Tensor, number: int, seed: int) -> memoryview:
-    """The bytes of piece `number` of a tensor; of the tensor itself, shape and dtype are looked at alone."""
+    """The bytes of piece `number` of a tensor with this name, shape and dtype."""
     length = min(CHUNK, tensor.numel() - number * CHUNK)
     generator = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode()), number]))
     mean, deviation = mean_and_deviation(name, tensor.shape)
@@ -85,7 +82,7 @@ def chunk_of(name: str, tensor: torch.Tensor, number: int, seed: int) -> memoryv
 
 
 def header_of(tensors: dict[str, torch.Tensor]) -> tuple[bytes, dict[str, int]]:
-    """What a safetensors file of these tensors begins with, and where in the file each tensor's bytes go."""
+    """The header of a safetensors file of these tensors, and the offset of each tensor in the file."""
     fields, offsets, end = {"__metadata__": {"format": "pt"}}, {}, 0
     for name, tensor in tensors.items():
         offsets[name], end = end, end + tensor.nbytes
@@ -98,7 +95,7 @@ def header_of(tensors: dict[str, torch.Tensor]) -> tuple[bytes, dict[str, int]]:
 
 
 def write_shard(path: Path, tensors: dict[str, torch.Tensor], seed: int, pool: ThreadPoolExecutor) -> None:
-    """Write a safetensors file of freshly drawn values."""
+    """Write a safetensors file of random values."""
     header, offsets = header_of(tensors)
     with open(path, "wb") as file:
         file.write(header)
@@ -108,7 +105,7 @@ def write_shard(path: Path, tensors: dict[str, torch.Tensor], seed: int, pool: T
             tensor = tensors[name]
             place = offsets[name] + number * CHUNK * tensor.itemsize
             data = chunk_of(name, tensor, number, seed)
-            while data:  # a call may write less than it was given
+            while data:  # pwrite may write only a part
                 written = os.pwrite(file.fileno(), data, place)
                 data, place = data[written:], place + written
 
@@ -118,7 +115,7 @@ def write_shard(path: Path, tensors: dict[str, torch.Tensor], seed: int, pool: T
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """Stop while nothing is written yet, if the checkpoint would not fit."""
+    """Stop before anything is written if the checkpoint does not fit on the disk."""
     free = shutil.disk_usage(folder).free
     if free < needed + ROOM_TO_LEAVE:
         wanted = f"{needed / 1e9:.1f} GB for the weights and {ROOM_TO_LEAVE / 1e9:.1f} GB to spare"
@@ -126,7 +123,7 @@ def check_room(folder: Path, needed: int) -> None:
 
 
 def index_in(folder: Path) -> dict | None:
-    """The index of the synthetic checkpoint in `folder`, if there is one; any other checkpoint is left alone."""
+    """The index of the synthetic checkpoint in `folder`, if there is one; exit if it is another checkpoint."""
     path = folder / INDEX
     index = json.loads(path.read_text()) if path.is_file() else None
     if index is not None and "seed" not in index["metadata"]:
@@ -139,13 +136,13 @@ def synthesise(
 ) -> int:
     """
     Args:
-        folder: where to write; made if it is not there.
-        config: with the config.json to follow.
-        max_shard_size: as in `save_pretrained`; by default 5 GB, but never all in one file: transformers 4.57 cannot
-            load a single file with all of it left on disk.
+        folder: target, created if missing.
+        config: folder of the config.json.
+        max_shard_size: as in `save_pretrained`; by default 5 GB and at most half of all bytes: transformers 4.57 cannot
+            leave a single file entirely on disk.
 
     Returns:
-        Bytes of all tensors that were written: 0 if the folder has just these shards already.
+        Bytes of all written tensors: 0 if the folder has exactly these shards already.
     """
     found = index_in(folder)
     copy_repository(config, folder)
@@ -164,7 +161,7 @@ def synthesise(
     with ThreadPoolExecutor(threads, initializer=one_thread_each) as pool:
         for file, tensors in shards.items():
             write_shard(folder / file, tensors, seed, pool)
-    # Last: an index says that the shards are complete.
+    # The index comes last: it says that the shards are complete.
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return index["metadata"]["total_size"]
 
@@ -172,7 +169,7 @@ def synthesise(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="where to write the checkpoint")
-    parser.add_argument("--config", type=Path, default=ROOT, help="folder with the config.json to follow")
+    parser.add_argument("--config", type=Path, default=ROOT, help="folder of the config.json")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-shard-size", help="such as 1GB")
     parser.add_argument("--threads", type=int, default=os.cpu_count())

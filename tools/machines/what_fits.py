@@ -1,4 +1,4 @@
-"""Write the README's tables of what the 14B takes: what you have, what to type, what it takes; and the plans.
+"""Write the README's tables of machines that run the 14B (what you have, what to type, what it takes) and of its plans.
 
 Run by whoever changes sizes, plans or memory of the model, or renews benchmarks/full_size.json. `make test-slow` runs
 `--check`.
@@ -6,28 +6,24 @@ Run by whoever changes sizes, plans or memory of the model, or renews benchmarks
     python -m tools.machines.what_fits             # computes all rows, in some minutes; writes both tables
     python -m tools.machines.what_fits --check     # exits with 1 if README.md has other tables
 
-Sizes come from the model on the meta device, cards and their peaks from simulate_devices.py, processes from
-tensor_parallel_plan.py, formats from quantised_sizes.py, and what a CPU needs from benchmarks/full_size.json.
+Sizes come from the model on the meta device, cards and their peaks from simulate_devices.py, ranks from
+tensor_parallel_plan.py, formats from quantised_sizes.py, and CPUs from benchmarks/full_size.json.
 """
 
 import argparse
 import json
-import logging
 import sys
-import warnings
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from tools import ROOT
 from tools.hub.write_index import empty_model
 from tools.machines import quantised_sizes, tensor_parallel_plan
 from tools.machines import simulate_devices as sim
-from tools.pages import replaced, table
+from tools.pages import replaced, table, versions
 
-ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 MEASURED = ROOT / "benchmarks" / "full_size.json"
 GB, GIB = 10**9, 1 << 30
@@ -36,6 +32,7 @@ UNEVEN = "24+8+8:sequential"
 SINGLE_CARDS = ("24", "16", "12", "8")
 VISION = "modeling_internvl.InternVLVisionModelWithProjection"
 PLAN_TITLES = {**SEVERAL_CARDS, UNEVEN: "cards of 24, 8 and 8 GB"}
+HEAD = ("what you have", "what to type", "what it takes")
 Row = tuple[str, str, str]
 
 
@@ -47,41 +44,33 @@ def gibibytes(size: float) -> str:
     return f"{size / GIB:.1f} GiB"
 
 
-def bytes_of_parts() -> dict[str, int]:
-    """Bytes of what can be loaded of the checkpoint, in bfloat16."""
+def rows_of_parts() -> list[Row]:
+    """What can be loaded of the checkpoint, in bfloat16."""
     config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
     contrastive = AutoConfig.from_pretrained(ROOT, trust_remote_code=True, contrastive_only=True)
     with torch.device("meta"):
-        models = {
-            "joint": AutoModel.from_config(config, trust_remote_code=True),
-            "contrastive": AutoModel.from_config(contrastive, trust_remote_code=True),
-            "text": AutoModelForTextEncoding.from_config(config, trust_remote_code=True),
-            "vision": get_class_from_dynamic_module(VISION, str(ROOT))(config),
-        }
-    return {name: 2 * sum(p.numel() for p in model.parameters()) for name, model in models.items()}
-
-
-def rows_of_parts() -> list[Row]:
-    sizes = bytes_of_parts()
+        models = [
+            AutoModel.from_config(config, trust_remote_code=True),
+            AutoModel.from_config(contrastive, trust_remote_code=True),
+            AutoModelForTextEncoding.from_config(config, trust_remote_code=True),
+            get_class_from_dynamic_module(VISION, str(ROOT))(config),
+        ]
+    joint, *parts = (gigabytes(2 * sum(p.numel() for p in model.parameters())) for model in models)
     text = "`AutoModelForTextEncoding.from_pretrained(repo, ...)`"
     vision = f'`get_class_from_dynamic_module("{VISION}", repo).from_pretrained(repo, ...)`'
     return [
-        ("one large card", '`device_map="cuda"`', f"{gigabytes(sizes['joint'])} of weights"),
-        ("no need of InternVL-G, matching, captions", "`contrastive_only=True`", gigabytes(sizes["contrastive"])),
-        ("texts only", text, gigabytes(sizes["text"])),
-        ("pictures only, in mode InternVL-C", vision, gigabytes(sizes["vision"])),
+        ("one large card", '`device_map="cuda"`', f"{joint} of weights"),
+        ("no need of InternVL-G, matching, captions", "`contrastive_only=True`", parts[0]),
+        ("texts only", text, parts[1]),
+        ("images only, in mode InternVL-C", vision, parts[2]),
     ]
 
 
 def rows_of_cards(reports: dict[str, sim.Report]) -> list[Row]:
-    rows = []
-    for name, words in SEVERAL_CARDS.items():
-        rows.append((words, '`device_map="auto"`', peaks(reports[name])))
-    uneven = reports[UNEVEN]
-    rows.append(("cards of 24, 8 and 8 GB", f"`{uneven.setup.call}`", peaks(uneven)))
+    rows = [(words, '`device_map="auto"`', peaks(reports[name])) for name, words in SEVERAL_CARDS.items()]
+    rows.append((PLAN_TITLES[UNEVEN], f"`{reports[UNEVEN].setup.call}`", peaks(reports[UNEVEN])))
     for name in SINGLE_CARDS:
-        report = reports[name]
-        takes = f"{peaks(report)}; {gigabytes(report.weights['cpu'])} of weights wait in RAM"
+        takes = f"{peaks(reports[name])}; {gigabytes(reports[name].weights['cpu'])} of weights wait in RAM"
         rows.append((f"one card of {name} GB, and RAM", '`device_map="auto"`', takes))
     return rows
 
@@ -92,12 +81,11 @@ def peaks(report: sim.Report) -> str:
 
 
 def rows_of_processes() -> list[Row]:
-    model = empty_model(ROOT)
-    rows = []
+    model, rows = empty_model(ROOT), []
     for ranks in (2, 4, 8):
-        held = sum(tensor_parallel_plan.bytes_held(model, ranks).values())
+        held = gigabytes(sum(tensor_parallel_plan.bytes_held(model, ranks).values()))
         call = f'`distributed_config={{"tp_size": {ranks}}}` under `torchrun --nproc-per-node {ranks}`'
-        rows.append((f"{ranks} cards that work on each layer together", call, f"{gigabytes(held)} of weights each"))
+        rows.append((f"{ranks} cards that work on each layer together", call, f"{held} of weights each"))
     return rows
 
 
@@ -130,28 +118,22 @@ def rows_of_cpus(results: dict) -> list[Row]:
 
 def cost(plan: dict) -> str:
     stages = {name: round(stage["seconds"]) for name, stage in plan["stages"].items()}
-    seconds = f"a picture {stages['image C']} s (C), {stages['image G']} s (G), 3 texts {stages['texts']} s"
+    seconds = f"an image {stages['image C']} s (C), {stages['image G']} s (G), 3 texts {stages['texts']} s"
     resident = max(cost["peak"]["anonymous"] for cost in [plan["load"], *plan["stages"].values()])
     limit = plan["memory"]["limit"]
-    held = f"held to {gibibytes(limit)} with all file pages" if limit else "file pages fill what RAM there is"
+    held = f"limited to {gibibytes(limit)} with all file pages" if limit else "file pages fill the rest of the RAM"
     return f"{gibibytes(resident)} of its own, {held}; loads in {round(plan['load']['seconds'])} s; {seconds}"
 
 
 def machines_table(reports: dict[str, sim.Report], results: dict) -> str:
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate"))
-    rows = [
-        *rows_of_cards(reports),
-        *rows_of_parts(),
-        *rows_of_processes(),
-        *rows_of_formats(),
-        *rows_of_cpus(results),
-    ]
+    rows = [*rows_of_cards(reports), *rows_of_parts(), *rows_of_processes(), *rows_of_formats(), *rows_of_cpus(results)]
+    packages = versions("torch", "transformers", "accelerate")
     source = (
         f"Written by `python -m tools.machines.what_fits`. Cards are simulated: bfloat16, {sim.BATCH}; {packages}. The"
         " last rows were measured on a synthetic checkpoint by `python -m benchmarks.full_size` on"
         f" {results['machine']}."
     )
-    return f"{table(['what you have', 'what to type', 'what it takes'], rows)}\n\n{source}"
+    return f"{table(HEAD, rows)}\n\n{source}"
 
 
 def plans_table(reports: dict[str, sim.Report]) -> str:
@@ -169,8 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     arguments = parser.parse_args()
-    logging.disable(logging.WARNING)  # of accelerate, about cards that are not here
-    warnings.simplefilter("ignore")
+    sim.quieten()
     reports = {name: sim.simulate(ROOT, sim.Setup.parse(name)) for name in (*PLAN_TITLES, *SINGLE_CARDS)}
     if failures := [f"{name}: {failure}" for name, report in reports.items() for failure in report.failures]:
         sys.exit("\n".join(failures))
@@ -180,7 +161,7 @@ def main() -> None:
     if not arguments.check:
         README.write_text(wanted)
     elif found != wanted:
-        sys.exit(f"{README} has other tables. Run `python -m tools.machines.what_fits` to write them anew.")
+        sys.exit(f"{README} has other tables. Run `python -m tools.machines.what_fits` to rewrite them.")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
 Run by whoever retrains tiny/, as the first step of `make tiny`.
 
-    python -m tools.tiny.emoji_data                                     # build the dataset in .cache/emoji
-    python -m tools.tiny.emoji_data --examples examples/pictures --count 36   # also write some held-out pictures
+    python -m tools.tiny.emoji_data                                           # build the dataset in .cache/emoji
+    python -m tools.tiny.emoji_data --examples examples/pictures --count 36   # also write some held-out images
 
-A *concept* is one emoji: a name and keywords in three languages (Unicode CLDR), and its picture in up to eleven sets of
-artwork. Ten of them are for training. The other, Twemoji, is held out, so a model can be asked about things it knows,
-drawn by a hand it has never seen.
+A *concept* is one emoji: a name and keywords in three languages (Unicode CLDR), and its images in up to eleven sets of
+artwork. Ten of them are for training. Twemoji is held out, to ask a model about things it knows, drawn by an artist it
+has never seen.
 
     set                 artist      licence            set            artist      licence
     noto                Google      Apache-2.0         fxemoji        Mozilla     Apache-2.0
@@ -17,15 +17,14 @@ drawn by a hand it has never seen.
     fluent-emoji-3d     Microsoft   MIT                streamline     Streamline  CC-BY-4.0
                                                        twemoji        Twitter     CC-BY-4.0
 
-Everything comes from npm packages with a pinned version and a checked SHA-512. They are downloaded with `npm pack`,
-which runs no code of theirs. Needed besides npm: numpy, Pillow, resvg_py and tqdm.
+Everything comes from npm packages with a pinned version and a checked SHA-512. `npm pack` downloads them
+without running their code. Besides npm this needs numpy, Pillow, resvg_py and tqdm.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
-import fnmatch
 import hashlib
 import io
 import json
@@ -35,10 +34,10 @@ import subprocess
 import tarfile
 import tempfile
 import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
@@ -50,9 +49,7 @@ DEFAULT_CACHE = Path(__file__).resolve().parents[2] / ".cache" / "emoji"
 LANGUAGES = ("en", "zh", "ja")
 SIZE = 64
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Packages
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------ packages
 
 
 @dataclass(frozen=True)
@@ -62,79 +59,39 @@ class Package:
     name: str
     version: str
     integrity: str
-    files: tuple[str, ...]
-
-    @property
-    def folder(self) -> str:
-        return f"{self.name.split('/')[-1]}-{self.version}"
-
-
-def _artwork(name: str, version: str, integrity: str) -> Package:
-    return Package(f"@iconify-json/{name}", version, integrity, ("icons.json", "chars.json"))
+    files: tuple[str, ...] = ("icons.json", "chars.json")
 
 
 HELD_OUT = "twemoji"
-PICTURES = ("fluent-emoji-3d",)  # sets that come drawn
+RASTER = "fluent-emoji-3d"  # the set that comes as image files; the others are SVG
 
-ARTWORK = {
-    "noto": _artwork(
-        "noto",
-        "1.2.9",
-        "sha512-DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw==",
-    ),
-    "noto-v1": _artwork(
-        "noto-v1",
-        "1.2.5",
-        "sha512-/DsVMius69Q0fRS53z7QK1TROSuar606jiIx+laXtdsYGMXpf6LtHBx6CGfoo3UHHb/XpBsw+1L1x3eyPqMuVA==",
-    ),
-    "fluent-emoji-flat": _artwork(
-        "fluent-emoji-flat",
-        "1.2.6",
-        "sha512-RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw==",
-    ),
-    "fluent-emoji": _artwork(
-        "fluent-emoji",
-        "1.2.7",
-        "sha512-D8G6bKAyIsyxP1rzZtIWr/gg/fO4Rg1+DyCWlfqKK4h8W+4Em/Y0P6QYgJUQTlUcagzJvSyg+9OBv4hz4Hc/QA==",
-    ),
-    "fxemoji": _artwork(
-        "fxemoji",
-        "1.2.2",
-        "sha512-UAasRaxzFUKfIGSmLwnoarsssA4LX0VLLuEmplIqM6ZNQqIQRtav8tZ4H1neTlBreXuMQyAifr5jP4kn78DpiQ==",
-    ),
-    "emojione": _artwork(
-        "emojione",
-        "1.2.3",
-        "sha512-T9+T3HIbJNLKKsmxYKlaYhvnHYkz/HNYTV7SHCXVZPfeUi4FqskY70YeN8yYAZT8cCv7w5vJxS4Q1m8zb9CMMg==",
-    ),
-    "fluent-emoji-3d": Package(
-        "@lobehub/fluent-emoji-3d",
-        "1.1.0",
-        "sha512-Wlq2lVStTnr8BDpIJ0pEnTKO4LuDxxqTEhTvRtD1DLRF0me7ogeRQjKoehDHXuVJ2Qaecgl5wRBv60lUAG3h7g==",
-        ("assets/*.webp",),
-    ),
-    "streamline": _artwork(
-        "streamline-emojis",
-        "1.2.4",
-        "sha512-iNr9T9XuZVTyQPJO8ZlLxBzPkpi7qMl+z1l0C31vpEMqhPMelth3n7CeWQYtixdetDPdI81yeG4ROqjWpYJE6A==",
-    ),
-    "openmoji": _artwork(
-        "openmoji",
-        "1.2.29",
-        "sha512-vXdhkqcXVSO6suy+m9LbcUM3OdVyuNOtpV8/als/WqfkQIRxevL5Geb/g+6GH/Qwnq1OqksEmaDGTCmZ5nFKJQ==",
-    ),
-    "emojione-v1": _artwork(
-        "emojione-v1",
-        "1.2.3",
-        "sha512-UjI2VQEXVtGlPBvQuxEizro7QCgBcJDOYwKUupquvvZ8UV4xOlvm45IU82JYWegiAWLerY79gFLMZ26U6Ms+ww==",
-    ),
-    HELD_OUT: _artwork(
-        "twemoji",
-        "1.2.5",
-        "sha512-uKpuIEV0v6K5BW3Mjdyl+XKFVAbbcPxAgifKvEMtZoUZB5+YiY5zaMm2uNNCxyXzAWU9yNLlj41WU6/mvgALsw==",
-    ),
-}
+# Package (of @iconify-json where no scope is given), version and SHA-512. Their order numbers the sets in the dataset.
+ARTWORK_PACKAGES = """
+noto 1.2.9 DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw==
+noto-v1 1.2.5 /DsVMius69Q0fRS53z7QK1TROSuar606jiIx+laXtdsYGMXpf6LtHBx6CGfoo3UHHb/XpBsw+1L1x3eyPqMuVA==
+fluent-emoji-flat 1.2.6 RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw==
+fluent-emoji 1.2.7 D8G6bKAyIsyxP1rzZtIWr/gg/fO4Rg1+DyCWlfqKK4h8W+4Em/Y0P6QYgJUQTlUcagzJvSyg+9OBv4hz4Hc/QA==
+fxemoji 1.2.2 UAasRaxzFUKfIGSmLwnoarsssA4LX0VLLuEmplIqM6ZNQqIQRtav8tZ4H1neTlBreXuMQyAifr5jP4kn78DpiQ==
+emojione 1.2.3 T9+T3HIbJNLKKsmxYKlaYhvnHYkz/HNYTV7SHCXVZPfeUi4FqskY70YeN8yYAZT8cCv7w5vJxS4Q1m8zb9CMMg==
+@lobehub/fluent-emoji-3d 1.1.0 Wlq2lVStTnr8BDpIJ0pEnTKO4LuDxxqTEhTvRtD1DLRF0me7ogeRQjKoehDHXuVJ2Qaecgl5wRBv60lUAG3h7g==
+streamline-emojis 1.2.4 iNr9T9XuZVTyQPJO8ZlLxBzPkpi7qMl+z1l0C31vpEMqhPMelth3n7CeWQYtixdetDPdI81yeG4ROqjWpYJE6A==
+openmoji 1.2.29 vXdhkqcXVSO6suy+m9LbcUM3OdVyuNOtpV8/als/WqfkQIRxevL5Geb/g+6GH/Qwnq1OqksEmaDGTCmZ5nFKJQ==
+emojione-v1 1.2.3 UjI2VQEXVtGlPBvQuxEizro7QCgBcJDOYwKUupquvvZ8UV4xOlvm45IU82JYWegiAWLerY79gFLMZ26U6Ms+ww==
+twemoji 1.2.5 uKpuIEV0v6K5BW3Mjdyl+XKFVAbbcPxAgifKvEMtZoUZB5+YiY5zaMm2uNNCxyXzAWU9yNLlj41WU6/mvgALsw==
+"""
 
+
+def _artwork() -> Iterator[tuple[str, Package]]:
+    for line in ARTWORK_PACKAGES.strip().splitlines():
+        name, version, sha512 = line.split()
+        if name.startswith("@"):
+            package = Package(name, version, f"sha512-{sha512}", ("assets/*.webp",))
+        else:
+            package = Package(f"@iconify-json/{name}", version, f"sha512-{sha512}")
+        yield name.rpartition("/")[2].removesuffix("-emojis"), package
+
+
+ARTWORK = dict(_artwork())  # by the name of the set
 SHORTCODES = ("cldr", "emojibase", "github", "joypixels", "iamcal", "emojibase-legacy")
 
 CLDR = Package(
@@ -161,8 +118,8 @@ def check_integrity(data: bytes, integrity: str) -> None:
 
 
 def fetch(package: Package, cache: Path) -> Path:
-    """Return the folder that holds `package.files`, downloading the package first if it is not there yet."""
-    folder = cache / "packages" / package.folder
+    """Return the folder that holds `package.files`, downloading the package if it is not there yet."""
+    folder = cache / "packages" / f"{package.name.rpartition('/')[2]}-{package.version}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -178,18 +135,11 @@ def fetch(package: Package, cache: Path) -> Path:
             check_integrity(data, package.integrity)
         except ValueError as error:
             raise SystemExit(f"{package.name}@{package.version}: {error}") from None
-        unpacked = Path(scratch) / "unpacked"
         with tarfile.open(fileobj=io.BytesIO(data)) as archive:
-            names = [name.removeprefix("package/") for name in archive.getnames()]
-            for pattern in package.files:
-                wanted = fnmatch.filter(names, pattern)
-                if not wanted:
-                    raise SystemExit(f"{package.name}@{package.version} has no {pattern}")
-                for name in wanted:
-                    target = unpacked / name
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    target.write_bytes(archive.extractfile(f"package/{name}").read())
-        unpacked.rename(folder)  # only now does the package look fetched
+            patterns = [f"package/{pattern}" for pattern in package.files]
+            wanted = [member for member in archive if any(fnmatch(member.name, pattern) for pattern in patterns)]
+            archive.extractall(scratch, wanted, filter="data")
+        (Path(scratch) / "package").rename(folder)  # the folder appears only once it is complete
     return folder
 
 
@@ -197,9 +147,7 @@ def _read_json(path: Path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Concepts: which emoji, and what they are called
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------- concepts: which emoji, and what they are called
 
 
 def hexcode_of(emoji: str) -> str:
@@ -213,18 +161,18 @@ def plain_hexcode(hexcode: str) -> str:
 
 
 def is_gendered_variant(hexcode: str, known: Iterable[str]) -> bool:
-    """Tell whether this is a man's or a woman's version of an emoji in `known` that leaves the gender open."""
+    """Whether this is a man's or a woman's version of an emoji in `known` that leaves the gender open."""
     neutral = re.sub("-200D-264[02]", "", hexcode)
     neutral = re.sub("^1F46[89]-200D", "1F9D1-200D", neutral)
     return neutral != hexcode and neutral in known
 
 
 def is_dropped(hexcode: str, group: str, label: str, known: Iterable[str]) -> bool:
-    """Tell whether an emoji is left out of the dataset.
+    """Whether an emoji is left out of the dataset.
 
-    Flags are another task. Hair and skin-tone components show no thing of their own. Keycaps and the twenty-four clock
-    faces are near copies of each other, and so are the man's and the woman's version of a person's emoji, and the
-    families that list their members: some sets draw them alike.
+    Flags are another task. Hair and skin-tone components show nothing by themselves. Keycaps, the 24 clock faces, the
+    man's and the woman's version of a person's emoji and families that list their members are near copies of each
+    other: some sets draw them alike.
     """
     return (
         group in ("flags", "component")
@@ -274,11 +222,9 @@ def read_concepts(cldr: Path, emojibase: Path) -> list[dict]:
     return concepts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Artwork: which icon shows which emoji
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------- artwork: which icon shows which emoji
 
-# Icons of fxemoji whose name leads nowhere, or to the wrong emoji, and what they show to the eye.
+# Icons of fxemoji whose name matches no emoji or the wrong one, with the emoji that they show.
 FXEMOJI_BY_EYE = """
 2hearts 💕 americasglobe 🌎 anguish 😧 anticlockwiseupwardsanddownwardsarrows 🔄 aok 👌
 arrowrightwardsdownwards ⤵ arrowrightwardsupwards ⤴ asiaaustraliaglobe 🌏 backwithleftwardsarrow 🔙
@@ -324,7 +270,7 @@ def _pairs(text: str) -> dict[str, str]:
     return {name: hexcode_of(emoji) for name, emoji in zip(words[::2], words[1::2], strict=True)}
 
 
-# For each set, the icons that are matched by hand; None says that the icon shows no emoji of ours.
+# For each set, the icons that are matched by hand; None: the icon shows none of the dataset's emoji.
 BY_HAND: dict[str, dict[str, str | None]] = {
     "noto-v1": _pairs("exclamation-mark ❗ up-exclamation-button 🆙 kiss-woman-man 💏 couple-with-heart-woman-man 💑"),
     "fxemoji": {
@@ -348,10 +294,10 @@ def normalise(name: str) -> str:
 
 
 class NameIndex:
-    """Finds emoji by what they have been called, most trusted kind of name first.
+    """Finds emoji by their names, the most trusted kind of name first.
 
-    Each of `tiers` lists (hexcode, name) pairs. A name is looked up tier by tier, and the first tier that knows it
-    decides: if two emoji share the name there, the name is ambiguous and finds nothing.
+    Each of `tiers` lists (hexcode, name) pairs. The first tier that knows a name decides: if two emoji share the name
+    there, it is ambiguous and finds nothing.
     """
 
     def __init__(self, *tiers: Iterable[tuple[str, str]]):
@@ -374,7 +320,7 @@ class NameIndex:
 
 @dataclass
 class IconSet:
-    """The icons of one artist as Iconify packs them."""
+    """One set of SVG icons as Iconify packs them."""
 
     name: str
     collection: dict
@@ -388,12 +334,8 @@ class IconSet:
     def aliases(self) -> dict[str, dict]:
         return self.collection.get("aliases", {})
 
-    @property
-    def names(self) -> list[str]:
-        return [*self.collection["icons"], *self.aliases]
-
     def resolve(self, name: str) -> tuple[str, bool]:
-        """Follow aliases from `name`: return the icon they lead to, and whether they mirror it."""
+        """Follow aliases from `name`: return their icon, and whether they mirror it."""
         flipped = False
         while alias := self.aliases.get(name):
             name, flipped = alias["parent"], flipped ^ alias.get("hFlip", False)
@@ -412,17 +354,17 @@ class IconSet:
         )
 
     def match(self, hexcodes: Iterable[str], index: NameIndex) -> dict[str, str]:
-        """Return the icon that shows each of `hexcodes`, for those that have one.
+        """Return the icon of each of `hexcodes` that has one.
 
-        A match by hand is believed first, then the set's own character map, then the icon's name, and an alias last.
-        No icon is used twice: "cricket", the insect, is not shown by an alias of "cricket-game".
+        Matches by hand come first, then the set's own character map, then the icon's name, then aliases. No icon is
+        used twice: an alias of "cricket-game" does not show the insect "cricket".
         """
         by_hand = BY_HAND.get(self.name, {})
         candidates = [(hexcode, name) for name, hexcode in by_hand.items()]
         candidates += [(plain_hexcode(hexcode), name) for hexcode, name in self.chars.items()]
-        # One artist draws some emoji several times and numbers them: the first is taken.
-        plain = {name: re.sub("-[1-9]$", "", name) for name in self.names}
-        found = [(*tier_and_hexcode, name) for name in self.names if (tier_and_hexcode := index.find(plain[name]))]
+        # One artist draws some emoji several times and numbers them: take the first.
+        plain = {name: re.sub("-[1-9]$", "", name) for name in (*self.collection["icons"], *self.aliases)}
+        found = [(*tier_and_hexcode, name) for name in plain if (tier_and_hexcode := index.find(plain[name]))]
         found.sort(key=lambda match: (match[2] in self.aliases, match[0]))
         candidates += [(hexcode, name) for _, hexcode, name in found if name not in by_hand]
 
@@ -435,8 +377,8 @@ class IconSet:
 
 
 @dataclass
-class PictureSet:
-    """Ready-made pictures, each in a file named by its code points."""
+class RasterSet:
+    """Image files, each named by its code points."""
 
     folder: Path
 
@@ -449,7 +391,7 @@ class PictureSet:
 
 
 def build_index(concepts: list[dict], emojibase: Path, icon_sets: dict[str, IconSet]) -> NameIndex:
-    """Collect the names that emoji go by: CLDR's, Unicode's, those of icon sets with a character map, shortcodes."""
+    """Collect the names of emoji: CLDR's, Unicode's, those of icon sets with a character map, shortcodes."""
 
     def shortcodes(name: str):
         for hexcode, codes in _read_json(emojibase / f"en/shortcodes/{name}.json").items():
@@ -468,24 +410,24 @@ def build_index(concepts: list[dict], emojibase: Path, icon_sets: dict[str, Icon
 
 @dataclass
 class Sources:
-    """What the packages hold: the concepts, and for each set the icons and which of them shows which concept."""
+    """What the packages hold: the concepts, and for each set its icons and the icon of each concept."""
 
     concepts: list[dict]
-    sets: dict[str, IconSet | PictureSet]
+    sets: dict[str, IconSet | RasterSet]
     matches: dict[str, dict[str, str]]
 
     @classmethod
     def read(cls, cache: Path) -> Sources:
-        """Fetch the packages where needed, and keep the concepts that have a training and a held-out picture."""
+        """Fetch the packages where needed, and keep the concepts that have a training and a held-out image."""
         packages = [*ARTWORK.values(), CLDR, EMOJIBASE]
         folders = {package: fetch(package, cache) for package in tqdm(packages, "packages", unit="package")}
         icon_sets = {
             name: IconSet.read(name, folders[package])
             for name, package in tqdm(ARTWORK.items(), "icon sets", unit="set")
-            if name not in PICTURES
+            if name != RASTER
         }
-        sets = icon_sets | {name: PictureSet(folders[ARTWORK[name]] / "assets") for name in PICTURES}
-        # Microsoft's sets name their icons alike, and only the flat one has a character map.
+        sets = icon_sets | {RASTER: RasterSet(folders[ARTWORK[RASTER]] / "assets")}
+        # Microsoft's sets use the same icon names, and only the flat one has a character map.
         icon_sets["fluent-emoji"].chars = icon_sets["fluent-emoji-flat"].chars
 
         concepts = read_concepts(folders[CLDR], folders[EMOJIBASE])
@@ -497,18 +439,16 @@ class Sources:
         return cls(concepts, sets, matches)
 
     def drawing(self, source: str, concept: dict) -> str | bytes | None:
-        """Return the picture of `concept` in the set `source`, if it has one: an SVG document, or a file's bytes."""
+        """The SVG document or the bytes of the image file of `concept` in the set `source`, if it has one."""
         name = self.matches[source].get(concept["hexcode"])
         return self.sets[source].drawing(name) if name else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------- rendering
 
 
 def render(drawing: str | bytes, size: int) -> Image.Image:
-    """Draw an SVG document or a picture file as a size x size RGBA picture, centred and with its aspect ratio kept."""
+    """Render an SVG document or an image file as a centred size x size RGBA image with the same aspect ratio."""
     if isinstance(drawing, str):
         import resvg_py
 
@@ -520,7 +460,7 @@ def render(drawing: str | bytes, size: int) -> Image.Image:
         drawn = drawn.convert("RGBa").resize((2 * size, 2 * size), Image.Resampling.LANCZOS).convert("RGBA")
     canvas = Image.new("RGBA", (2 * size, 2 * size))
     canvas.paste(drawn, ((canvas.width - drawn.width) // 2, (canvas.height - drawn.height) // 2))
-    # Halving the size smooths what thin lines resvg leaves. Premultiplied ("RGBa"), edges take no colour from the void.
+    # Halving the size smooths thin lines of resvg. Premultiplied ("RGBa"), transparent pixels do not colour the edges.
     return canvas.convert("RGBa").resize((size, size), Image.Resampling.LANCZOS).convert("RGBA")
 
 
@@ -540,7 +480,7 @@ class EmojiData:
 
     @property
     def heldout_mask(self) -> np.ndarray:
-        """True for the pictures that must never be trained on."""
+        """True for the images that must never be trained on."""
         return self.source == self.sources.index(HELD_OUT)
 
     @property
@@ -548,16 +488,8 @@ class EmojiData:
         return ~self.heldout_mask
 
 
-def duplicate_names(concepts: list[dict], language: str) -> dict[str, list[str]]:
-    """Return each name that several concepts share in `language`, with their emoji."""
-    sharing: dict[str, list[str]] = {}
-    for concept in concepts:
-        sharing.setdefault(concept["name"][language], []).append(concept["emoji"])
-    return {name: emoji for name, emoji in sharing.items() if len(emoji) > 1}
-
-
 def _write(path: Path, write: Callable[[io.BufferedWriter], object]) -> None:
-    """Let `write` fill the file at `path`, which appears only once it is complete."""
+    """Let `write` fill the file at `path`, which appears once it is complete."""
     partial_path = path.with_name(path.name + ".partial")
     with open(partial_path, "wb") as file:
         write(file)
@@ -570,7 +502,7 @@ def _write_json(path: Path, value) -> None:
 
 
 def is_built(cache: Path) -> bool:
-    """Whether `cache` holds the dataset, of these sets and no others."""
+    """Whether `cache` holds the dataset of exactly these sets."""
     if not (cache / "concepts.json").is_file() or not (cache / "pictures.npz").is_file():
         return False
     with np.load(cache / "pictures.npz") as arrays:
@@ -578,7 +510,7 @@ def is_built(cache: Path) -> bool:
 
 
 def build(sources: Sources, cache: Path, processes: int) -> None:
-    """Render every picture and write `concepts.json` and, last of all, `pictures.npz`."""
+    """Render all images and write `concepts.json`, then `pictures.npz`."""
     (cache / "pictures.npz").unlink(missing_ok=True)
     drawings = [
         (number, source, drawing)
@@ -588,7 +520,7 @@ def build(sources: Sources, cache: Path, processes: int) -> None:
     ]
     with ProcessPoolExecutor(processes) as pool:
         rendered = pool.map(partial(_render_array, size=SIZE), (drawing for _, _, drawing in drawings), chunksize=16)
-        rgba = np.stack(list(tqdm(rendered, "pictures", total=len(drawings), unit="picture")))
+        rgba = np.stack(list(tqdm(rendered, "images", total=len(drawings), unit="image")))
     _write_json(cache / "concepts.json", sources.concepts)
     arrays = {
         "rgba": rgba,
@@ -605,20 +537,13 @@ def load(cache: str | Path = DEFAULT_CACHE) -> EmojiData:
     if not is_built(cache):
         raise FileNotFoundError(f"no dataset of these sets in {cache}: build it with `python -m tools.tiny.emoji_data`")
     with np.load(cache / "pictures.npz") as arrays:
-        return EmojiData(
-            concepts=_read_json(cache / "concepts.json"),
-            rgba=arrays["rgba"],
-            concept=arrays["concept"],
-            source=arrays["source"],
-            sources=arrays["sources"].tolist(),
-        )
+        loaded = {name: arrays[name] for name in ("rgba", "concept", "source")}
+        return EmojiData(_read_json(cache / "concepts.json"), **loaded, sources=arrays["sources"].tolist())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Examples
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------ examples
 
-# Chosen for variety and looks; a larger --count goes on through all the concepts at even steps.
+# A larger --count adds concepts at even steps from the whole list.
 FAVOURITES = """
 🐼 🦊 🍣 🚲 🌻 🎸 🦉 🍓 🚀 🐙 🏰 😂 🦋 🍕 ⛵ 🌵 🎈 🐢 🍉 🚂 🌈
 🔑 🐧 🥐 🚁 🌲 📷 😴 🐘 🍦 🏠 🌙 ☂️ 🦁 🥕 🤖 🐳 🍄 ⚽ 🎁 🌋
@@ -626,7 +551,7 @@ FAVOURITES = """
 
 
 def choose_examples(concepts: list[dict], count: int) -> list[dict]:
-    """Pick `count` concepts: the favourites first, then others from all over the list."""
+    """Pick `count` concepts: the favourites first, then others from the whole list."""
     by_hexcode = {concept["hexcode"]: concept for concept in concepts}
     chosen = {code: by_hexcode[code] for code in map(hexcode_of, FAVOURITES.split()) if code in by_hexcode}
     others = [concept for concept in concepts if concept["hexcode"] not in chosen]
@@ -637,39 +562,25 @@ def choose_examples(concepts: list[dict], count: int) -> list[dict]:
 
 
 def write_examples(sources: Sources, folder: Path, count: int, size: int = 256) -> None:
-    """Write held-out pictures as PNG files on white, and `examples.json`, which says what they show."""
+    """Write held-out images as PNG files on white, and `examples.json` with their names."""
     folder.mkdir(parents=True, exist_ok=True)
     examples = []
-    for concept in tqdm(choose_examples(sources.concepts, count), "examples", unit="picture"):
-        picture = render(sources.drawing(HELD_OUT, concept), size)
-        white = Image.new("RGBA", picture.size, "white")
+    for concept in tqdm(choose_examples(sources.concepts, count), "examples", unit="image"):
+        image = render(sources.drawing(HELD_OUT, concept), size)
+        white = Image.new("RGBA", image.size, "white")
         file = re.sub("[^a-z0-9]+", "-", concept["name"]["en"].lower()).strip("-") + ".png"
-        Image.alpha_composite(white, picture).convert("RGB").save(folder / file, optimize=True)
+        Image.alpha_composite(white, image).convert("RGB").save(folder / file, optimize=True)
         examples.append({"file": file, "emoji": concept["emoji"], "name": concept["name"]})
     _write_json(folder / "examples.json", examples)
 
 
-def report(data: EmojiData) -> None:
-    """Print how much there is of everything, and which names are shared."""
-    print(f"{len(data.concepts)} concepts, {len(data.rgba)} pictures")
-    for number, name in enumerate(data.sources):
-        role = "held out" if name == HELD_OUT else "training"
-        print(f"  {name:18} {np.sum(data.source == number):5} pictures, {role}")
-    groups = Counter(concept["group"] for concept in data.concepts)
-    print("  " + ", ".join(f"{group} {count}" for group, count in groups.items()))
-    for language in LANGUAGES:
-        print(f"  names that several concepts share, {language}: {duplicate_names(data.concepts, language) or 'none'}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--cache", type=Path, default=DEFAULT_CACHE, help="where the dataset goes (default: %(default)s)"
-    )
+    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="folder of the dataset")
     parser.add_argument("--force", action="store_true", help="build the dataset again even if it is there")
-    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="processes that draw")
-    parser.add_argument("--examples", type=Path, metavar="DIR", help="also write held-out pictures as PNG files to DIR")
-    parser.add_argument("--count", type=int, default=36, help="how many of them (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="processes that render")
+    parser.add_argument("--examples", type=Path, metavar="DIR", help="also write held-out images as PNG files to DIR")
+    parser.add_argument("--count", type=int, default=36, help="number of these files")
     args = parser.parse_args()
 
     wanted = args.force or not is_built(args.cache)
@@ -677,7 +588,8 @@ def main() -> None:
         sources = Sources.read(args.cache)
     if wanted:
         build(sources, args.cache, args.processes)
-    report(load(args.cache))
+    data = load(args.cache)
+    print(f"{len(data.concepts)} concepts, {len(data.rgba)} images, {data.heldout_mask.sum()} of them held out")
     if args.examples:
         write_examples(sources, args.examples, args.count)
 

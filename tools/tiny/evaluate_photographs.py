@@ -1,13 +1,13 @@
-"""Measure the tiny checkpoint on photographs, which it has never seen the like of, and write what was measured.
+"""Measure the tiny checkpoint on photographs, although it was trained on none, and write the results.
 
 Run by hand by whoever retrained tiny/: it downloads 160 MB, so `make tiny` leaves it out.
 
     python -m tools.tiny.evaluate_photographs   # prints a table; writes it to tiny/README.md, and tiny/photographs.json
 
 The photographs are the stamps of Tux Paint: things cut out of photographs, each with a caption in many languages. They
-come from Debian's package `tuxpaint-stamps-default`, which `apt-get download` fetches into `.cache/` (160 MB; on Debian
-or Ubuntu, after `apt-get update`). None of it is in this repository. Drawings ("cartoon"), symbols and flags are left
-out, and so is what lacks a caption in English, Chinese or Japanese.
+come from Debian's package `tuxpaint-stamps-default`, which `apt-get download` fetches into `.cache/` (on Debian or
+Ubuntu, after `apt-get update`). This repository contains none of them. Drawings ("cartoon"), symbols, flags and
+whatever lacks a caption in English, Chinese or Japanese are skipped.
 
 * caption R@1, R@10: the photograph's own caption is the nearest, or among the ten nearest, of the captions of all;
 * name R@1, R@10: for the photographs whose English caption is an emoji's name, give or take an article: that name among
@@ -16,25 +16,21 @@ out, and so is what lacks a caption in English, Chinese or Japanese.
 
 import argparse
 import json
-import platform
 import re
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
-import transformers
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
-from transformers import AutoModel, AutoProcessor
 
+from tools import ROOT
 from tools.pages import put, table
-from tools.tiny.emoji_data import DEFAULT_CACHE, LANGUAGES, load
+from tools.tiny import evaluate_tiny as tiny
+from tools.tiny.emoji_data import LANGUAGES, load
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-RESULTS = ROOT / "tiny" / "photographs.json"
 CARD = ROOT / "tiny" / "README.md"
 PACKAGE = "tuxpaint-stamps-default"
 STAMPS = ROOT / ".cache" / PACKAGE
@@ -44,11 +40,10 @@ FIGURES = (
     ("caption", "photographs", "{photographs} photographs, own caption among as many"),
     ("name", "names", "{named} photographs of what an emoji shows, own name among {names:,}"),
 )
-MODES = ("InternVL-C", "InternVL-G")
 
 
 def fetch(folder: Path) -> Path:
-    """Return the folder of the unpacked package, which is downloaded first if it is not there yet."""
+    """Return the folder of the unpacked package; download it if it is not there yet."""
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -58,7 +53,7 @@ def fetch(folder: Path) -> Path:
                 subprocess.run(["dpkg-deb", "--extract", package, Path(scratch) / "unpacked"], check=True)
             except (FileNotFoundError, subprocess.CalledProcessError) as error:
                 raise SystemExit(f"{PACKAGE} could not be fetched by apt-get and dpkg-deb: {error}") from None
-            (Path(scratch) / "unpacked").rename(folder)  # only now does the package look fetched
+            (Path(scratch) / "unpacked").rename(folder)  # the folder appears only once it is complete
     return folder
 
 
@@ -89,83 +84,59 @@ def plain(caption: str) -> str:
 
 
 def squared(path: Path) -> Image.Image:
-    """The whole picture on white, as an emoji has it: the processor would cut off what is not in the middle."""
-    picture = Image.open(path).convert("RGBA")
-    side = max(picture.size)
-    canvas = Image.new("RGBA", (side, side), "white")
-    canvas.alpha_composite(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-    return canvas.convert("RGB")
-
-
-def recall(similarity: torch.Tensor, own: torch.Tensor, shortlist: int) -> float:
-    nearest = similarity.topk(shortlist, dim=1).indices
-    return float((nearest == own[:, None]).any(1).float().mean())
+    """The whole image on a white square, as emoji have it: the processor would crop it to the middle."""
+    image = Image.open(path).convert("RGBA")
+    side, white = max(image.size), Image.new("RGBA", image.size, "white")
+    return ImageOps.pad(Image.alpha_composite(white, image), (side, side), color="white").convert("RGB")
 
 
 @torch.inference_mode()
-def evaluate(model, processor, photographs: list[tuple[Path, dict[str, str]]], concepts: list[dict]) -> dict:
+def evaluate(model: Any, processor: Any, photographs: list[tuple[Path, dict[str, str]]], concepts: list[dict]) -> dict:
     number_of = {concept["name"]["en"].lower(): number for number, concept in enumerate(concepts)}
-    named = [number_of.get(plain(captions["en"]), -1) for _, captions in photographs]
-    known = torch.tensor([place for place, number in enumerate(named) if number >= 0])
-    names = torch.tensor([number for number in named if number >= 0])
-    pictures = [squared(path) for path, _ in tqdm(photographs, "photographs")]
-    batches = [processor(images=pictures[at : at + 50]).pixel_values for at in range(0, len(pictures), 50)]
-    images = {mode: torch.cat([model.embed_image(pixels, mode) for pixels in batches]) for mode in MODES}
-
-    def embed(texts: list[str]) -> torch.Tensor:
-        return model.embed_texts(processor(text=texts, padding=False, return_tensors=None).input_ids)
-
+    numbers = torch.tensor([number_of.get(plain(captions["en"]), -1) for _, captions in photographs])
+    known = torch.nonzero(numbers >= 0).flatten()
+    names = numbers[known]
+    pixels = processor(images=[squared(path) for path, _ in tqdm(photographs, "photographs")]).pixel_values
+    images = tiny.embed_images(model, pixels)
     results: dict = {"photographs": len(photographs), "named": len(known), "names": len(concepts)}
     for language in LANGUAGES:
-        captions = embed([captions[language] for _, captions in photographs])
-        all_names = embed([concept["name"][language] for concept in concepts])
+        captions = tiny.embed_texts(model, processor, [captions[language] for _, captions in photographs])
+        all_names = tiny.embed_texts(model, processor, [concept["name"][language] for concept in concepts])
         results[language] = {}
-        for mode in MODES:
-            own = torch.arange(len(photographs))
+        for mode, embeds in images.items():
+            own, named = (embeds @ captions.T, torch.arange(len(photographs))), (embeds[known] @ all_names.T, names)
             results[language][mode] = {
-                "caption_r1": recall(images[mode] @ captions.T, own, 1),
-                "caption_r10": recall(images[mode] @ captions.T, own, 10),
-                "name_r1": recall(images[mode][known] @ all_names.T, names, 1),
-                "name_r10": recall(images[mode][known] @ all_names.T, names, 10),
+                "caption_r1": tiny.recall(*own, 1),
+                "caption_r10": tiny.recall(*own, 10),
+                "name_r1": tiny.recall(*named, 1),
+                "name_r10": tiny.recall(*named, 10),
             }
     return results
 
 
 def figures_table(results: dict) -> str:
     rows = []
-    for mode in MODES:
+    for mode in tiny.MODES:
         for key, among, title in FIGURES:
             for shortlist in (1, 10):
                 values = [results[language][mode][f"{key}_r{shortlist}"] for language in LANGUAGES]
                 chance = shortlist / results[among]
                 cells = [f"{value:.3f}" for value in [*values, chance]]
                 rows.append([f"{title.format(**results)}, R@{shortlist}, {mode}", *cells])
-    how = results["measured_with"]
-    versions = f"torch {how['torch']}, transformers {how['transformers']}"
-    measured = f"Measured by `{how['command']}` on {how['machine']}, {versions}, float32 from bfloat16 weights."
-    return f"{table(['photographs (Tux Paint)', *LANGUAGES, 'by chance'], rows)}\n\n{measured}"
+    found = table(["photographs (Tux Paint)", *LANGUAGES, "by chance"], rows)
+    return f"{found}\n\n{tiny.measured_by(results['measured_with'])}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(ROOT))
-    parser.add_argument("--subfolder", default="tiny")
-    parser.add_argument("--data", type=Path, default=DEFAULT_CACHE)
-    parser.add_argument("--stamps", type=Path, default=STAMPS, help="where the photographs are, or go to")
-    arguments = parser.parse_args()
-    where = {"subfolder": arguments.subfolder, "trust_remote_code": True}
-    model = AutoModel.from_pretrained(arguments.model, dtype=torch.float32, **where).eval()
-    processor = AutoProcessor.from_pretrained(arguments.model, **where)
-    photographs = find_photographs(fetch(arguments.stamps))
-    results = evaluate(model, processor, photographs, load(arguments.data).concepts)
-    results["measured_with"] = {
-        "command": "python -m tools.tiny.evaluate_photographs",
-        "machine": f"a CPU ({platform.machine()})",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
-    put(CARD, "photographs", figures_table(results))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=[tiny.checkpoint_options()])
+    parser.add_argument("--stamps", type=Path, default=STAMPS, help="folder of the photographs; downloaded if missing")
+    options = parser.parse_args()
+    photographs = find_photographs(fetch(options.stamps))
+    results = evaluate(*tiny.load_checkpoint(options), photographs, load(options.data).concepts)
+    results["measured_with"] = tiny.measured_with("evaluate_photographs")
+    (ROOT / options.subfolder / "photographs.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+    if options.subfolder == "tiny":
+        put(CARD, "photographs", figures_table(results))
     print(figures_table(results))
 
 

@@ -1,31 +1,24 @@
-"""Measure the tiny checkpoint on Twemoji, the artist it was never shown, and write what was measured.
+"""Measure the tiny checkpoint on Twemoji, the artist that it was never shown, and write the results.
 
-Run by whoever retrained tiny/ (`make tiny`), or changed what its tables show (`--tables`).
+Run by whoever retrained tiny/ (`make tiny`), or changed its tables (`--tables`). The other two evaluations import it.
 
     python -m tools.tiny.evaluate_tiny              # prints the table; writes tiny/results.json, the tables of both
                                                     # READMEs and the model-index of tiny/README.md
     python -m tools.tiny.evaluate_tiny --int8       # prints the table of the model in int8 (torchao); writes nothing
     python -m tools.tiny.evaluate_tiny --tables     # writes only tables and model-index, from tiny/results.json
-    python -m tools.tiny.evaluate_tiny --weights    # what MATCH_WEIGHT was chosen by: training pictures, augmented
+    python -m tools.tiny.evaluate_tiny --weights    # tries values of MATCH_WEIGHT on augmented training images
 
-How much a training owes to chance (with seeds 1, 2, ...; nothing of `tiny/` but seeds.json and its table is touched):
+Every figure is over all concepts of the dataset, one held-out image each:
 
-    python -m tools.tiny.train_tiny --seed 1 --out .cache/seed1 --checkpoint .cache/seed1.pt
-    python -m tools.tiny.evaluate_tiny --subfolder .cache/seed1     # writes .cache/seed1/results.json
-    python -m tools.tiny.evaluate_tiny --spread .cache/seed1 .cache/seed2
-
-Every figure is over all concepts of the dataset, one held-out picture each:
-
-* image-to-text R@1: the picture's own name is the nearest of all names of that language; text-to-image R@1 likewise;
+* image-to-text R@1: the image's own name is the nearest of all names of that language; text-to-image R@1 likewise;
 * 20-way: the own name is the nearest of it and 19 others, drawn at random with a fixed seed;
-* re-ranked: the ten nearest names of mode InternVL-G, put into a new order by the logit of the cosine plus
-  MATCH_WEIGHT times the log-probability of image-text matching;
-* caption exact: the caption is the name; caption R@1: the caption's own text embedding is nearest to the name; the
-  other captions are counted by what they are: the name of an emoji of the same subgroup of Unicode's (another bird), of
-  the same group, of any other, or no name at all;
-* held-out keywords, pairs and phrases (tiny_texts.py): how often one of the ten nearest pictures is a right one, and
-  how often ten pictures drawn at random would have one;
-* pixel neighbour: the concept of the nearest training picture at 16 x 16 pixels on white, as a baseline.
+* re-ranked: the ten nearest names of mode InternVL-G, sorted by the logit of the cosine plus MATCH_WEIGHT times the
+  log-probability of image-text matching;
+* caption exact: the caption is the name; caption R@1: the caption's own text embedding is nearest to the name. Other
+  captions are names of an emoji of the same Unicode subgroup (another bird), of the same group, of any other, or none;
+* held-out keywords, pairs and phrases (tiny_texts.py): how often one of the ten nearest images is right, and how often
+  one of ten random images would be;
+* pixel neighbour: the concept of the nearest training image at 16 x 16 pixels on white, as a baseline.
 """
 
 import argparse
@@ -33,36 +26,29 @@ import json
 import math
 import platform
 from collections import Counter
-from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from PIL import Image
-from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor, TorchAoConfig
 
-from tools.hub.model_index import write_model_index
+from tools import ROOT
+from tools.hub.model_index import PER_MODE, write_model_index
 from tools.pages import put, table
 from tools.tiny.emoji_data import DEFAULT_CACHE, LANGUAGES, EmojiData, load
 from tools.tiny.tiny_texts import CAPTION_PROMPTS, Texts, phrases
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
 RESULTS = ROOT / "tiny" / "results.json"
-SEEDS = ROOT / "tiny" / "seeds.json"
 CARDS = (ROOT / "README.md", ROOT / "tiny" / "README.md")
 MODES = ("InternVL-C", "InternVL-G")
-FIGURES = {
-    "image_to_text_r1": "image-to-text R@1",
-    "image_to_text_r5": "image-to-text R@5",
-    "text_to_image_r1": "text-to-image R@1",
-    "zero_shot_20": "20-way zero-shot",
-}
+FIGURES = {key: name for key, (_, _, name) in PER_MODE.items()} | {"zero_shot_20": "20-way zero-shot"}
 MATCH_WEIGHT = 0.3
+BATCH = 100
+FLOAT32 = "float32 from bfloat16 weights"
 CAPTIONS = {
     "exact": "caption is the exact name",
     "same subgroup": "caption is a name of the same subgroup, such as another bird",
@@ -77,46 +63,83 @@ QUERIES = {
 }
 
 
+def checkpoint_options() -> argparse.ArgumentParser:
+    """A parser for `parents`: which checkpoint is evaluated, and the dataset."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--subfolder", default="tiny", help="folder of the checkpoint, in this repository")
+    parser.add_argument("--data", type=Path, default=DEFAULT_CACHE, help="the dataset of emoji_data.py")
+    return parser
+
+
+def load_checkpoint(options: argparse.Namespace, **how: Any) -> tuple[Any, Any]:
+    """Model and processor."""
+    where = {"subfolder": options.subfolder, "trust_remote_code": True}
+    model = AutoModel.from_pretrained(ROOT, dtype=torch.float32, **where, **how).eval()
+    return model, AutoProcessor.from_pretrained(ROOT, **where)
+
+
+def measured_with(command: str, dtype: str = FLOAT32) -> dict[str, str]:
+    machine = f"a CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    packages = {name: version(name) for name in ("torch", "transformers")}
+    return {"command": f"python -m tools.tiny.{command}", "machine": machine, **packages, "dtype": dtype}
+
+
+def measured_by(how: dict[str, str]) -> str:
+    packages = f"torch {how['torch']}, transformers {how['transformers']}"
+    return f"Measured by `{how['command']}` on {how['machine']}, {packages}, {how.get('dtype', FLOAT32)}."
+
+
+def embed_images(model: Any, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """By mode: [N, D]"""
+    return {mode: torch.cat([model.embed_image(batch, mode) for batch in pixels.split(BATCH)]) for mode in MODES}
+
+
+def embed_texts(model: Any, processor: Any, texts: list[str]) -> torch.Tensor:
+    return model.embed_texts(processor(text=texts, padding=False, return_tensors=None).input_ids)
+
+
+def captions_of(model: Any, processor: Any, pixels: torch.Tensor, language: str) -> list[str]:
+    prompt = processor(text=CAPTION_PROMPTS[language], task="caption")
+    texts = []
+    for batch in tqdm(pixels.split(BATCH), desc=f"captions {language}", leave=False):
+        ids = model.generate(batch, **prompt, num_beams=3, max_new_tokens=16)
+        texts += processor.batch_decode(ids, skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
 def on_white(rgba: np.ndarray) -> Image.Image:
-    picture = Image.fromarray(rgba, "RGBA") if isinstance(rgba, np.ndarray) else rgba
-    white = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(white, picture).convert("RGB")
+    image = Image.fromarray(rgba, "RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 class Evaluation:
-    """Embeds the held-out pictures and all names once, and derives every figure from that."""
+    """Embeds the held-out images and all names once; every figure is computed from these."""
 
-    def __init__(self, model, processor, data: EmojiData, batch: int):
-        self.model, self.processor, self.batch = model, processor, batch
+    def __init__(self, model: Any, processor: Any, data: EmojiData):
+        self.model, self.processor = model, processor
         held_out = np.flatnonzero(data.heldout_mask)
         held_out = held_out[np.argsort(data.concept[held_out])]
         self.concepts = [data.concepts[data.concept[index]] for index in held_out]
-        self.pictures = [on_white(data.rgba[index]) for index in held_out]
+        self.own = torch.arange(len(self.concepts))
         self.names = {language: [concept["name"][language] for concept in self.concepts] for language in LANGUAGES}
-        self.pixels = processor(images=self.pictures).pixel_values
-        self.images = {mode: self.embed_images(mode) for mode in MODES}
+        self.pixels = processor(images=[on_white(data.rgba[index]) for index in held_out]).pixel_values
+        self.images = embed_images(model, self.pixels)
         self.texts = {language: self.embed_texts(self.names[language]) for language in LANGUAGES}
 
-    def embed_images(self, mode: str) -> torch.Tensor:
-        return torch.cat([self.model.embed_image(pixels, mode) for pixels in self.pixels.split(self.batch)])
-
     def embed_texts(self, texts: list[str]) -> torch.Tensor:
-        parts = [texts[start : start + self.batch] for start in range(0, len(texts), self.batch)]
-        return torch.cat([self.model.embed_text(**self.processor(text=part)) for part in parts])
+        return embed_texts(self.model, self.processor, texts)
 
     def retrieval(self, language: str, mode: str) -> dict[str, float]:
-        similarity = self.images[mode] @ self.texts[language].T  # [pictures, names]
-        own = torch.arange(len(similarity))
-        top5 = similarity.topk(5, dim=1).indices
+        similarity = self.images[mode] @ self.texts[language].T  # [images, names]
         return {
-            "image_to_text_r1": accuracy(similarity.argmax(1), own),
-            "image_to_text_r5": float((top5 == own[:, None]).any(1).float().mean()),
-            "text_to_image_r1": accuracy(similarity.argmax(0), own),
+            "image_to_text_r1": recall(similarity, self.own, 1),
+            "image_to_text_r5": recall(similarity, self.own, 5),
+            "text_to_image_r1": recall(similarity.T, self.own, 1),
             "zero_shot_20": twenty_way(similarity),
         }
 
     def queries(self, language: str) -> dict[str, dict[str, set[int]]]:
-        """Texts that were never trained on, and the pictures that are right answers."""
+        """Texts that were never trained on, and the images that are right answers."""
         texts = Texts(self.concepts, language)
         number_of = {concept["hexcode"]: number for number, concept in enumerate(self.concepts)}
         asked = {
@@ -126,9 +149,9 @@ class Evaluation:
         return {"keywords": texts.held_out, "pairs": texts.held_out_pairs(), "phrases": asked}
 
     def found(self, queries: dict[str, set[int]], shortlist: int = 10) -> dict[str, float]:
-        """How many there are, how often one of the nearest pictures is right, and how often by chance."""
+        """Number of queries, how often one of the nearest images is right, and how often by chance."""
         texts = self.embed_texts(list(queries))
-        count = len(self.pictures)
+        count = len(self.concepts)
         figures: dict[str, float] = {"queries": len(queries)}
         for mode in MODES:
             nearest = (texts @ self.images[mode].T).topk(shortlist, dim=1).indices.tolist()
@@ -141,37 +164,29 @@ class Evaluation:
     def reranked(
         self, language: str, images: torch.Tensor, pixels: torch.Tensor, weights: list[float], shortlist: int = 10
     ) -> torch.Tensor:
-        """The name each picture gets when matching re-orders the shortlist, for every weight: [weights, pictures]"""
+        """The name of each image after matching re-orders the shortlist, for every weight: [weights, images]"""
         scores, candidates = (images @ self.texts[language].T).topk(shortlist, dim=1)
         matches = []
-        for row, picture in enumerate(tqdm(pixels, desc=f"re-ranking {language}", leave=False)):
+        for row, image in enumerate(tqdm(pixels, desc=f"re-ranking {language}", leave=False)):
             texts = [self.names[language][name] for name in candidates[row]]
-            logits = self.model.match(picture[None], **self.processor(text=texts, task="match"), all_pairs=True)[0]
+            logits = self.model.match(image[None], **self.processor(text=texts, task="match"), all_pairs=True)[0]
             matches.append(logits.float().log_softmax(-1)[:, 1])
         totals = self.model.logit_scale.exp() * scores + torch.tensor(weights)[:, None, None] * torch.stack(matches)
         return candidates.expand(len(weights), -1, -1).gather(2, totals.argmax(2, keepdim=True)).squeeze(2)
 
-    def captions(self, language: str) -> list[str]:
-        prompt = self.processor(text=CAPTION_PROMPTS[language], task="caption")
-        texts = []
-        for pixels in tqdm(self.pixels.split(self.batch), desc=f"captions {language}", leave=False):
-            ids = self.model.generate(pixels, **prompt, num_beams=3, max_new_tokens=16)
-            texts += self.processor.batch_decode(ids, skip_special_tokens=True)
-        return [text.strip() for text in texts]
-
-    def caption_figures(self, language: str, captions: list[str]) -> dict[str, float]:
-        pairs = zip(captions, self.names[language], strict=True)
+    def caption_figures(self, language: str) -> dict[str, Any]:
+        captions = captions_of(self.model, self.processor, self.pixels, language)
         similarity = self.embed_texts([caption or "-" for caption in captions]) @ self.texts[language].T
-        exact = sum(caption == name for caption, name in pairs) / len(captions)
         kinds = Counter(self.kind_of_caption(language, *pair) for pair in enumerate(captions))
+        exact = sum(caption == name for caption, name in zip(captions, self.names[language]))
         return {
-            "caption_exact": exact,
-            "caption_r1": accuracy(similarity.argmax(1), torch.arange(len(captions))),
+            "caption_exact": exact / len(captions),
+            "caption_r1": recall(similarity, self.own, 1),
             "captions": {kind: kinds[kind] / len(captions) for kind in CAPTIONS},
         }
 
     def kind_of_caption(self, language: str, number: int, caption: str) -> str:
-        """What the caption of a picture is, as one of `CAPTIONS`."""
+        """The kind of an image's caption, one of `CAPTIONS`."""
         if caption not in self.names[language]:
             return "no name"
         named, shown = self.concepts[self.names[language].index(caption)], self.concepts[number]
@@ -181,12 +196,17 @@ class Evaluation:
         return f"same {same[0]}" if same else "another name"
 
 
+def recall(similarity: torch.Tensor, own: torch.Tensor, shortlist: int) -> float:
+    """The share of rows [N, M] whose own column [N] is among the nearest."""
+    return float((similarity.topk(shortlist, dim=1).indices == own[:, None]).any(1).float().mean())
+
+
 def accuracy(predictions: torch.Tensor, targets: torch.Tensor) -> float:
     return float((predictions == targets).float().mean())
 
 
 def twenty_way(similarity: torch.Tensor, seed: int = 0) -> float:
-    """How often the own column beats 19 others."""
+    """The share of rows whose own column beats 19 others."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(similarity.shape, generator=generator).fill_diagonal_(-1)
     others = noise.topk(19, dim=1).indices
@@ -194,7 +214,7 @@ def twenty_way(similarity: torch.Tensor, seed: int = 0) -> float:
 
 
 def pixel_neighbour(data: EmojiData, side: int = 16) -> float:
-    """R@1 of the concept of the nearest training picture, by squared differences of small pictures on white."""
+    """R@1 of the concept of the nearest training image, by the distance of small images on white."""
     small = np.stack([np.asarray(on_white(rgba).resize((side, side), Image.Resampling.BICUBIC)) for rgba in data.rgba])
     vectors = torch.from_numpy(small).float().flatten(1)
     train, held_out = torch.from_numpy(data.train_mask), torch.from_numpy(data.heldout_mask)
@@ -203,23 +223,21 @@ def pixel_neighbour(data: EmojiData, side: int = 16) -> float:
     return accuracy(concepts[train][nearest], concepts[held_out])
 
 
-def evaluate(model, processor, data: EmojiData, batch: int) -> tuple[dict, dict[str, list[str]]]:
-    evaluation = Evaluation(model, processor, data, batch)
-    results: dict = {"pictures": len(evaluation.pictures), "pixel_neighbour_r1": pixel_neighbour(data)}
-    all_captions = {}
+def evaluate(model: Any, processor: Any, data: EmojiData) -> dict:
+    evaluation = Evaluation(model, processor, data)
+    results: dict = {"pictures": len(evaluation.concepts), "pixel_neighbour_r1": pixel_neighbour(data)}
     for language in LANGUAGES:
-        captions = all_captions[language] = evaluation.captions(language)
         results[language] = {mode: evaluation.retrieval(language, mode) for mode in MODES}
         best = evaluation.reranked(language, evaluation.images["InternVL-G"], evaluation.pixels, [MATCH_WEIGHT])
-        results[language]["reranked_r1"] = accuracy(best[0], torch.arange(len(evaluation.pictures)))
-        results[language] |= evaluation.caption_figures(language, captions)
+        results[language]["reranked_r1"] = accuracy(best[0], evaluation.own)
+        results[language] |= evaluation.caption_figures(language)
         queries = evaluation.queries(language)
         results[language]["queries"] = {kind: evaluation.found(queries[kind]) for kind in QUERIES}
-    return results, all_captions
+    return results
 
 
 def try_weights(evaluation: Evaluation, data: EmojiData, count: int = 700, seed: int = 0) -> None:
-    """Print R@1 of re-ranking for several weights, on training pictures in unfamiliar guise."""
+    """Print R@1 of re-ranking for several weights, on augmented training images."""
     from tools.tiny.train_tiny import Augmentation
 
     generator = torch.Generator().manual_seed(seed)
@@ -228,8 +246,8 @@ def try_weights(evaluation: Evaluation, data: EmojiData, count: int = 700, seed:
     image_processor = evaluation.processor.image_processor
     size = image_processor.crop_size["height"]
     augment = Augmentation(size, image_processor.image_mean, image_processor.image_std, generator)
-    pictures = torch.from_numpy(data.rgba[chosen])
-    pixels = augment(pictures, pictures, 1.0)
+    rgba = torch.from_numpy(data.rgba[chosen])
+    pixels = augment(rgba, rgba, 1.0)
     own = torch.from_numpy(data.concept[chosen]).long()
     images = evaluation.model.embed_image(pixels, "InternVL-G")
     weights = [0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5]
@@ -240,117 +258,60 @@ def try_weights(evaluation: Evaluation, data: EmojiData, count: int = 700, seed:
 
 def figures_table(results: dict) -> str:
     """The figures as Markdown, and how they were measured."""
-    rows = []
-
-    def row(title: str, values: list[float]) -> None:
-        rows.append([title, *(f"{value:.3f}" for value in values)])
-
     parts = [results[language] for language in LANGUAGES]
-    for mode in MODES:
-        for key, title in FIGURES.items():
-            row(f"{title}, {mode}", [part[mode][key] for part in parts])
-    row(
-        "image-to-text R@1, the ten best of InternVL-G re-ranked with matching", [part["reranked_r1"] for part in parts]
-    )
-    for kind, title in CAPTIONS.items():
-        row(title, [part["captions"][kind] for part in parts])
-    row("the caption, embedded as a text, is nearest to the right name", [part["caption_r1"] for part in parts])
+    found = {
+        f"{title}, {mode}": [part[mode][key] for part in parts] for mode in MODES for key, title in FIGURES.items()
+    }
+    reranked = "image-to-text R@1, the ten best of InternVL-G re-ranked with matching"
+    found[reranked] = [part["reranked_r1"] for part in parts]
+    found |= {title: [part["captions"][kind] for part in parts] for kind, title in CAPTIONS.items()}
+    nearest = "the caption, embedded as a text, is nearest to the right name"
+    found[nearest] = [part["caption_r1"] for part in parts]
     for kind, title in QUERIES.items():
-        counts = " / ".join(f"{part['queries'][kind]['queries']:,}" for part in parts)
-        for mode in MODES:
-            row(f"{title} ({counts}), R@10, {mode}", [part["queries"][kind][mode] for part in parts])
-        row(f"{title}, R@10 by chance", [part["queries"][kind]["chance"] for part in parts])
-    row("baseline: nearest training picture at 16 x 16 pixels, R@1", [results["pixel_neighbour_r1"]] * len(parts))
-    how = results["measured_with"]
-    versions = f"torch {how['torch']}, transformers {how['transformers']}"
-    found = table([f"{results['pictures']} held-out pictures (Twemoji)", *LANGUAGES], rows)
-    return f"{found}\n\nMeasured by `{how['command']}` on {how['machine']}, {versions}, {how['dtype']}."
-
-
-def spread_of(trainings: list[dict]) -> dict[str, dict[str, list[float]]]:
-    """For each figure and language, its values in several trainings."""
-    chief: dict[str, Callable[[dict], float]] = {
-        f"{FIGURES[key]}, {mode}": lambda part, mode=mode, key=key: part[mode][key]
-        for mode in MODES
-        for key in ("image_to_text_r1", "text_to_image_r1", "zero_shot_20")
-    }
-    chief["image-to-text R@1, re-ranked"] = lambda part: part["reranked_r1"]
-    chief[CAPTIONS["exact"]] = lambda part: part["caption_exact"]
-    for kind, kind_title in QUERIES.items():
-        chief[f"{kind_title}, R@10, InternVL-C"] = lambda part, kind=kind: part["queries"][kind]["InternVL-C"]
-    return {
-        title: {language: [figure(training[language]) for training in trainings] for language in LANGUAGES}
-        for title, figure in chief.items()
-    }
-
-
-def spread_table(spread: dict[str, dict[str, list[float]]]) -> str:
-    count = len(next(iter(spread.values()))["en"])
-    rows = [
-        [title, *(f"{min(values[language]):.3f} to {max(values[language]):.3f}" for language in LANGUAGES)]
-        for title, values in spread.items()
-    ]
-    return table([f"least and greatest of {count} trainings, each with another seed", *LANGUAGES], rows)
+        queries = [part["queries"][kind] for part in parts]
+        counts = " / ".join(f"{each['queries']:,}" for each in queries)
+        found |= {f"{title} ({counts}), R@10, {mode}": [each[mode] for each in queries] for mode in MODES}
+        found[f"{title}, R@10 by chance"] = [each["chance"] for each in queries]
+    baseline = "baseline: nearest training image at 16 x 16 pixels, R@1"
+    found[baseline] = [results["pixel_neighbour_r1"]] * len(parts)
+    rows = [[title, *(f"{value:.3f}" for value in values)] for title, values in found.items()]
+    head = [f"{results['pictures']} held-out images (Twemoji)", *LANGUAGES]
+    return f"{table(head, rows)}\n\n{measured_by(results['measured_with'])}"
 
 
 def write_tables(results: dict) -> None:
-    """Put the table between the marks of both model cards, and the figures into the metadata of the tiny one."""
+    """Put the table into both model cards, and the figures into the metadata of the tiny one."""
     for path in CARDS:
         put(path, "tiny", figures_table(results))
     write_model_index(CARDS[1], results)
 
 
-def write_spread(folders: list[str]) -> None:
-    """Write how the figures of the checkpoint and of other trainings differ, from what was measured of each."""
-    paths = [RESULTS, *(ROOT / folder / "results.json" for folder in folders)]
-    spread = spread_of([json.loads(path.read_text("utf-8")) for path in paths])
-    SEEDS.write_text(json.dumps(spread, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    put(CARDS[1], "seeds", spread_table(spread))
-    print(spread_table(spread))
-
-
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(ROOT))
-    parser.add_argument("--subfolder", default="tiny")
-    parser.add_argument("--data", type=Path, default=DEFAULT_CACHE)
-    parser.add_argument("--batch", type=int, default=100)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=[checkpoint_options()])
     parser.add_argument("--tables", action="store_true", help="measure nothing, write the tables again")
-    parser.add_argument("--spread", nargs="+", metavar="FOLDER", help="measure nothing, compare with other trainings")
     parser.add_argument("--int8", action="store_true", help="measure the model with int8 weights and activations")
-    parser.add_argument("--weights", action="store_true", help="try weights of matching on training pictures")
-    arguments = parser.parse_args()
-    if arguments.tables:
+    parser.add_argument("--weights", action="store_true", help="try weights of matching on training images")
+    options = parser.parse_args()
+    if options.tables:
         return write_tables(json.loads(RESULTS.read_text("utf-8")))
-    if arguments.spread:
-        return write_spread(arguments.spread)
-    where = {"subfolder": arguments.subfolder, "trust_remote_code": True}
-    int8 = {"quantization_config": TorchAoConfig(Int8DynamicActivationInt8WeightConfig())} if arguments.int8 else {}
-    model = AutoModel.from_pretrained(arguments.model, dtype=torch.float32, **where, **int8).eval()
-    processor = AutoProcessor.from_pretrained(arguments.model, **where)
-    data = load(arguments.data)
-    if arguments.weights:
-        return try_weights(Evaluation(model, processor, data, arguments.batch), data)
-    results, captions = evaluate(model, processor, data, arguments.batch)
-    results["measured_with"] = {
-        "command": "python -m tools.tiny.evaluate_tiny" + " --int8" * arguments.int8,
-        "machine": f"a CPU ({platform.machine()}, {torch.get_num_threads()} threads)",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "dtype": "int8 weights and activations" if arguments.int8 else "float32 from bfloat16 weights",
-    }
-    if arguments.int8:
-        return print(table(results))
-    written = ROOT / arguments.subfolder / "results.json"
+    if options.int8:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+
+        int8 = TorchAoConfig(Int8DynamicActivationInt8WeightConfig())
+        results = evaluate(*load_checkpoint(options, quantization_config=int8), load(options.data))
+        results["measured_with"] = measured_with("evaluate_tiny --int8", "int8 weights and activations")
+        return print(figures_table(results))
+    model, processor = load_checkpoint(options)
+    data = load(options.data)
+    if options.weights:
+        return try_weights(Evaluation(model, processor, data), data)
+    results = evaluate(model, processor, data) | {"measured_with": measured_with("evaluate_tiny")}
+    written = ROOT / options.subfolder / "results.json"
     written.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", "utf-8")
     if written == RESULTS:
         write_tables(results)
-    print(table(results))
-    print("\nSome captions, and the names:")
-    for index in range(0, len(captions["en"]), max(1, len(captions["en"]) // 12)):
-        name = data.concepts[index]["name"]
-        print("  " + "; ".join(f"{captions[language][index]!r} for {name[language]!r}" for language in LANGUAGES))
+    print(figures_table(results))
 
 
 if __name__ == "__main__":

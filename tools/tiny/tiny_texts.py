@@ -1,11 +1,11 @@
-"""The texts of the tiny checkpoint: which ones it learns, and which are kept back to ask it with.
+"""The texts of the tiny checkpoint: which ones it learns, and which are held out for its evaluation.
 
 Imported by the scripts beside it; it is no command.
 
-Names are learnt, all of them. Of the keywords that Unicode gives each emoji in three languages a fifth is *held out*:
-neither the model nor its tokenizer is ever trained on one, whatever the emoji. So is a fifth of the pairs of other
-keywords of one emoji, such as "evil smile", and every one of `PHRASES`, which were written down by hand. What is kept
-back does not depend on chance or on the order of anything: a hash of the text decides.
+All names are learnt. Of the keywords that Unicode gives each emoji in three languages a fifth is *held out*: neither
+the model nor its tokenizer is ever trained on one, whatever the emoji. So is a fifth of the pairs of other keywords of
+one emoji, such as "evil smile", and all of `PHRASES`, which were written by hand. A hash of the text decides what is
+held out, not chance and not the order of anything.
 """
 
 from __future__ import annotations
@@ -17,25 +17,19 @@ from itertools import combinations
 
 from tools.tiny.emoji_data import LANGUAGES, hexcode_of
 
-# What stands around a name, or around keywords. "{}" alone is more than one of them on purpose.
+# Phrases around a name or keywords. "{}" alone is repeated to be drawn more often.
 TEMPLATES = {
     "en": (
-        "{}",
-        "{}",
-        "a photo of {}",
-        "a photo of a {}.",
-        "This is a photo of {}.",
-        "a picture of the {}",
-        "a drawing of a {}",
-        "this is {}",
+        "{}", "{}", "a photo of {}", "a photo of a {}.", "This is a photo of {}.", "a picture of the {}",
+        "a drawing of a {}", "this is {}",
     ),
     "zh": ("{}", "{}", "一张{}的照片", "这是一张{}的照片。", "{}的图片", "这是{}"),
     "ja": ("{}", "{}", "{}の写真", "これは{}の写真です。", "{}の絵", "これは{}です"),
-}
+}  # fmt: skip
 CAPTION_PROMPTS = {"en": "English caption:", "zh": "中文描述:", "ja": "日本語の説明:"}
 JOINTS = {"en": ("{} {}",), "zh": ("{} {}", "{}的{}"), "ja": ("{} {}", "{}の{}")}
 
-# What a person might ask for, in three languages, and the emoji that would be a right answer.
+# What a person might ask for, in three languages, and the emoji that are right answers.
 PHRASES = (
     ("red fruit", "红色的水果", "赤い果物", "🍎🍓🍒🍅"),
     ("yellow fruit", "黄色的水果", "黄色い果物", "🍌🍋🍍🥭🍐"),
@@ -76,7 +70,7 @@ def phrases(language: str) -> dict[str, set[str]]:
 
 @dataclass
 class Texts:
-    """What there is to learn of `concepts` in one language, and what is kept back."""
+    """What is learnt of `concepts` in one language, and what is held out."""
 
     concepts: list[dict]
     language: str
@@ -85,15 +79,15 @@ class Texts:
     held_out: dict[str, set[int]] = field(init=False)  # for each held-out keyword likewise
 
     def __post_init__(self) -> None:
-        # A keyword that is some emoji's name is learnt as that.
+        # Every name is learnt, so no keyword that is a name can be held out.
         names = {name.casefold() for concept in self.concepts for name in concept["name"].values()}
         self.keywords, self.bearers, self.held_out = [], {}, {}
         for number, concept in enumerate(self.concepts):
             learnt = []
             for keyword in concept["keywords"][self.language]:
-                kept_back = is_fifth(keyword) and keyword.casefold() not in names
-                (self.held_out if kept_back else self.bearers).setdefault(keyword, set()).add(number)
-                if not kept_back:
+                held_out = is_fifth(keyword) and keyword.casefold() not in names
+                (self.held_out if held_out else self.bearers).setdefault(keyword, set()).add(number)
+                if not held_out:
                     learnt.append(keyword)
             self.keywords.append(learnt)
 
@@ -101,12 +95,12 @@ class Texts:
         return self.concepts[number]["name"][self.language]
 
     def pairs(self, number: int, held_out: bool) -> list[tuple[str, str]]:
-        """The pairs of keywords of one concept that are to be learnt, or those that are held out."""
+        """The pairs of keywords of one concept that are held out, or those that are learnt."""
         pairs = combinations(sorted(self.keywords[number]), 2)
         return [pair for pair in pairs if is_fifth("|".join(pair)) == held_out]
 
     def concepts_with(self, pair: Iterable[str]) -> set[int]:
-        """The concepts that have all of some keywords."""
+        """The concepts that have all of these keywords."""
         return set.intersection(*(self.bearers[keyword] for keyword in pair))
 
     def held_out_pairs(self) -> dict[str, set[int]]:

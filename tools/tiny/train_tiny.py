@@ -2,26 +2,26 @@
 
 Run by whoever retrains tiny/ (`make tiny`): hours on a CPU.
 
-    python -m tools.tiny.emoji_data        # once: the pictures
+    python -m tools.tiny.emoji_data        # once: the images
     python -m tools.tiny.train_tiny        # resumes if it was interrupted; --fresh starts over
 
-It writes the weights and `training.json`, which says how they came about.
+It writes the weights and `training.json`, which records how they were trained.
 
-The model is the repository's own, with the sizes of `tiny/config.json`. A step takes one picture of each of `--batch`
-concepts, by a random one of the training artists, and adds up
+The model is the repository's own, with the sizes of `tiny/config.json`. A step takes one image of each of `--batch`
+concepts, by a random training artist, and adds up these losses:
 
-* the contrast of both image embeddings (InternVL-C and the queries' part of InternVL-G) with the names of `--named` of
-  the concepts, in a random language,
-* matching against a wrong name that is the likelier to be drawn the nearer it is, and captioning, on `--joint` of them,
-* for training only, the contrast of each embedding with one learnable anchor per concept: with it every step compares
-  against all concepts, not only against the batch. Names are drawn to their anchor besides. Keywords and pairs of them
-  learn by anchors alone: their target is all the concepts that they fit. tiny_texts.py says which texts are kept back.
+* contrast of both image embeddings (InternVL-C and the queries' part of InternVL-G) with the names of `--named` of the
+  concepts, in a random language;
+* matching and captioning on `--joint` of them; the wrong name of matching is drawn, a near one more often;
+* for training only, contrast of each embedding with one learnable anchor per concept. So every step compares against
+  all concepts, not only against the batch. Names are also drawn to their anchors. Keywords and pairs of them learn by
+  anchors alone: their target is all the concepts that they fit. tiny_texts.py says which texts are held out.
 
-Then, in `--finish` steps, the vision tower stays as it is and QLLaMA alone learns, from three times as many texts a
-step: pictures come to see names as they see the anchors.
+Then, for `--finish` steps, the vision tower is frozen and QLLaMA alone learns, from three times as many texts a step:
+images learn to see names as they see the anchors.
 
-Augmentation grows over the first third and is less at the end; names stand alone more and more often. The held-out
-artist, Twemoji, is never shown. Matrices are trained with Muon, everything else with AdamW, products in bfloat16.
+Augmentation grows over the first third and decreases at the end; more and more names come without a phrase. The
+held-out artist, Twemoji, is never shown. Muon trains the matrices, AdamW everything else, in bfloat16 autocast.
 """
 
 import argparse
@@ -32,24 +32,28 @@ import time
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub import save_torch_state_dict
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from tools import ROOT
 from tools.tiny.emoji_data import DEFAULT_CACHE, LANGUAGES, load
 from tools.tiny.tiny_texts import CAPTION_PROMPTS, JOINTS, TEMPLATES, Texts, phrases
 
-ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / ".cache" / "train_tiny.pt"
+RECIPE = ("steps", "finish", "batch", "named", "asked", "joint", "seed", "rate")  # the options that change the weights
 
 
 class Augmentation:
     """
     Random affine maps, colours, light, outlines, blur, hidden parts and backgrounds; no flips, since a left arrow is
-    not a right arrow. In some pictures a part is as another artist drew it: no part may depend on who drew the rest.
+    not a right arrow. In some images another artist's drawing replaces a part, so that no part depends on the artist.
 
     `strength`, from 0 to 1, scales all of it: at full strength from the start nothing is learnt for hundreds of steps.
     """
@@ -73,7 +77,7 @@ class Augmentation:
         return torch.stack(rows, dim=1)
 
     def colours(self, drawn: torch.Tensor, strength: float) -> torch.Tensor:
-        """Mix channels, change contrast, brightness and light, take all colour from a few: in and out [B, 4, H, W]"""
+        """Mix channels, change contrast, brightness and light, make a few grey: in and out [B, 4, H, W]"""
         count, rgb, alpha = len(drawn), drawn[:, :3], drawn[:, 3:]
         mix = torch.eye(3) + 0.12 * strength * torch.randn(count, 3, 3, generator=self.generator)
         grey = self.sometimes(count, 0.06 * strength).view(-1, 1, 1)
@@ -93,24 +97,24 @@ class Augmentation:
         return torch.where(kind < 0.45 * strength, coloured, torch.ones(()))
 
     def sometimes(self, count: int, share: float) -> torch.Tensor:
-        """Choose some of the pictures: booleans [count, 1, 1, 1]"""
+        """Choose some of the images: booleans [count, 1, 1, 1]"""
         return (self.uniform(count, 0, 1) < share).view(-1, 1, 1, 1)
 
     def light(self, count: int, size: int, strength: float) -> torch.Tensor:
-        """Factors [count, 1, size, size] of a light that comes from one side."""
+        """Factors [count, 1, size, size] of light from one side."""
         slope = 0.18 * strength * torch.randn(2, count, 1, 1, generator=self.generator)
         place = torch.linspace(-1, 1, size)
         return (1 + slope[0] * place + slope[1] * place[:, None])[:, None]
 
     def outline(self, drawn: torch.Tensor) -> torch.Tensor:
-        """Put a line of black or of another colour around what pictures show: in and out premultiplied [B, 4, H, W]"""
+        """Outline the drawings in black or another colour: in and out premultiplied [B, 4, H, W]"""
         alpha = drawn[:, 3:]
         ring = (F.max_pool2d(alpha, 5, 1, 2) - alpha).clamp(min=0)
         colour = torch.rand(len(drawn), 3, 1, 1, generator=self.generator) * self.sometimes(len(drawn), 0.5)
         return torch.cat([drawn[:, :3] + colour * ring, alpha + ring], dim=1)
 
     def rectangles(self, count: int, low: float, high: float, share: float) -> torch.Tensor:
-        """A rectangle, its sides between `low` and `high`, on a share of the pictures: [count, 1, size, size]"""
+        """A rectangle with sides between `low` and `high`, on a share of the images: [count, 1, size, size]"""
         place = (torch.arange(self.size) + 0.5) / self.size
         sides = []
         for _ in range(2):
@@ -135,7 +139,8 @@ class Augmentation:
         drawn = self.draw(rgba, strength)
         parts = self.rectangles(count, 0.3, 0.8, 0.3 * strength)
         mixed = parts.flatten(1).any(1)
-        drawn[mixed] = torch.where(parts[mixed], self.draw(others[mixed], strength), drawn[mixed])
+        if mixed.any():
+            drawn[mixed] = torch.where(parts[mixed], self.draw(others[mixed], strength), drawn[mixed])
         rgb = drawn[:, :3] + self.background(count, strength) * (1 - drawn[:, 3:])
         blurred = self.sometimes(count, 0.2 * strength).flatten()
         rgb[blurred] = F.avg_pool2d(F.pad(rgb[blurred], (1, 1, 1, 1), mode="replicate"), 3, 1)
@@ -145,12 +150,12 @@ class Augmentation:
 
 
 class Sampler:
-    """Chooses a step's texts, and makes token batches of them."""
+    """Chooses the texts of a step and makes token batches of them."""
 
     def __init__(self, tokenizer, concepts: list[dict], generator: torch.Generator):
         self.encode = cache(partial(tokenizer.encode, add_special_tokens=False))
         self.texts = {language: Texts(concepts, language) for language in LANGUAGES}
-        self.kept_back = {phrase for language in LANGUAGES for phrase in phrases(language)}
+        self.held_out = {phrase for language in LANGUAGES for phrase in phrases(language)}
         self.generator = generator
 
     def chance(self) -> float:
@@ -160,12 +165,12 @@ class Sampler:
         return options[int(torch.randint(len(options), (1,), generator=self.generator))]
 
     def name(self, number: int, language: str, bare: float) -> str:
-        """The name of a concept, bare (so often at least) or in a phrase."""
+        """The name of a concept, alone (at least with probability `bare`) or in a phrase."""
         name = self.texts[language].name(number)
         return name if self.chance() < bare else self.choose(TEMPLATES[language]).format(name)
 
     def keywords(self, number: int, language: str) -> tuple[str, set[int]]:
-        """One keyword or two of a concept, and all the concepts that they fit; its name where it has no keywords."""
+        """One or two keywords of a concept (its name if it has none), and all the concepts that they fit."""
         texts = self.texts[language]
         if pairs := self.chance() < 0.6 and texts.pairs(number, held_out=False):
             pair = self.choose(pairs)
@@ -177,18 +182,17 @@ class Sampler:
             text = text if self.chance() < 0.5 else self.choose(TEMPLATES[language]).format(text)
         else:
             text, fits = texts.name(number), {number}
-        return (texts.name(number), {number}) if text in self.kept_back else (text, fits)
+        return (texts.name(number), {number}) if text in self.held_out else (text, fits)
 
     def ids(self, text: str) -> list[int]:
         return [1, *self.encode(text), 2]
 
     @staticmethod
     def batch(rows: list[list[int]], padding: int = 0) -> torch.Tensor:
-        length = max(map(len, rows))
-        return torch.tensor([row + [padding] * (length - len(row)) for row in rows])
+        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=padding)
 
     def captions(self, numbers: list[int], languages: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompt and name, and labels for the name alone."""
+        """Ids of prompt and name, and labels for the name alone."""
         rows, labels = [], []
         for number, language in zip(numbers, languages, strict=True):
             prompt = [1, *self.encode(CAPTION_PROMPTS[language])]
@@ -199,31 +203,30 @@ class Sampler:
 
 
 class Trainer:
-    """The model, its anchors, both optimisers, and what a step does."""
+    """The model, its anchors, both optimisers and the training step."""
 
     def __init__(self, arguments: argparse.Namespace):
         self.arguments = arguments
         torch.manual_seed(arguments.seed)
         self.data = load(arguments.data)
         self.rgba = torch.from_numpy(self.data.rgba)
-        self.pictures_of = [[] for _ in self.data.concepts]
-        for picture in self.data.train_mask.nonzero()[0]:
-            self.pictures_of[self.data.concept[picture]].append(int(picture))
+        concepts_of_images = np.where(self.data.train_mask, self.data.concept, -1)
+        self.images_of = [np.flatnonzero(concepts_of_images == n).tolist() for n in range(len(self.data.concepts))]
         config = AutoConfig.from_pretrained(ROOT, subfolder="tiny", trust_remote_code=True)
-        # Names are to lie on their concepts. With smoothing they keep a distance, from which pictures find others.
+        # Label smoothing would keep names at a distance from their anchors, where images find other names.
         config.label_smoothing = 0.0
         model_class = get_class_from_dynamic_module("modeling_internvl.InternVLForPreTraining", str(ROOT))
         self.model = model_class(config).train()
-        self.model.vision_model.encoder.gradient_checkpointing = False  # layers of width 128: nothing to save
-        # On the CPU the gradient of SDPA in bfloat16 takes longer than all the rest of a step.
+        self.model.vision_model.encoder.gradient_checkpointing = False  # width 128 needs little memory
+        # On the CPU the backward pass of SDPA in bfloat16 takes longer than all the rest of a step.
         self.model.set_attn_implementation("eager")
         if arguments.compile:
-            # Pictures come in one shape, texts in many lengths.
+            # Images have one shape, texts many lengths.
             for name in ("_image_states", "_pool_text", "_joint_states", "_match"):
                 setattr(self.model, name, torch.compile(getattr(self.model, name), dynamic=name != "_image_states"))
-        # The zeros that training at scale starts from would leave all queries alike for long.
+        # Training at scale starts from zeros; here the queries would stay alike for long.
         nn.init.normal_(self.model.query_tokens, std=0.02)
-        # Short ones turn fast: a step of AdamW is as long for all.
+        # Short anchors turn fast, because AdamW's steps are equally long for all.
         self.anchors = nn.Parameter(0.3 * torch.randn(len(self.data.concepts), config.clip_embed_dim))
         tokenizer = AutoTokenizer.from_pretrained(ROOT, subfolder="tiny", trust_remote_code=True)
         processor = AutoImageProcessor.from_pretrained(ROOT, subfolder="tiny")
@@ -233,7 +236,6 @@ class Trainer:
         )
         self.sampler = Sampler(tokenizer, self.data.concepts, self.generator)
         self.optimizers = self.make_optimizers()
-        self.schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate) for optimizer in self.optimizers]
         self.step, self.seconds = 0, 0.0
         self.order: list[int] = []
 
@@ -243,21 +245,22 @@ class Trainer:
         for name, parameter in self.model.named_parameters():
             inside = parameter.ndim == 2 and "embed_tokens" not in name and "lm_head" not in name
             (matrices if inside else others).append(parameter)
-        decayed = [parameter for parameter in others if parameter.ndim > 1]
-        rest = [parameter for parameter in others if parameter.ndim <= 1]
         rate = self.arguments.rate
-        muon = torch.optim.Muon(matrices, lr=3 * rate, weight_decay=0.03, adjust_lr_fn="match_rms_adamw")
-        groups = [{"params": decayed, "weight_decay": 0.02}, {"params": rest, "weight_decay": 0.0}]
-        return [muon, torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))]
+        muon = [{"params": matrices, "peak": 3 * rate, "weight_decay": 0.03}]
+        adamw = [
+            {"params": [each for each in others if each.ndim > 1], "peak": rate, "weight_decay": 0.02},
+            {"params": [each for each in others if each.ndim <= 1], "peak": rate, "weight_decay": 0.0},
+        ]
+        return [torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw"), torch.optim.AdamW(adamw, betas=(0.9, 0.98))]
 
-    def rate(self, step: int) -> float:
-        """Warm up, then fall to zero along a cosine; and once more from half the height."""
-        begin, length, peak = 0, self.arguments.steps, 1.0
-        if step >= length:
-            begin, length, peak = length, self.arguments.finish, 0.5
-        return (
-            peak * min(1.0, (step - begin + 1) / 50) * 0.5 * (1 + math.cos(math.pi * min((step - begin) / length, 1.0)))
-        )
+    def set_rates(self) -> None:
+        """Warm up, then fall to zero along a cosine; while finishing, once more from half the height."""
+        recipe = self.arguments
+        begin, length, peak = (recipe.steps, recipe.finish, 0.5) if self.finishing else (0, recipe.steps, 1.0)
+        done = self.step - begin
+        share = peak * min(1.0, (done + 1) / 50) * 0.5 * (1 + math.cos(math.pi * done / length))
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"] = group["peak"] * share
 
     @property
     def progress(self) -> float:
@@ -265,77 +268,83 @@ class Trainer:
 
     @property
     def finishing(self) -> bool:
-        """Whether what the vision tower knows is fixed, and texts alone come nearer to it."""
+        """Whether the vision tower is frozen and QLLaMA alone learns."""
         return self.step >= self.arguments.steps
 
     @property
     def bare(self) -> float:
-        """How many of the names stand alone: at the end most of them do."""
+        """Probability that a name comes without a phrase; it grows to 0.8."""
         return 0.3 + 0.5 * self.progress
 
     def strength(self) -> float:
-        """Of the augmentation: it grows over the first third, and falls again from the second on."""
+        """Strength of the augmentation: it grows over the first third and decreases over the last."""
         return min(1.0, 0.1 + 2.7 * self.progress, 1.0 - 1.5 * (self.progress - 0.6))
 
     def draw_concepts(self, count: int) -> list[int]:
-        """Draw different concepts, each as often as any other."""
+        """Draw different concepts, all equally often."""
         if len(self.order) < count:
             self.order = torch.randperm(len(self.data.concepts), generator=self.generator).tolist()
         drawn, self.order = self.order[:count], self.order[count:]
         return drawn
 
-    def pictures(self, numbers: list[int]) -> torch.Tensor:
-        """An augmented picture of each concept, by any of the artists: [len(numbers), 3, H, W]"""
-        pictures, others = ([self.sampler.choose(self.pictures_of[number]) for number in numbers] for _ in range(2))
-        return self.augment(self.rgba[pictures], self.rgba[others], self.strength())
+    def images(self, numbers: list[int]) -> torch.Tensor:
+        """An augmented image of each concept, by a random artist: [len(numbers), 3, H, W]"""
+        images, others = ([self.sampler.choose(self.images_of[number]) for number in numbers] for _ in range(2))
+        return self.augment(self.rgba[images], self.rgba[others], self.strength())
 
     def embed(self, rows: list[list[int]], parts: int = 3) -> torch.Tensor:
-        """Text embeddings, computed with texts of like length together, so that little is padded."""
+        """Text embeddings, computed in batches of similar length, so that there is little padding."""
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
         size = math.ceil(len(rows) / parts)
         batches = [self.sampler.batch([rows[row] for row in order[at : at + size]]) for at in range(0, len(rows), size)]
         embeds = torch.cat([self.model._pool_text(batch, batch > 0) for batch in batches])
         return embeds[torch.tensor(order).argsort()]
 
+    def directions(self) -> torch.Tensor:
+        """The anchors at length 1 [concepts, D]; while finishing they do not learn."""
+        return F.normalize(self.anchors.detach() if self.finishing else self.anchors, dim=-1)
+
     def anchor_loss(self, embeds: torch.Tensor, concepts: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
-        """`concepts` [B], or shares of them [B, concepts]"""
-        anchors = F.normalize(self.anchors.detach() if self.finishing else self.anchors, dim=-1)
-        logits = self.model.logit_scale.exp() * F.normalize(embeds.float(), dim=-1) @ anchors.T
+        """`concepts` are numbers [B] or probabilities [B, concepts]."""
+        logits = self.model.logit_scale.exp() * F.normalize(embeds.float(), dim=-1) @ self.directions().T
         return F.cross_entropy(logits.float(), concepts, label_smoothing=smoothing)
+
+    def apart(self, texts: torch.Tensor, concepts: torch.Tensor) -> torch.Tensor:
+        """Names minus their anchors, both at length 1: [B, D]. Anchors do not learn from it."""
+        return F.normalize(texts.float(), dim=-1) - self.directions().detach()[concepts]
 
     def distance(self, texts: torch.Tensor, concepts: torch.Tensor) -> torch.Tensor:
         """
-        How far names are from their anchors. To have the right one as the nearest is not enough: pictures, which are
-        less sure of theirs, are compared with the names in the end.
+        The cosine distance of names from their anchors. The right anchor must not only be the nearest: images, which
+        are less sure of their anchors, are compared with the names in the end.
         """
-        return 1 - F.cosine_similarity(texts.float(), self.anchors.detach()[concepts], dim=-1).mean()
+        return self.apart(texts, concepts).square().sum(-1).mean() / 2  # of unit vectors: 1 - cosine
 
     def difference(self, seen: torch.Tensor, texts: torch.Tensor, concepts: torch.Tensor) -> torch.Tensor:
         """
-        How differently pictures see names and their anchors: the squared difference of the logits. Pictures find an
-        anchor by small differences of cosines, so what counts is where pictures differ, and a distance does not know.
+        How differently images see names and their anchors: the squared difference of the logits. Small differences of
+        cosines decide which anchor an image finds, so it matters in which directions images differ; `distance` weighs
+        all directions equally.
         """
-        apart = F.normalize(texts.float(), dim=-1) - F.normalize(self.anchors.detach()[concepts], dim=-1)
-        return (self.model.logit_scale.exp() * F.normalize(seen.float(), dim=-1) @ apart.T).square().mean()
+        logits = self.model.logit_scale.exp() * F.normalize(seen.float(), dim=-1) @ self.apart(texts, concepts).T
+        return logits.square().mean()
 
     def wrong_concepts(self, images: torch.Tensor, numbers: torch.Tensor) -> list[int]:
-        """For each picture another concept, drawn by how near its anchor is: at first any, later the nearest."""
+        """Draw another concept for each image, near anchors more often as training goes on."""
         with torch.no_grad():
-            similarity = F.normalize(images, dim=-1) @ F.normalize(self.anchors, dim=-1).T
+            similarity = F.normalize(images, dim=-1) @ self.directions().T
             similarity[torch.arange(len(numbers)), numbers] = -math.inf
             weights = ((1 + 20 * self.progress) * similarity).softmax(-1)
             return torch.multinomial(weights, 1, generator=self.generator)[:, 0].tolist()
 
     def losses(self) -> dict[str, torch.Tensor]:
-        model, sampler, finishing = self.model, self.sampler, self.finishing
-        # Without the gradient of the vision tower there is time for more texts.
+        model, sampler, recipe, finishing = self.model, self.sampler, self.arguments, self.finishing
+        # Without the backward pass of the vision tower there is time for more texts.
         more = 3 if finishing else 1
-        named, asked, joint = (
-            more * rows for rows in (self.arguments.named, self.arguments.asked, self.arguments.joint)
-        )
-        numbers = self.draw_concepts(named if finishing else self.arguments.batch)
+        named, asked, joint = (more * rows for rows in (recipe.named, recipe.asked, recipe.joint))
+        numbers = self.draw_concepts(named if finishing else recipe.batch)
         languages = [sampler.choose(LANGUAGES) for _ in numbers]
-        pixels = self.pictures(numbers[:joint] if finishing else numbers)
+        pixels = self.images(numbers[:joint] if finishing else numbers)
         names = [sampler.name(*row, bare=self.bare) for row in zip(numbers[:named], languages, strict=False)]
         keywords = [sampler.keywords(*row) for row in zip(numbers[:asked], languages, strict=False)]
         targets = torch.tensor(numbers)
@@ -372,11 +381,11 @@ class Trainer:
         pairs = sampler.batch([sampler.ids(sampler.name(*row, bare=self.bare)) for row in rows])
         matches = torch.arange(2 * joint) < joint
         twice = image_states[:joint].repeat(2, 1, 1)
-        losses["itm"] = 2 * model._matching_loss(twice, pairs, pairs > 0, matches.long())
+        losses["itm"] = 2 * model._matching_losses(twice, pairs, pairs > 0, matches.long()).mean()
         return losses
 
     def shares(self, fits: list[set[int]]) -> torch.Tensor:
-        """Each row's concepts, as a distribution [rows, concepts]"""
+        """Uniform probabilities over each row's concepts: [rows, concepts]"""
         shares = torch.zeros(len(fits), len(self.anchors))
         for row, concepts in enumerate(fits):
             shares[row, list(concepts)] = 1 / len(concepts)
@@ -387,10 +396,10 @@ class Trainer:
         with torch.autocast("cpu", torch.bfloat16):
             losses = self.losses()
         sum(losses.values()).backward()
-        for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
+        self.set_rates()
+        for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-            scheduler.step()
         with torch.no_grad():
             self.model.logit_scale.clamp_(max=math.log(50))
         self.step += 1
@@ -398,16 +407,14 @@ class Trainer:
         return {name: float(loss.detach()) for name, loss in losses.items()}
 
     def state(self) -> dict:
-        names = ("steps", "finish", "batch", "named", "asked", "joint", "seed", "rate")
         return {
             "step": self.step,
             "seconds": self.seconds,
             "order": self.order,
-            "arguments": {name: getattr(self.arguments, name) for name in names},
+            "arguments": {name: getattr(self.arguments, name) for name in RECIPE},
             "model": self.model.state_dict(),
             "anchors": self.anchors.data,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
             "generator": self.generator.get_state(),
             "dropout": torch.get_rng_state(),
         }
@@ -415,108 +422,67 @@ class Trainer:
     def resume(self, state: dict) -> None:
         mine = self.state()["arguments"]
         if state["arguments"] != mine:
-            raise SystemExit(
-                f"{self.arguments.checkpoint} was begun with {state['arguments']}, not {mine}: "
-                "use --fresh to start over."
-            )
+            raise SystemExit(f"{self.arguments.checkpoint} is of {state['arguments']}, not of {mine}: use --fresh.")
         self.model.load_state_dict(state["model"])
         self.anchors.data.copy_(state["anchors"])
-        for part, saved in zip(
-            self.optimizers + self.schedulers, state["optimizers"] + state["schedulers"], strict=True
-        ):
-            part.load_state_dict(saved)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["dropout"])
         self.step, self.seconds, self.order = state["step"], state["seconds"], state["order"]
 
     def save(self) -> None:
-        """Write the resumable state so that a crash at any moment leaves the old or the new one."""
+        """Write what `resume` reads. A crash at any moment leaves the old or the new state."""
         path = self.arguments.checkpoint
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(self.state(), path.with_suffix(".tmp"))
         path.with_suffix(".tmp").replace(path)
 
-    @torch.no_grad()
-    def measure(self, batches: int = 20) -> dict[str, float]:
-        """The losses of the training data as it is augmented, averaged over some batches."""
-        with torch.autocast("cpu", torch.bfloat16):
-            rows = [self.losses() for _ in range(batches)]
-        return {name: round(float(sum(row[name] for row in rows)) / batches, 3) for name in rows[0]}
-
-    def report(self, folder: Path) -> None:
+    def export(self, folder: Path) -> None:
+        """Save the model in bfloat16, in two shards, and a report; a new folder gets configs and tokenizer of tiny/."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in (*(ROOT / "tiny").glob("*config.json"), ROOT / "tiny" / "tokenizer.model"):
+            if not (folder / path.name).exists():
+                shutil.copy(path, folder)
+        state = {name: tensor.to(torch.bfloat16) for name, tensor in self.model.state_dict().items()}
+        sizes = [tensor.nbytes for tensor in state.values()]
+        save_torch_state_dict(state, folder, max_shard_size=sum(sizes) // 2 + max(sizes))
         report = {
             "command": "python -m tools.tiny.train_tiny" + " --compile" * self.arguments.compile,
             "arguments": self.state()["arguments"],
             "steps_done": self.step,
             "hours": round(self.seconds / 3600, 2),
-            "threads": self.arguments.threads,
+            "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "concepts": len(self.data.concepts),
             "training_pictures": int(self.data.train_mask.sum()),
-            "losses": self.measure(),
         }
         (folder / "training.json").write_text(json.dumps(report, indent=2) + "\n")
-
-    def export(self, folder: Path) -> None:
-        """Save the model in bfloat16, in two shards; a new folder gets configs and tokenizer of the tiny checkpoint."""
-        for file in (
-            "config.json",
-            "generation_config.json",
-            "preprocessor_config.json",
-            "processor_config.json",
-            "tokenizer.model",
-            "tokenizer_config.json",
-        ):
-            if not (folder / file).exists():
-                shutil.copy(ROOT / "tiny" / file, folder / file)
-        state = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in self.model.state_dict().items()}
-        save_two_shards(state, folder)
-
-
-def save_two_shards(state: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write safetensors in two files of about the same size, with the index that transformers reads."""
-    from safetensors.torch import save_file
-
-    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}
-    half, written, weight_map = sum(sizes.values()) / 2, 0, {}
-    for name, size in sizes.items():
-        weight_map[name] = f"model-0000{1 if written < half else 2}-of-00002.safetensors"
-        written += size
-    for file in sorted(set(weight_map.values())):
-        shard = {name: tensor for name, tensor in state.items() if weight_map[name] == file}
-        save_file(shard, folder / file, metadata={"format": "pt"})
-    index = {"metadata": {"total_size": written}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=DEFAULT_CACHE)
-    parser.add_argument("--out", type=Path, default=ROOT / "tiny")
+    parser.add_argument("--data", type=Path, default=DEFAULT_CACHE, help="the dataset of emoji_data.py")
+    parser.add_argument("--out", type=Path, default=ROOT / "tiny", help="where the checkpoint goes")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--finish", type=int, default=2500, help="steps after those, for the texts alone")
-    parser.add_argument("--batch", type=int, default=256, help="pictures, each of another concept")
-    parser.add_argument("--named", type=int, default=96, help="of these so many for the contrast with names")
-    parser.add_argument("--asked", type=int, default=32, help="of these so many for keywords")
-    parser.add_argument("--joint", type=int, default=32, help="of these so many for matching and captions")
+    parser.add_argument("--batch", type=int, default=256, help="images per step, each of another concept")
+    parser.add_argument("--named", type=int, default=96, help="how many of these learn from names")
+    parser.add_argument("--asked", type=int, default=32, help="how many of these learn from keywords")
+    parser.add_argument("--joint", type=int, default=32, help="how many of these learn from matching and captions")
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--compile", action="store_true", help="compile the model: faster, needs a C++ compiler")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="what to resume from")
     parser.add_argument("--fresh", action="store_true", help="do not resume")
-    parser.add_argument("--stop-at", type=int, help="stop after this step, to go on later")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     trainer = Trainer(arguments)
     if arguments.checkpoint.exists() and not arguments.fresh:
         trainer.resume(torch.load(arguments.checkpoint, weights_only=True))
-    total = arguments.steps + arguments.finish
-    last = min(total, arguments.stop_at or total)
-    saved = time.monotonic()
+    total, saved = arguments.steps + arguments.finish, time.monotonic()
     with tqdm(total=total, initial=trainer.step, mininterval=5) as bar:
-        while trainer.step < last:
+        while trainer.step < total:
             losses = trainer.train_step()
             bar.update()
             if trainer.step % 20 == 0:
@@ -525,9 +491,7 @@ def main() -> None:
                 trainer.save()
                 saved = time.monotonic()
     trainer.save()
-    arguments.out.mkdir(parents=True, exist_ok=True)
     trainer.export(arguments.out)
-    trainer.report(arguments.out)
 
 
 if __name__ == "__main__":

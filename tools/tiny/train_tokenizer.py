@@ -1,13 +1,13 @@
-"""Train the tiny checkpoint's tokenizer on the names of the emoji dataset, and on those keywords that are to be learnt.
+"""Train the tiny checkpoint's tokenizer on the names of the emoji dataset and on the keywords that are not held out.
 
 Run by whoever retrains tiny/, as the second step of `make tiny`.
 
     python -m tools.tiny.emoji_data         # first, for its concepts.json
     python -m tools.tiny.train_tokenizer    # writes tiny/tokenizer.model
 
-It is a small sibling of LLaMA's: a SentencePiece BPE model with byte fallback, identity normalisation, a dummy
-prefix, single digits, `<unk>`, `<s>` and `</s>` as the pieces 0, 1 and 2, and no padding piece. Training is
-deterministic: one thread, and sentences in a fixed order.
+It is like LLaMA's, but smaller: a SentencePiece BPE model with byte fallback, identity normalisation, a dummy prefix,
+single digits, `<unk>`, `<s>` and `</s>` as the pieces 0, 1 and 2, and no padding piece. Training is deterministic: one
+thread, and sentences in a fixed order.
 """
 
 from __future__ import annotations
@@ -21,52 +21,24 @@ from pathlib import Path
 
 import sentencepiece
 
+from tools import ROOT
 from tools.tiny.emoji_data import DEFAULT_CACHE, LANGUAGES
 from tools.tiny.tiny_texts import Texts
 
-ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 4096
 
-# Phrases that stand around the names in prompts and captions. `{}` is where a name goes.
+# Phrases around the names in prompts and captions; `{}` is the place of a name.
 PROMPTS = (
-    "summarize:",
-    "summarize:{}",
-    "a photo of {}",
-    "a photo of a {}.",
-    "a picture of the {}",
-    "an emoji of {}",
-    "English caption:",
-    "English caption: {}",
-    "Describe the picture.",
-    "Describe the picture in English.",
-    "Describe the image briefly.",
-    "What is in this picture?",
-    "What is shown in the image?",
-    "This is {}.",
-    "Chinese caption:",
-    "Japanese caption:",
-    "中文描述:",
-    "中文描述:{}",
-    "中文描述：{}",
-    "一张{}的照片",
-    "一张{}的图片",
-    "{}的图片",
-    "描述这张图片。",
-    "请描述图片。",
-    "这是什么？",
-    "这是{}。",
-    "日本語の説明:",
-    "日本語の説明:{}",
-    "日本語の説明：{}",
-    "{}の写真",
-    "{}の絵",
-    "{}の画像",
-    "この画像を説明してください。",
-    "これは何ですか？",
-    "これは{}です。",
-)
+    "summarize:", "summarize:{}", "a photo of {}", "a photo of a {}.", "a picture of the {}", "an emoji of {}",
+    "English caption:", "English caption: {}", "Describe the picture.", "Describe the picture in English.",
+    "Describe the image briefly.", "What is in this picture?", "What is shown in the image?", "This is {}.",
+    "Chinese caption:", "Japanese caption:", "中文描述:", "中文描述:{}", "中文描述：{}", "一张{}的照片",
+    "一张{}的图片", "{}的图片", "描述这张图片。", "请描述图片。", "这是什么？", "这是{}。",
+    "日本語の説明:", "日本語の説明:{}", "日本語の説明：{}", "{}の写真", "{}の絵", "{}の画像",
+    "この画像を説明してください。", "これは何ですか？", "これは{}です。",
+)  # fmt: skip
 PROMPT_WEIGHT = 200  # how often each of them occurs
-NAME_WEIGHT = 20  # how often each name does; keywords once
+NAME_WEIGHT = 20  # how often each name occurs; keywords occur once
 
 
 def sentences(concepts: list[dict]) -> Iterator[str]:
@@ -88,14 +60,14 @@ def _has_kana(text: str) -> bool:
 
 def train(concepts: list[dict]) -> bytes:
     """Return the tokenizer as the bytes of a SentencePiece model file."""
-    # Every character of a name or a prompt is to be a piece of its own, and all of printable ASCII with them.
+    # Every character of a name or a prompt, and all of printable ASCII, becomes a piece of its own.
     names = [name for concept in concepts for name in concept["name"].values()]
     required = {*string.ascii_letters, *string.digits, *string.punctuation, *"".join(names), *"".join(PROMPTS)} - {" "}
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=sentences(concepts),
         model_writer=model,
-        model_type="bpe",  # as the published tokenizer: transformers' own LlamaTokenizer can read nothing else
+        model_type="bpe",  # as the published tokenizer: LlamaTokenizer of transformers reads nothing else
         vocab_size=VOCABULARY,
         required_chars="".join(sorted(required)),
         character_coverage=0.98,
@@ -118,32 +90,15 @@ def train(concepts: list[dict]) -> bytes:
     return model.getvalue()
 
 
-def report(tokenizer: sentencepiece.SentencePieceProcessor, concepts: list[dict]) -> None:
-    """Print how well the names are covered."""
-    for language in LANGUAGES:
-        encoded = [tokenizer.encode(concept["name"][language]) for concept in concepts]
-        lengths = [len(pieces) for pieces in encoded]
-        fallback = sum(any(tokenizer.is_byte(piece) for piece in pieces) for pieces in encoded)
-        print(
-            f"{language}: {sum(lengths) / len(lengths):.2f} tokens a name (at most {max(lengths)}), "
-            f"{fallback / len(encoded):.1%} of the names with byte pieces"
-        )
-    for prompt in PROMPTS:
-        if "{}" not in prompt:
-            print(" ", tokenizer.encode(prompt, out_type=str))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="where the emoji dataset is")
+    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="the dataset of emoji_data.py")
     parser.add_argument("--out", type=Path, default=ROOT / "tiny" / "tokenizer.model", help="the model file to write")
     args = parser.parse_args()
 
     concepts = json.loads((args.cache / "concepts.json").read_text(encoding="utf-8"))
     model = train(concepts)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_bytes(model)
-    report(sentencepiece.SentencePieceProcessor(model_proto=model), concepts)
     print(f"{args.out}: {len(model)} bytes")
 
 
