@@ -64,8 +64,7 @@ VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__
 
 
 def cached(folder: Path, about: dict, total: int, produce: Callable[[int], Iterator], unit: str) -> list:
-    """
-    The rows that `produce` makes, kept in shards. Shards in the cache are read, and only the rest is made.
+    """The rows that `produce` makes, kept in shards. Shards in the cache are read, and only the rest is made.
 
     Args:
         folder: the cache; the shards are in a sub-folder named after `about`.
@@ -117,8 +116,7 @@ def weights_stamp(model: str, where: dict) -> Any:
 
 
 class Evaluation:
-    """
-    Embeds the images and texts of a run, or captions the images.
+    """Embeds the images and texts of a run, or captions the images.
 
     Args:
         options: what `parse` returns.
@@ -361,8 +359,7 @@ def device_map(text: str) -> str | dict:
 
 
 def complete(options: argparse.Namespace) -> argparse.Namespace:
-    """
-    Fill in the options that depend on others.
+    """Fill in the options that depend on others.
 
     Raises:
         ValueError: options that contradict each other.

@@ -24,8 +24,7 @@ LISTINGS = ("captions.json", "captions.jsonl", "captions.csv", "metadata.jsonl",
 
 @dataclass
 class Images:
-    """
-    The images of one source, with their labels or captions.
+    """The images of one source, with their labels or captions.
 
     Attributes:
         names: the names of the N images in error messages.
@@ -303,7 +302,8 @@ def read_images(
     config: str | None = None,
     listing: str | None = None,
 ) -> Images:
-    """
+    """Read a data set of images with classes or captions.
+
     Args:
         data: a folder, or a name that `datasets.load_dataset` takes.
         source: "folder", "datasets", "webdataset", or "auto" to tell them apart.

@@ -24,7 +24,8 @@ def best(queries: torch.Tensor, candidates: torch.Tensor, count: int) -> Iterato
 
 
 def classification(images: torch.Tensor, classes: torch.Tensor, labels: list[int]) -> dict[str, float | None]:
-    """
+    """Accuracy of zero-shot classification.
+
     Args:
         images: [N, D], of length 1.
         classes: [C, D], of length 1.
@@ -49,7 +50,8 @@ def classification(images: torch.Tensor, classes: torch.Tensor, labels: list[int
 def retrieval(
     images: torch.Tensor, texts: torch.Tensor, owners: list[int], counts: tuple[int, ...] = (1, 5, 10)
 ) -> dict[str, float | None]:
-    """
+    """Recall of retrieval in both directions.
+
     Args:
         images: [N, D], of length 1.
         texts: [T, D], of length 1.
@@ -73,9 +75,8 @@ def retrieval(
 
 
 def captioning(captions: list[str], references: list[list[str]], tokenizer: str) -> dict[str, float]:
-    """
-    Bleu_1 to Bleu_4, ROUGE_L and CIDEr, by pycocoevalcap, the COCO server's code. CIDEr weighs words by their rarity in
-    the references, so it depends on the whole set.
+    """Bleu_1 to Bleu_4, ROUGE_L and CIDEr, by pycocoevalcap, the COCO server's code. CIDEr weighs words by their rarity
+    in the references, so it depends on the whole set.
 
     Args:
         captions: one for each of N images.
@@ -112,9 +113,8 @@ def tokenized(texts: list[list[str]], tokenizer: str) -> dict[int, list[str]]:
 
 
 def check_tokenizer(tokenizer: str) -> None:
-    """
-    Raises:
-        ValueError: an unknown tokenizer, or "ptb" without Java.
+    """Raises:
+    ValueError: an unknown tokenizer, or "ptb" without Java.
     """
     if tokenizer not in TOKENIZERS:
         raise ValueError(f"`--tokenizer` must be one of {TOKENIZERS}, got {tokenizer!r}.")

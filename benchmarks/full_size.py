@@ -141,8 +141,7 @@ def join_cgroup(group: Path) -> None:
 
 @contextmanager
 def limited_memory(limit: int | None) -> Iterator[tuple[Callable[[], None] | None, dict]]:
-    """
-    A cgroup with a memory limit in bytes. Yields the function with which a new process joins it, or None without a
+    """A cgroup with a memory limit in bytes. Yields the function with which a new process joins it, or None without a
     limit or without the rights for one, and a dictionary that holds the limit and, in the end, the peak.
     """
     found: dict = {"limit": None}

@@ -37,7 +37,8 @@ def require(package: str) -> None:
 
 
 class Machine:
-    """
+    """The machine to measure, real or simulated.
+
     Args:
         device (`str`): "cuda", "cpu", ...
         tiny (`bool`): the sizes of `tiny/` and few repetitions, to check that every step runs.

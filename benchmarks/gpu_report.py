@@ -87,11 +87,10 @@ def failures(found: Any) -> Iterator[str]:
 
 @dataclass
 class Goal:
-    """
-    Attributes:
-        bound: such as ">= 205"; empty for a figure without a goal.
-        step: the step that measures it.
-        why: where the bound comes from.
+    """Attributes:
+    bound: such as ">= 205"; empty for a figure without a goal.
+    step: the step that measures it.
+    why: where the bound comes from.
     """
 
     work: str
@@ -392,8 +391,7 @@ def read(path: Path) -> Results | None:
 
 
 def write(file: Path, to: Path) -> None:
-    """
-    Copy a file of results into a clone and write its pages anew. Only results of a card reach the README.
+    """Copy a file of results into a clone and write its pages anew. Only results of a card reach the README.
 
     Raises:
         `Refused`: no such file; results of `--tiny` for this clone; fewer steps than the results that the clone has.

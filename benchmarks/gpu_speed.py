@@ -64,8 +64,7 @@ def as_graph(call: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
 
 
 class Reference:
-    """
-    The output of the plain model, and the time of its matrix products alone: without attention, and on CUDA as one
+    """The output of the plain model, and the time of its matrix products alone: without attention, and on CUDA as one
     graph, so that launches cost nothing.
     """
 
@@ -82,8 +81,7 @@ class Reference:
 def rate(
     machine: Machine, call: Callable[[], Any], count: int, reference: Reference, graph: bool = False
 ) -> dict[str, Any]:
-    """
-    Figures of a call that processes `count` items: items a second, the time as a multiple of the products', memory,
+    """Figures of a call that processes `count` items: items a second, the time as a multiple of the products', memory,
     and for a tensor the cosine to the reference.
     """
     if machine.simulated:
@@ -332,9 +330,8 @@ def bytes_a_token(model: Any) -> int:
 
 
 def caption_lengths(machine: Machine) -> tuple[int, int, int]:
-    """
-    Two caption lengths, and the size of the static cache that serves both: sizes are multiples of 64, and both captions
-    must run the same compiled steps.
+    """Two caption lengths, and the size of the static cache that serves both: sizes are multiples of 64, and both
+    captions must run the same compiled steps.
     """
     config = machine.config()
     prefix = config.num_query_token + len(config.caption_prompt_ids or [0])
@@ -591,9 +588,7 @@ def streamed(machine: Machine) -> dict[str, Any]:
 
 @contextmanager
 def small_card(machine: Machine, budget: int) -> Iterator[tuple[str, str]]:
-    """
-    The devices for a plan's card and for its RAM. Inside, a real card raises `OutOfMemoryError` beyond the budget.
-    """
+    """The devices for a plan's card and for its RAM. Inside, a real card raises `OutOfMemoryError` beyond the budget."""
     if not machine.is_cuda:
         yield "cpu", "disk"
         return

@@ -52,8 +52,7 @@ def meets(value: float, target: str) -> bool:
 
 @dataclass
 class Row:
-    """
-    One figure.
+    """One figure.
 
     Attributes:
         work: what was done.
@@ -109,9 +108,8 @@ def ratio(work: str, times: dict[str, list[float]], one: str, other: str, target
 
 
 class Products(TorchFunctionMode):
-    """
-    Records the matrix products that run inside it: each Linear and Conv2d with its weights and the shape of its input,
-    and the two of every attention. `run` then repeats them alone, either all or those of one step of `generate`.
+    """Records the matrix products that run inside it: each Linear and Conv2d with its weights and the shape of its
+    input, and the two of every attention. `run` then repeats them alone, either all or those of one step of `generate`.
 
     Args:
         model: the model whose layers are recorded.
@@ -361,9 +359,8 @@ def original_caption(model: Any, seen: Any, prompt: torch.Tensor, **options: Any
 
 
 class AsOnCuda(TorchFunctionMode):
-    """
-    Gives a simulated card the two fused kernels of CUDA that torch decomposes for tensors without data: the norm, and
-    attention that never holds all its weights. Counts them, and the inputs that the norm copies to be contiguous.
+    """Gives a simulated card the two fused kernels of CUDA that torch decomposes for tensors without data: the norm,
+    and attention that never holds all its weights. Counts them, and the inputs that the norm copies to be contiguous.
     """
 
     def __init__(self) -> None:
@@ -438,9 +435,8 @@ def run_decoding(model: Any, dtype: torch.dtype) -> Callable[[], Any]:
 def operators_per_layer(
     make: Callable[[int], Any], run: Callable[..., Any], dtype: torch.dtype
 ) -> tuple[Counter[str], float]:
-    """
-    Operators that one more layer adds to a pass, and the copies among them. It is the mean of two layers: in QLLaMA one
-    has cross-attention and one does not.
+    """Operators that one more layer adds to a pass, and the copies among them. It is the mean of two layers: in QLLaMA
+    one has cross-attention and one does not.
     """
     counts, copies = [], []
     for layers in (2, 4):

@@ -84,10 +84,9 @@ def load_tiny(**options: Any) -> nn.Module:
 
 
 def with_plain_kernels(model: nn.Module) -> nn.Module:
-    """
-    Keep bitsandbytes 0.50 from its fast 4-bit kernel for CPUs where that fails at the first call: it repacks weights by
-    32 rows and whole blocks of a row, which do not divide those of tiny/. Its plain path takes every shape. All layers
-    of the 14B fit.
+    """Keep bitsandbytes 0.50 from its fast 4-bit kernel for CPUs where that fails at the first call: it repacks weights
+    by 32 rows and whole blocks of a row, which do not divide those of tiny/. Its plain path takes every shape. All
+    layers of the 14B fit.
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):

@@ -16,8 +16,7 @@ DAMAGED = (
 
 
 def decode(data: bytes, formats: tuple[str, ...] | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """
-    The image with all its pixels; of an animation the first frame.
+    """The image with all its pixels; of an animation the first frame.
 
     Args:
         data: an encoded image.

@@ -21,7 +21,8 @@ H100_FLOPS = 989e12
 
 
 def estimate(shards: list[dict], batches: list[dict], options: argparse.Namespace) -> dict[str, Any]:
-    """
+    """Estimate the cost of a whole run from a sample.
+
     Args:
         shards: of the whole input.
         batches: the results of the sample.
@@ -91,8 +92,7 @@ def on_h100s(modes: list[str], mfu: float, embeddings: str) -> dict[str, float]:
 
 
 def measured_card(file: Path, modes: set[str]) -> tuple[str, float]:
-    """
-    The name of the card that benchmarks/gpu.py measured, and the most images a second that it embedded. Of two modes
+    """The name of the card that benchmarks/gpu.py measured, and the most images a second that it embedded. Of two modes
     InternVL-G counts: it also runs the vision tower, and the head that InternVL-C adds is less than 1 % of the work.
 
     Raises:

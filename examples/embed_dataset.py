@@ -107,8 +107,7 @@ def json_object(text: str) -> dict:
 
 
 def complete(options: argparse.Namespace) -> argparse.Namespace:
-    """
-    Set what follows from the options.
+    """Set what follows from the options.
 
     Raises:
         ValueError: options that are out of range or contradict each other.
@@ -182,10 +181,9 @@ class Stalled(Exception):
 
 
 class Watch(ExecutionCallback):
-    """
-    Detects a stall. Ray calls it at every step of its scheduling, also while no batch comes. The time starts with the
-    first batch, because starting processes and loading models takes longer on a busy machine; it starts at once if the
-    cluster no longer has room for the models.
+    """Detects a stall. Ray calls it at every step of its scheduling, also while no batch comes. The time starts with
+    the first batch, because starting processes and loading models takes longer on a busy machine; it starts at once if
+    the cluster no longer has room for the models.
     """
 
     def __init__(self, options: argparse.Namespace):
@@ -239,8 +237,7 @@ def room_for_models(options: argparse.Namespace) -> int:
 
 
 def place_models(options: argparse.Namespace, is_first: bool = True) -> None:
-    """
-    Set the number of GPUs per model, of models and of decoding tasks; after the first time use what is left.
+    """Set the number of GPUs per model, of models and of decoding tasks; after the first time use what is left.
 
     Raises:
         ValueError: the cluster is too small.
@@ -283,9 +280,8 @@ def batches_of(shards: list[dict], options: argparse.Namespace) -> Iterator[dict
 
 
 def embed_all(shards: list[dict], options: argparse.Namespace, output: Output, tally: Tally) -> None:
-    """
-    Embed the missing shards. Ray replaces workers that die and repeats their work. If it cannot, for example because a
-    machine with an actor is gone for good, start again on what is left of the cluster.
+    """Embed the missing shards. Ray replaces workers that die and repeats their work. If it cannot, for example because
+    a machine with an actor is gone for good, start again on what is left of the cluster.
     """
     for attempt in count():
         done = output.parts("embeddings")

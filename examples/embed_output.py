@@ -148,8 +148,7 @@ def write_part(output: Output, schema: pa.Schema, shard: int, batches: list[dict
 
 
 def check_counts(shards: list[dict], output: Output) -> dict[str, int]:
-    """
-    Count the rows in the footers of all parts.
+    """Count the rows in the footers of all parts.
 
     Raises:
         RuntimeError: parts are missing or too many, or input rows differ from output rows + errors.

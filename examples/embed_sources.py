@@ -53,7 +53,8 @@ class Listing(NamedTuple):
 
 
 def list_input(options: Any) -> Listing:
-    """
+    """List what the input holds.
+
     Args:
         options: of embed_dataset.py.
 
@@ -164,8 +165,7 @@ def read_shard(shard: dict, options: Any) -> Iterator[Row]:
 
 
 def persistently(read: Callable[[], Iterator[Row]], name: Callable[[int], str], length: int | None) -> Iterator[Row]:
-    """
-    The rows of `read`, which is called again when it breaks off. If it makes no progress, the missing rows become
+    """The rows of `read`, which is called again when it breaks off. If it makes no progress, the missing rows become
     errors; a tar, whose number of rows is unknown, gets one error.
     """
     seen, failures, reason = 0, 0, "the file has fewer rows than when it was listed"

@@ -250,9 +250,8 @@ class FineTuner(Trainer):
         return metrics
 
     def own_batches(self, count: int) -> list[list[int]]:
-        """
-        Batches of this process's rows. Under FSDP all processes must call the model equally often, so all get the same
-        number of rows: the last ones may be `count` or more, for rows that start again from 0.
+        """Batches of this process's rows. Under FSDP all processes must call the model equally often, so all get the
+        same number of rows: the last ones may be `count` or more, for rows that start again from 0.
         """
         total = ceil(count / self.args.world_size) * self.args.world_size
         own = range(self.args.process_index, total, self.args.world_size)

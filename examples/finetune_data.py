@@ -114,9 +114,8 @@ class EpochLoader(DataLoader):
 
 
 class Collator:
-    """
-    Makes one process's batch from the examples of all processes: its own images and texts, and all texts to draw wrong
-    ones from. Rows with the same text are never each other's wrong text.
+    """Makes one process's batch from the examples of all processes: its own images and texts, and all texts to draw
+    wrong ones from. Rows with the same text are never each other's wrong text.
     """
 
     def __init__(self, captions: Captions, processor: Any, arguments: Any):

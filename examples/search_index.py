@@ -157,8 +157,7 @@ def make_thumbnail(image: Image.Image) -> bytes:
 
 
 class Embedder:
-    """
-    A checkpoint and its settings for images.
+    """A checkpoint and its settings for images.
 
     Args:
         model: folder or Hub id.
@@ -312,8 +311,7 @@ class Index:
         allow_empty: bool = False,
         quiet: bool = False,
     ) -> Report:
-        """
-        Bring the index up to date with a folder and its subfolders; images of other folders stay.
+        """Bring the index up to date with a folder and its subfolders; images of other folders stay.
 
         Args:
             captions: also write a caption for every image.
@@ -545,8 +543,7 @@ class Searcher:
         rerank: bool = False,
         labels: list[str] | None = None,
     ) -> list[Result]:
-        """
-        The images nearest to words or to an image, best first.
+        """The images nearest to words or to an image, best first.
 
         Args:
             words: in any language that the model knows.

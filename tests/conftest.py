@@ -85,8 +85,7 @@ def expected() -> dict[str, torch.Tensor]:
 
 
 def make_repository(folder: Path, flat: bool = False, weights: str = "random") -> Path:
-    """
-    A copy of the repository's code and configs with a tiny checkpoint in two shards.
+    """A copy of the repository's code and configs with a tiny checkpoint in two shards.
 
     Args:
         flat: put the tiny checkpoint at the root, like a published checkpoint; otherwise into `tiny/`.

@@ -1,5 +1,5 @@
-"""
-Fresh processes in a tenth of a second: an interpreter that has imported torch and transformers forks for each script.
+"""Fresh processes in a tenth of a second: an interpreter that has imported torch and transformers forks for each
+script.
 
 A new interpreter takes five seconds to import what nearly every script needs. This server imports it once, runs no
 operation and starts no thread. A fork of it is therefore equal to `python -c CODE` after its imports. Three kinds of

@@ -61,8 +61,7 @@ Runner = Callable[..., torch.Tensor]
 
 
 class VisionSide(nn.Module):
-    """
-    Pixels to embeddings, as `embed_image`. Positions are always interpolated, without a branch for the table's own
+    """Pixels to embeddings, as `embed_image`. Positions are always interpolated, without a branch for the table's own
     grid, where bicubic interpolation changes nothing. A reshape cuts the patches: it fails, also in ONNX, if a side is
     not a multiple of the patch size, where a convolution would ignore the remaining pixels.
     """
@@ -345,8 +344,7 @@ def seconds_in_turn(runners: dict[str, Runner], tensors: tuple[torch.Tensor, ...
 
 
 def check_side(side: nn.Module, what: str, files: list[Path], processor: Any) -> tuple[dict, dict, list[str]]:
-    """
-    Compare every file with the model: a row of figures for each, the embeddings of the examples by runner, and the
+    """Compare every file with the model: a row of figures for each, the embeddings of the examples by runner, and the
     names of files that are not close.
     """
     runners = {"torch": model_of(side)} | {file.name: runner_of(file, side.inputs) for file in files}
@@ -442,8 +440,7 @@ def checked_folder(out: Path) -> Path:
 def export(
     checkpoint: Checkpoint, out: Path, what: Iterable[str] = SIDES, int8: bool = False, check: bool = False
 ) -> dict[str, Any]:
-    """
-    Write everything into the folder `out`.
+    """Write everything into the folder `out`.
 
     Returns:
         The content of export.json; "failed" names the files that are not close to the model.

@@ -65,8 +65,7 @@ print(json.dumps({name: installed(name) for name in sys.argv[1:]}))
 
 @dataclass
 class Result:
-    """
-    One run of the contract.
+    """One run of the contract.
 
     Attributes:
         counts: of "passed", "failed", "skipped" and "refused" checks, by subject.

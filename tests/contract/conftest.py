@@ -79,9 +79,8 @@ class Found:
 
 
 class Interpreters:
-    """
-    Run the scripts of fresh/ with the interpreter that runs the tests: each once, one at a time, in parallel with the
-    tests. Every script gets two folders: a shared work folder, and the code with the trained tiny checkpoint.
+    """Run the scripts of fresh/ with the interpreter that runs the tests: each once, one at a time, in parallel with
+    the tests. Every script gets two folders: a shared work folder, and the code with the trained tiny checkpoint.
     """
 
     def __init__(self, work: Path, trained: Path):

@@ -1,5 +1,4 @@
-"""
-Bad input: every one is an error that names the argument, what came and what was expected.
+"""Bad input: every one is an error that names the argument, what came and what was expected.
 
 Each check is tested with every bad input through one call; the other calls show with two of these that they reach it.
 """

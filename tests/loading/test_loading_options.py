@@ -80,9 +80,8 @@ def test_the_path_may_be_a_keyword_argument(flat):
 
 @pytest.fixture(scope="module")
 def hub_cache(flat, tmp_path_factory):
-    """
-    A cache folder with the layout of huggingface_hub and two revisions: `main` has the weights at its root; `old` has
-    another `logit_scale`, and also the checkpoint in a subfolder.
+    """A cache folder with the layout of huggingface_hub and two revisions: `main` has the weights at its root; `old`
+    has another `logit_scale`, and also the checkpoint in a subfolder.
     """
     from safetensors.torch import load_file, save_file
 

@@ -46,9 +46,8 @@ def record(module, query, key, value, attention_mask, *, dropout, scaling, is_ca
 
 
 def flash_attention(query, key, value, padding, scaling, is_causal):
-    """
-    The result of FlashAttention: [B, heads, N, D] queries and S keys -> [B, N, heads, D]. Causality is aligned at the
-    bottom right; padding is 2-D [B, S], is masked and gives 0.
+    """The result of FlashAttention: [B, heads, N, D] queries and S keys -> [B, N, heads, D]. Causality is aligned at
+    the bottom right; padding is 2-D [B, S], is masked and gives 0.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)

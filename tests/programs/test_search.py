@@ -1,5 +1,4 @@
-"""
-Searching one's own pictures: what is indexed and what is listed with a reason, what a second run does, what is left
+"""Searching one's own pictures: what is indexed and what is listed with a reason, what a second run does, what is left
 after `kill -9`, and whether the right picture is found. The page is in test_search_page.py.
 """
 

@@ -129,8 +129,7 @@ def flat_card(text: str) -> str:
 
 
 def assemble(folder: str | Path, checkpoint: str | None = None) -> list[str]:
-    """
-    Put a repository together.
+    """Put a repository together.
 
     Args:
         folder (`str` or `Path`): the target; new, empty, or made by an earlier call.
@@ -215,8 +214,7 @@ def load_offline(place: str | Path, *options: str) -> dict[str, Any]:
 
 
 def check(folder: str | Path, checkpoint: str | None = None) -> list[str]:
-    """
-    Load an assembled repository without network, and compare it with the clone.
+    """Load an assembled repository without network, and compare it with the clone.
 
     Args:
         folder (`str` or `Path`): made by [`assemble`].
@@ -250,8 +248,7 @@ def check(folder: str | Path, checkpoint: str | None = None) -> list[str]:
 
 
 def upload(folder: str | Path, repo_id: str, api: Any = None) -> Any:
-    """
-    Upload an assembled repository. After an interruption, call it again to send the rest.
+    """Upload an assembled repository. After an interruption, call it again to send the rest.
 
     Args:
         folder (`str` or `Path`): made by [`assemble`].

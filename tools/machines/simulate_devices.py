@@ -71,9 +71,8 @@ class Setup:
 
     @property
     def max_memory(self) -> dict[int | str, int]:
-        """
-        Bytes that the planner may fill with weights. Balanced plans leave room by themselves. transformers takes nine
-        tenths of a single card; sequential plans fill each card before the next one, so they must leave more.
+        """Bytes that the planner may fill with weights. Balanced plans leave room by themselves. transformers takes
+        nine tenths of a single card; sequential plans fill each card before the next one, so they must leave more.
         """
         percent = 80 if self.strategy == "sequential" else 90 if len(self.cards) == 1 else 100
         return {**{i: card * percent // 100 for i, card in enumerate(self.cards)}, "cpu": HOST_MEMORY}

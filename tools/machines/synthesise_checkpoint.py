@@ -53,8 +53,7 @@ def copy_repository(config: Path, folder: Path) -> None:
 
 
 def mean_and_deviation(name: str, shape: torch.Size) -> tuple[float, float]:
-    """
-    Scales at which every layer matters and 80 layers stay finite in bfloat16: those of the goldens at full width
+    """Scales at which every layer matters and 80 layers stay finite in bfloat16: those of the goldens at full width
     (docs/model.md, "Regenerated weights"), except LayerScale: 48 layers with 0.5 would drown the image. The first
     matching rule counts.
     """
@@ -134,7 +133,8 @@ def index_in(folder: Path) -> dict | None:
 def synthesise(
     folder: Path, config: Path = ROOT, seed: int = 0, max_shard_size: str | None = None, threads: int = 2
 ) -> int:
-    """
+    """Write a checkpoint of random weights.
+
     Args:
         folder: target, created if missing.
         config: folder of the config.json.

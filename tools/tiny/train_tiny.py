@@ -51,8 +51,7 @@ RECIPE = ("steps", "finish", "batch", "named", "asked", "joint", "seed", "rate")
 
 
 class Augmentation:
-    """
-    Random affine maps, colours, light, outlines, blur, hidden parts and backgrounds; no flips, since a left arrow is
+    """Random affine maps, colours, light, outlines, blur, hidden parts and backgrounds; no flips, since a left arrow is
     not a right arrow. In some images another artist's drawing replaces a part, so that no part depends on the artist.
 
     `strength`, from 0 to 1, scales all of it: at full strength from the start nothing is learnt for hundreds of steps.
@@ -314,17 +313,15 @@ class Trainer:
         return F.normalize(texts.float(), dim=-1) - self.directions().detach()[concepts]
 
     def distance(self, texts: torch.Tensor, concepts: torch.Tensor) -> torch.Tensor:
-        """
-        The cosine distance of names from their anchors. The right anchor must not only be the nearest: images, which
+        """The cosine distance of names from their anchors. The right anchor must not only be the nearest: images, which
         are less sure of their anchors, are compared with the names in the end.
         """
         return self.apart(texts, concepts).square().sum(-1).mean() / 2  # of unit vectors: 1 - cosine
 
     def difference(self, seen: torch.Tensor, texts: torch.Tensor, concepts: torch.Tensor) -> torch.Tensor:
-        """
-        How differently images see names and their anchors: the squared difference of the logits. Small differences of
-        cosines decide which anchor an image finds, so it matters in which directions images differ; `distance` weighs
-        all directions equally.
+        """How differently images see names and their anchors: the squared difference of the logits. Small differences
+        of cosines decide which anchor an image finds, so it matters in which directions images differ; `distance`
+        weighs all directions equally.
         """
         logits = self.model.logit_scale.exp() * F.normalize(seen.float(), dim=-1) @ self.apart(texts, concepts).T
         return logits.square().mean()
