@@ -588,7 +588,7 @@ def streamed(machine: Machine) -> dict[str, Any]:
 
 @contextmanager
 def small_card(machine: Machine, budget: int) -> Iterator[tuple[str, str]]:
-    """The devices for a plan's card and for its RAM. Inside, a real card raises `OutOfMemoryError` beyond the budget."""
+    """The devices of a plan for its GPU and its RAM. A real GPU raises `OutOfMemoryError` beyond the budget."""
     if not machine.is_cuda:
         yield "cpu", "disk"
         return
