@@ -14,10 +14,10 @@ PICTURES ?= examples/pictures
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
-demo: .venv-readers/ready ## show tiny/ on pictures: zero-shot, retrieval, captions; writes demo.png
+demo: .venv-readers/ready ## show tiny/ on example images: zero-shot, retrieval, captions; writes demo.png
 	.venv-readers/bin/python examples/demo.py
 
-app: .venv-app/ready ## index a folder of pictures and open a page that searches it: PICTURES=FOLDER make app
+app: .venv-app/ready ## index a folder of images and open a page that searches it: PICTURES=FOLDER make app
 	.venv-app/bin/python examples/search.py index "$(PICTURES)"
 	.venv-app/bin/python examples/search.py page
 

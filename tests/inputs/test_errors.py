@@ -281,7 +281,7 @@ def test_generate(model, arguments, message):
         model.generate(**arguments)
 
 
-def test_generate_cannot_lose_the_picture_without_a_cache(model):
+def test_generate_cannot_lose_the_image_without_a_cache(model):
     """`generate` keeps its cache whatever it is told; the tower alone writes the same text with and without one."""
     wanted = model.generate(PIXELS, PROMPTS, max_new_tokens=4, min_new_tokens=4)
     options = {"max_new_tokens": 4, "min_new_tokens": 4}

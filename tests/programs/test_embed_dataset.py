@@ -293,7 +293,7 @@ def test_errors_of_rows_say_what_is_wrong_and_leave_the_others_alone(options, tm
     assert embed_stages.inputs_of(batch, processor, given)["ids"] == ["good", "ids", "also good"]
 
 
-def test_narrow_and_huge_pictures_are_refused_before_they_are_decoded():
+def test_narrow_and_huge_images_are_refused_before_they_are_decoded():
     import io
 
     from PIL import Image
@@ -571,7 +571,7 @@ def test_flops_are_those_that_the_shapes_say():
     width, inner, queries = 4096, 11_008, 96
     more = 32 * (2 * queries * (4 * width**2 + 3 * width * inner) + 4 * queries**2 * width)
     with_queries = embed_costs.image_flops(["InternVL-C", "InternVL-G"])
-    assert expected + more < with_queries < 1.3 * (expected + more)  # and cross-attention to the picture
+    assert expected + more < with_queries < 1.3 * (expected + more)  # and cross-attention to the image
 
 
 def test_the_estimate_is_the_slower_of_models_and_decoders(options):
@@ -752,7 +752,7 @@ def test_a_killed_driver_goes_on_without_gaps_or_duplicates(arguments, options, 
 @pytest.mark.slow
 def test_the_command_of_the_readme(tmp_path):
     """The first one of its section, but for the place of the output."""
-    section = (ROOT / "README.md").read_text("utf-8").partition("### Embed a billion pictures")[2]
+    section = (ROOT / "README.md").read_text("utf-8").partition("### Embed a billion images")[2]
     line = next(line for line in section.splitlines() if line.startswith("python examples/embed_dataset.py"))
     command = line.replace("--output out", f"--output {tmp_path}").split()
     assert str(tmp_path) in command

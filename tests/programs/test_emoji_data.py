@@ -185,7 +185,7 @@ def test_loading_what_is_not_built_says_how_to_build_it(tmp_path):
         emoji_data.load(tmp_path)
 
 
-# Pictures
+# Images
 
 
 def test_render_centres_and_keeps_the_aspect_ratio(icons):
@@ -221,7 +221,7 @@ def test_an_alias_can_mirror_its_icon(icons):
 # Splits and examples
 
 
-def test_masks_split_the_pictures():
+def test_masks_split_the_images():
     data = emoji_data.EmojiData(
         concepts=[concept("🐼")],
         rgba=np.zeros((3, 64, 64, 4), np.uint8),

@@ -40,20 +40,20 @@ def by_hand(scores: torch.Tensor, right: list[set[int]], count: int) -> float:
 
 
 def test_recall_of_a_matrix_made_by_hand():
-    # Rows are texts, columns pictures; texts 0 and 1 are of picture 0, 2 of picture 1, 3 of picture 2.
+    # Rows are texts, columns images; texts 0 and 1 are of image 0, 2 of image 1, 3 of image 2.
     texts = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.3, 0.1], [0.1, 0.4, 0.5], [0.0, 0.2, 0.8]])
     found = metrics.retrieval(torch.eye(3), texts, [0, 0, 1, 2], counts=(1, 2, 3, 4))
     assert found["image_retrieval_recall@1"] == 2 / 4  # texts 0 and 3
     assert found["image_retrieval_recall@2"] == 1.0
-    assert found["text_retrieval_recall@1"] == 1.0  # picture 1: text 2 with 0.4
-    texts[2, 1] = 0.25  # now text 1 is nearer to picture 1 than its own
+    assert found["text_retrieval_recall@1"] == 1.0  # image 1: text 2 with 0.4
+    texts[2, 1] = 0.25  # now text 1 is nearer to image 1 than its own
     assert metrics.retrieval(torch.eye(3), texts, [0, 0, 1, 2])["text_retrieval_recall@1"] == 2 / 3
     assert found["image_retrieval_recall@3"] == 1.0 and found["image_retrieval_recall@4"] is None
     assert found["text_retrieval_recall@4"] == 1.0
 
 
-def test_a_picture_is_found_by_any_of_its_texts_and_each_text_counts():
-    texts = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.1, 0.2]])  # text 0 is nearer to the wrong picture
+def test_an_image_is_found_by_any_of_its_texts_and_each_text_counts():
+    texts = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.1, 0.2]])  # text 0 is nearer to the wrong image
     found = metrics.retrieval(torch.eye(2), texts, [0, 0, 1], counts=(1,))
     assert found == {"image_retrieval_recall@1": 2 / 3, "text_retrieval_recall@1": 0.5}
 
@@ -83,11 +83,11 @@ def test_a_model_that_gives_one_embedding_gets_what_guessing_gets():
     assert metrics.classification(same, same, list(range(20)))["acc5"] == 0.25
 
 
-def test_recall_per_class_counts_classes_that_have_pictures():
+def test_recall_per_class_counts_classes_that_have_images():
     scores = torch.eye(4)[[0, 0, 0, 1, 1, 2]]  # predictions 0 0 0 1 1 2
     found = metrics.classification(scores, torch.eye(4), [0, 0, 0, 0, 1, 1])
     assert found["acc1"] == 4 / 6
-    assert found["mean_per_class_recall"] == (3 / 4 + 1 / 2) / 2  # classes 2 and 3 have no picture
+    assert found["mean_per_class_recall"] == (3 / 4 + 1 / 2) / 2  # classes 2 and 3 have no image
     assert found["acc5"] is None  # of four classes
 
 
@@ -130,7 +130,7 @@ def test_the_coco_tokenizer_is_refused_without_java(monkeypatch):
 
 
 def wide(name: str, mirrored: bool) -> Image.Image:
-    """A picture of the examples at one end of a wide one, so that cutting and squeezing differ."""
+    """An image of the examples at one end of a wide one, so that cutting and squeezing differ."""
     picture = Image.open(ROOT / "examples" / "pictures" / f"{name}.png").convert("RGBA").resize((90, 90))
     canvas = Image.new("RGB", (150, 90), "white")
     canvas.paste(picture, (40 if mirrored else 10, 0), picture)
@@ -139,7 +139,7 @@ def wide(name: str, mirrored: bool) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """The same twelve pictures four times: class folders, a listing, a dataset, shards."""
+    """The same twelve images four times: class folders, a listing, a dataset, shards."""
     root = tmp_path_factory.mktemp("data")
     rows = []
     for label, name in enumerate(NAMES):
@@ -365,7 +365,7 @@ def test_several_sets_of_templates_and_languages(run, folders, tmp_path, monkeyp
 
 
 class Opened:
-    """Counts the pictures that are opened, and is interrupted at one of them."""
+    """Counts the images that are opened, and is interrupted at one of them."""
 
     def __init__(self, monkeypatch, stop: int | None = None):
         self.rows: list[int] = []
@@ -467,7 +467,7 @@ def test_placed_by_a_device_map_it_gives_the_same(run, folders, trained, tmp_pat
 
 
 @pytest.mark.parametrize("source", ["things", "wds_things", pytest.param("saved", marks=needs_datasets)])
-def test_a_picture_that_cannot_be_read_is_named(run, folders, tmp_path, source):
+def test_an_image_that_cannot_be_read_is_named(run, folders, tmp_path, source):
     broken = tmp_path / "x"
     shutil.copytree(folders / "things", broken)
     path = broken / "lion" / "1.png"

@@ -23,7 +23,7 @@ from tools import export  # noqa: E402
 
 PICTURES = ROOT / "examples" / "pictures"
 PATCH = 8
-# Pictures, rows and columns of patches: the table's own grid, larger and smaller ones, tall, wide, the least.
+# Images, rows and columns of patches: the table's own grid, larger and smaller ones, tall, wide, the least.
 GRIDS = [(1, 4, 4), (3, 4, 4), (2, 6, 5), (2, 3, 9), (1, 2, 2)]
 # Rows of ids with padding on the right, the left, both sides and in the middle; as ids, 0 is padding.
 TEXTS = [
@@ -92,7 +92,7 @@ def run(file, **tensors: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["pt2", "onnx"])
 @torch.no_grad()
-def test_pictures_of_any_number_and_size(both, joint, kind):
+def test_images_of_any_number_and_size(both, joint, kind):
     for grid in GRIDS:
         pixels = pictures(*grid)
         assert_close(run(both[0] / f"vision.{kind}", pixel_values=pixels), joint.embed_image(pixels), **TOLERANCE)

@@ -30,7 +30,7 @@ LOSSES = ("loss", "loss_itm", "loss_itc", "loss_itg")
 
 
 def rows(count: int = 12, shift: int = 0) -> list[dict]:
-    """Two English captions, a Chinese one in a list, a Japanese one; `shift` gives pictures the names of others."""
+    """Two English captions, a Chinese one in a list, a Japanese one; `shift` gives images the names of others."""
     found = []
     for index in range(count):
         name = NAMES[(index + shift) % count][1]
@@ -418,7 +418,7 @@ def test_mixed_precision_trains_float32_weights(arguments):
 
 
 def test_wrong_names_are_learnt(arguments, tmp_path):
-    """Every picture gets the name of another: at first nothing is found, soon nearly everything."""
+    """Every image gets the name of another: at first nothing is found, soon nearly everything."""
     table(rows(shift=1)).save_to_disk(tmp_path / "shifted")
     given = arguments(
         data=str(tmp_path / "shifted"),

@@ -63,7 +63,7 @@ def test_a_checkpoint_of_others_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [INDEX]
 
 
-def test_checkpoint_tells_pictures_and_texts_apart(synthetic):
+def test_checkpoint_tells_images_and_texts_apart(synthetic):
     model = AutoModel.from_pretrained(synthetic, trust_remote_code=True, dtype="auto").eval()
     processor = AutoProcessor.from_pretrained(synthetic, trust_remote_code=True)
     assert model.dtype == torch.bfloat16

@@ -1,5 +1,5 @@
-"""Searching one's own pictures: what is indexed and what is listed with a reason, what a second run does, what is left
-after `kill -9`, and whether the right picture is found. The page is in test_search_page.py.
+"""Searching one's own images: what is indexed and what is listed with a reason, what a second run does, what is left
+after `kill -9`, and whether the right image is found. The page is in test_search_page.py.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ def embedder(trained):
 
 @pytest.fixture(scope="module")
 def indexed(embedder, tmp_path_factory):
-    """An index of the example pictures, with captions. Not to be changed."""
+    """An index of the example images, with captions. Not to be changed."""
     index = Index(tmp_path_factory.mktemp("indexed") / "index")
     report = index.update(PICTURES, embedder, quiet=True)
     assert (report.embedded, report.problems, report.others) == (len(NAMES), 0, {".json": 1})
@@ -50,7 +50,7 @@ def indexed(embedder, tmp_path_factory):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with some pictures in it, which a test may change."""
+    """A folder with some images in it, which a test may change."""
     target = tmp_path / "my pictures"
     (target / "deeper" / "still").mkdir(parents=True)
     for number, name in enumerate(SOME):
@@ -84,7 +84,7 @@ def run(*arguments, capsys) -> str:
 
 
 @pytest.mark.parametrize("mode", COLUMNS)
-def test_words_in_three_languages_find_their_picture(indexed, embedder, mode):
+def test_words_in_three_languages_find_their_image(indexed, embedder, mode):
     searcher = Searcher(indexed, embedder)
     right = [
         names(searcher.search(words=text, k=1, mode=mode)) == [file]
@@ -97,7 +97,7 @@ def test_words_in_three_languages_find_their_picture(indexed, embedder, mode):
 
 
 @pytest.mark.parametrize("mode", COLUMNS)
-def test_a_picture_finds_itself_first(indexed, embedder, mode):
+def test_an_image_finds_itself_first(indexed, embedder, mode):
     for file in SOME:
         best = Searcher(indexed, embedder).search(picture=str(PICTURES / file), k=3, mode=mode)
         assert names(best)[0] == file and best[0].cosine == pytest.approx(1, abs=1e-3)
@@ -194,7 +194,7 @@ def test_a_second_run_reads_only_what_changed(folder, embedder, tmp_path, monkey
     assert (report.embedded, report.unchanged, report.dropped, seen) == (0, len(SOME), 0, [])
 
     shutil.copy(PICTURES / "fox.png", folder / "new.png")
-    shutil.copy(PICTURES / "owl.png", folder / "pizza.png")  # another picture under an old name
+    shutil.copy(PICTURES / "owl.png", folder / "pizza.png")  # another image under an old name
     (folder / "panda.png").rename(folder / "deeper" / "moved.png")
     os.utime(folder / "sunflower.png", (1, 1))
     (folder / "deeper/still/lion.png").unlink()
@@ -249,7 +249,7 @@ def test_captions_are_added_to_an_index_without(folder, embedder, tmp_path):
     assert index.update(folder, embedder, quiet=True).unchanged == len(SOME)
 
 
-def test_a_folder_that_lost_all_its_pictures_loses_no_rows(folder, embedder, tmp_path):
+def test_a_folder_that_lost_all_its_images_loses_no_rows(folder, embedder, tmp_path):
     """A drive that is not mounted is an empty folder."""
     index = Index(tmp_path / "index")
     update(index, folder, embedder)
@@ -382,7 +382,7 @@ def odd(embedder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", READ)
-def test_odd_pictures_are_indexed_right(odd, embedder, name):
+def test_odd_images_are_indexed_right(odd, embedder, name):
     folder, index = odd
     row = rows(index)[str(folder / name)]
     assert row["problem"] == ""
@@ -390,7 +390,7 @@ def test_odd_pictures_are_indexed_right(odd, embedder, name):
         pixels = embedder.processor(images=READ[name][1](), crop="squash").pixel_values.to(embedder.model.dtype)
         for mode, column in COLUMNS.items():
             wanted = embedder.model.embed_image(pixels, mode=mode).float()[0]
-            # Other cosines, such as that of the picture upside down, are below 0.9; lossy formats change it a little.
+            # Other cosines, such as that of the image upside down, are below 0.9; lossy formats change it a little.
             assert float(wanted @ torch.tensor(row[column])) > 0.97, name
     small = Image.open(io.BytesIO(row["thumbnail"]))
     reference = np.asarray(READ[name][1]().convert("RGB").resize(small.size), dtype=float)
@@ -655,7 +655,7 @@ search_index.Index(sys.argv[2]).update(Path(sys.argv[3]), embedder, captions=Fal
 
 
 def many(folder: Path, count: int) -> Path:
-    """A folder of `count` different pictures, and two problems."""
+    """A folder of `count` different images, and two problems."""
     folder.mkdir(parents=True)
     files = sorted(NAMES)
     for number in range(count):

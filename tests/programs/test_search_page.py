@@ -53,7 +53,7 @@ for (const kind of ['dragenter', 'dragover', 'drop'])
 
 @pytest.fixture(scope="module")
 def folder(trained, tmp_path_factory):
-    """The index of the example pictures and of one whose name and place are foreign text; its pictures."""
+    """The index of the example images and of one whose name and place are foreign text; its images."""
     folder = tmp_path_factory.mktemp("page")
     shutil.copytree(PICTURES, folder / "pictures")
     shutil.copy(PICTURES / "panda.png", folder / "pictures" / "<b onclick=x>&.png")
@@ -126,7 +126,7 @@ class Page:
         return self.answers()[-1]
 
 
-def test_words_show_the_right_picture_first(browse, folder, trained):
+def test_words_show_the_right_image_first(browse, folder, trained):
     page = browse()
     for words in ("panda", "熊猫", "パンダの顔"):
         assert page.ask(words)[0] in ("panda.png", "<b onclick=x>&.png"), words
@@ -136,10 +136,10 @@ def test_words_show_the_right_picture_first(browse, folder, trained):
     assert page.text("#found b") == f"{best.cosine:.3f}" and best.caption in page.text("#found li")
     assert page.driver.execute_script("return document.querySelector('#found img').naturalWidth") > 100
     assert not page.driver.find_elements(By.CSS_SELECTOR, "#found figcaption b[onclick]"), "names are no HTML"
-    page.ask("lion\u200b ")  # what is no picture's name is answered too
+    page.ask("lion\u200b ")  # what is no image's name is answered too
 
 
-def test_pictures_find_themselves_and_what_is_none_is_said(browse, tmp_path):
+def test_images_find_themselves_and_what_is_none_is_said(browse, tmp_path):
     page = browse()
     assert "for lion.png" in page.drop(PICTURES / "lion.png") and page.names()[0] == "lion.png"
     broken = tmp_path / "broken.png"

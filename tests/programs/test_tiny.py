@@ -1,4 +1,4 @@
-"""The trained tiny checkpoint: its size, what its cards say of it, and that it means something on held-out pictures."""
+"""The trained tiny checkpoint: its size, what its cards say of it, and that it means something on held-out images."""
 
 import json
 
@@ -31,7 +31,7 @@ def pixels(tiny):
 
 @torch.inference_mode()
 def ranks_of_own_name(tiny, pixels, mode: str, language: str) -> torch.Tensor:
-    """For every example picture, how many of the other names are nearer than its own."""
+    """For every example image, how many of the other names are nearer than its own."""
     model, processor = tiny
     names = [PHRASES[language].format(example["name"][language]) for example in EXAMPLES]
     similarity = model.embed_image(pixels, mode) @ model.embed_text(**processor(text=names)).T
@@ -56,7 +56,7 @@ def test_weights_are_two_bfloat16_shards():
 
 @pytest.mark.parametrize("language", ["en", "zh", "ja"])
 @pytest.mark.parametrize("mode", ["InternVL-C", "InternVL-G"])
-def test_names_held_out_pictures(tiny, pixels, mode, language):
+def test_names_held_out_images(tiny, pixels, mode, language):
     ranks = ranks_of_own_name(tiny, pixels, mode, language)
     assert (ranks == 0).float().mean() >= 0.8  # chance is 1 / 36
 
