@@ -122,8 +122,8 @@ class RegistryAttention(nn.Module):
 def run_layers(
     stack: Any, hidden_states: torch.Tensor, output_hidden_states: bool, *arguments: Any
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
-    """Run `stack.layers` in order. If `stack.gradient_checkpointing` is set (by `gradient_checkpointing_enable`),
-    training recomputes their activations in the backward pass.
+    """Run `stack.layers` in order. If `stack.gradient_checkpointing` is set (by `gradient_checkpointing_enable`, or by
+    default in the vision tower), training recomputes their activations in the backward pass.
 
     Returns:
         The last output and, if requested, the input of every layer followed by the last output.

@@ -18,7 +18,7 @@ from .compat_internvl import (
     refuse_known_bad,
     with_accelerate_hook,
 )
-from .texts_internvl import check_texts, padding_last
+from .texts_internvl import check_texts, padding_order
 
 logger = logging.get_logger(__name__)
 
@@ -27,17 +27,12 @@ DEFAULT_NEW_TOKENS = 32
 
 class InternVLSeen(NamedTuple):
     """States of images, computed once by [`InternVLModel.look_at`]. Methods take it in place of `pixel_values`, and do
-    not change it.
-
-    Attributes:
-        image_states (`torch.Tensor`): [B, 1 + N, vision width], the vision tokens.
-        query_states (`torch.Tensor`): [B, num_query_token, C], the outputs of the queries; None without queries.
-        query_cache (`Cache`): keys and values of the queries, for captions; None without queries.
+    not change it. The last two fields are None if the queries were not run.
     """
 
-    image_states: torch.Tensor
-    query_states: torch.Tensor | None = None
-    query_cache: Cache | None = None
+    image_states: torch.Tensor  # [B, 1 + N, vision width], the vision tokens
+    query_states: torch.Tensor | None = None  # [B, num_query_token, C], the outputs of the queries
+    query_cache: Cache | None = None  # keys and values of the queries, for captions
 
 
 class CaptionSide:
@@ -145,7 +140,7 @@ class CaptionSide:
             )
         # The embedding of padding may be zero, and static caches of some releases treat zero keys as empty slots.
         input_ids = input_ids.masked_fill(mask.logical_not(), self.config.qllama_config.bos_token_id)
-        order = padding_last(mask, last=False)
+        order = padding_order(mask, "left")
         # Not the device of a weight: offloaded weights are elsewhere until they run.
         run_device = self.get_input_embeddings()(input_ids[:1, :1]).device
         rows = max(batch, len(input_ids))
@@ -165,22 +160,20 @@ class CaptionSide:
             if generate_kwargs.get(old) is not None:
                 setattr(config, new, None)  # the argument takes precedence over the checkpoint's default
         rest = config.update(**generate_kwargs)
-        for name in sorted(set(rest) - ARGUMENTS_OF_GENERATE):
-            raise TypeError(f"generate() got an unexpected keyword argument '{name}'")
-        unsupported = {
-            "assistant_model": rest.get("assistant_model") is not None,
-            "assistant_early_exit": config.assistant_early_exit is not None,
-            "custom_generate": rest.get("custom_generate") is not None,
-            "guidance_scale": config.guidance_scale not in (None, 1),
-            "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens is not None,
-        }
-        for name in filter(unsupported.get, unsupported):
-            raise ValueError(f"`generate` does not support `{name}`, which would write tokens without the image.")
+        if unknown := sorted(set(rest) - ARGUMENTS_OF_GENERATE):
+            raise TypeError(f"generate() got an unexpected keyword argument '{unknown[0]}'")
+        scale = None if config.guidance_scale == 1 else config.guidance_scale
+        lookup, early_exit = config.prompt_lookup_num_tokens, config.assistant_early_exit
+        options = {"guidance_scale": scale, "prompt_lookup_num_tokens": lookup, "assistant_early_exit": early_exit}
+        options |= {name: rest.get(name) for name in ("assistant_model", "custom_generate")}
+        if unsupported := [name for name, value in options.items() if value is not None]:
+            raise ValueError(f"`generate` does not support `{unsupported[0]}`, which would ignore the image.")
         if config.output_attentions:
             raise ValueError("`generate` does not support `output_attentions`: the model keeps no attention weights.")
         for old, new in lengths:
             length = getattr(config, old)
-            if length != getattr(plain, old) and getattr(config, new) is None:
+            is_given = generate_kwargs.get(old) is not None or length != getattr(plain, old)
+            if is_given and getattr(config, new) is None:
                 setattr(config, new, max(length - 1, 0))
             setattr(config, old, getattr(plain, old))
         if config.max_new_tokens is None:

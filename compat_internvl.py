@@ -1,7 +1,9 @@
 """Differences between the supported releases of transformers, and all undocumented names of libraries.
 
 No other module at the root contains a version or an undocumented name. Exceptions: attributes that transformers reads
-from a class (`_tp_plan`, `_no_split_modules`, ...), and the names that sentence-transformers needs in its module.
+from a class (`_tp_plan`, `_no_split_modules`, ...), and the names that sentence-transformers needs in its module. Four
+workarounds for "some releases" stand where they act: unused imports of configurations (they go with 4.57), the mask of
+static caches in prompts, completed device maps, and classes registered by name (they go when no release needs them).
 Each workaround says when it can go. tests/model/test_compat.py tests each; docs/versions.md lists the releases.
 """
 
@@ -67,10 +69,10 @@ try:
 except ImportError:  # up to 5.1 the plain name is the PIL class; goes when 5.8 is the oldest
     from transformers import CLIPImageProcessor as CLIPImageProcessorPil  # noqa: F401
 
-# 4.57 loads a model without `dtype` in float32, not in the config's, and cannot offload a `state_dict` argument to the
-# disk. Both names go with 4.57.
+# 4.57 cannot offload a `state_dict` argument to the disk, and loads a model without `dtype` in float32, not in the
+# config's. Both names go with 4.57.
 CAN_OFFLOAD_A_STATE = VERSION >= (5, 0)
-DEFAULT_DTYPE = "auto" if CAN_OFFLOAD_A_STATE else torch.float32
+DEFAULT_DTYPE = "auto" if VERSION >= (5, 0) else torch.float32
 # The kinds in `output_loading_info`. Goes when transformers documents them.
 LOADING_PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
@@ -95,12 +97,12 @@ def attention_name(config: Any) -> str | None:
 
 
 def set_attention_name(config: Any, name: str) -> None:
-    """Goes with `attention_name`."""
+    """Set the `attn_implementation` of a config. Goes with `attention_name`."""
     config._attn_implementation = name
 
 
 def attention_function(name: str | None, eager: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of transformers' registry. Goes with 5.0, the last release without `get_interface`."""
+    """Look up the attention function. Goes when 5.1, the first release with `get_interface`, is the oldest."""
     return eager if name in (None, "eager") else ALL_ATTENTION_FUNCTIONS[name]
 
 
@@ -118,7 +120,7 @@ def causal_mask(config: Any, states: torch.Tensor, padding: Any, cache: Any, bid
 
 # ----------------------------------------------------------------------------------------------------- caches, generate
 
-# What `generate` passes to every forward, even if it takes no such argument: positions up to 5.1, always the tokenizer.
+# Arguments that `generate` passes to every forward: always `tokenizer`; up to 5.1 also `cache_position`.
 PASSED_BY_GENERATE = {"tokenizer"} | ({"cache_position"} & arguments_of(GenerationMixin.prepare_inputs_for_generation))
 # What `generate` takes besides the fields of a generation config; `tokenizer` is missing from its signature.
 ARGUMENTS_OF_GENERATE = {"tokenizer"} | arguments_of(GenerationMixin.generate) - {"self", "inputs", "kwargs"}
@@ -207,9 +209,9 @@ def pipeline_task(arguments: dict[str, Any]) -> str | None:
 
 
 def with_accelerate_hook(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Run a public method under the hook that accelerate puts on `forward` only: it loads offloaded parameters of the
-    model itself, and returns results on the device of the inputs. Decorated methods must not call each other. Goes when
-    accelerate can hook other methods.
+    """Run a public method under the hook that accelerate puts on `forward` only: it loads the model's own (root)
+    parameters if they are offloaded, and returns results on the device of the inputs. Decorated methods must not call
+    each other. Goes when accelerate can hook other methods.
     """
 
     @wraps(method)
@@ -227,7 +229,7 @@ def is_loaded(parameter: torch.Tensor) -> bool:
     return getattr(parameter, "_is_hf_initialized", False)
 
 
-def recompute_by_default(stack: Any) -> None:
+def set_checkpoint_function(stack: Any) -> None:
     """Set what `gradient_checkpointing_enable` sets. Goes, with `recomputed`, when transformers has a public name."""
     stack._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 

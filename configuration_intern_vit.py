@@ -49,11 +49,20 @@ class CheckedConfig(PretrainedConfig):
     """
 
     def __init__(self, **kwargs: Any):
-        # A default is looked up on the class. A field without one is in `kwargs`: the subclass puts it there.
+        # A field without a class default must be in `kwargs`: the subclass adds it.
         values = {name: kwargs.pop(name, getattr(type(self), name, None)) for name in self.declared_fields()}
         super().__init__(**kwargs)
         for name, value in values.items():
             setattr(self, name, value)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, but overrides of fields are checked and reach the sub-configs."""
+        fields = {}
+        for name in set(cls.declared_fields()) & set(kwargs):
+            old, new = config_dict.get(name), kwargs.pop(name)
+            fields[name] = old | new if isinstance(old, dict) and isinstance(new, dict) else new
+        return super().from_dict(config_dict | fields, **kwargs)
 
     @classmethod
     def declared_fields(cls) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def is_token_id(value: Any, vocab_size: int) -> bool:
     return is_integer(value) and 0 <= value < vocab_size
 
 
-def refuse(name: str, kwargs: dict[str, Any], expected: str) -> None:
+def pop_unsupported(name: str, kwargs: dict[str, Any], expected: str) -> None:
     """Remove an option of LLaMA that this model lacks; raise a `ValueError` if it is set."""
     value = kwargs.pop(name, None)
     require(name, value, not value, expected)
@@ -77,9 +77,9 @@ class QLlamaConfig(CheckedConfig):
     encoder_hidden_size: PositiveInteger = 3200
 
     def __init__(self, **kwargs: Any):
-        refuse("rope_scaling", kwargs, "None: the checkpoint has plain rotary positions")
-        refuse("attention_bias", kwargs, "False: the checkpoint's attention has no bias")
-        refuse("tie_word_embeddings", kwargs, "False: `lm_head` is its own matrix")
+        pop_unsupported("rope_scaling", kwargs, "None: the checkpoint has plain rotary positions")
+        pop_unsupported("attention_bias", kwargs, "False: the checkpoint's attention has no bias")
+        pop_unsupported("tie_word_embeddings", kwargs, "False: `lm_head` is its own matrix")
         if kwargs.get("num_key_value_heads") is None:
             kwargs["num_key_value_heads"] = kwargs.get("num_attention_heads", self.num_attention_heads)
         super().__init__(tie_word_embeddings=False, **kwargs)
@@ -145,7 +145,7 @@ class InternVLConfig(CheckedConfig):
 
     def __init__(self, vision_config: Any = None, qllama_config: Any = None, **kwargs: Any):
         kwargs |= {"vision_config": vision_config, "qllama_config": qllama_config}
-        refuse("tie_word_embeddings", kwargs, "False: `lm_head` is its own matrix")
+        pop_unsupported("tie_word_embeddings", kwargs, "False: `lm_head` is its own matrix")
         # The original configs store these two; here they come from the class and the language tower.
         kwargs.pop("model_type", None)
         kwargs.pop("hidden_size", None)

@@ -71,11 +71,7 @@ PARAMETERS = {
 
 
 class RequestError(ValueError):
-    """A request that cannot be answered; the message says why.
-
-    Attributes:
-        status (`int`): the HTTP status to answer with: 400, 413 or 422.
-    """
+    """A request that cannot be answered. The message says why; `status` is the HTTP status: 400, 413 or 422."""
 
     def __init__(self, status: int, message: str):
         super().__init__(message)

@@ -4,6 +4,7 @@ A plan is made of `device_map`, `max_memory`, quantisation and tensor parallelis
 before any file is read. Merging adds LoRA adapters to the weights of checkpoints that the original code fine-tuned.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterable
@@ -60,7 +61,7 @@ class InternPreTrainedModel(PreTrainedModel):
                 nn.init.zeros_(bias)
 
     def post_init(self) -> None:
-        """As in transformers, but the tensor-parallel plan contains only the entries of the classes."""
+        """As in transformers, but the tensor-parallel plan contains exactly what the classes declare in `_tp_plan`."""
         super().post_init()
         collect_tp_plan(self)
 
@@ -113,7 +114,7 @@ class InternPreTrainedModel(PreTrainedModel):
         if strict:
             options["ignore_mismatched_sizes"] = True  # the error of transformers names no tensor; the one below does
         try:
-            merged = cls._merged(checkpoint, config, options)
+            merged = cls._options_with_merged_weights(checkpoint, config, options)
             # transformers takes either a checkpoint or a state dict.
             source, options = (checkpoint, options) if merged is None else (None, merged)
             with root_parameters_in_tensor_parallel():
@@ -165,14 +166,16 @@ class InternPreTrainedModel(PreTrainedModel):
         if is_split:
             plan["device_map"] = complete_device_map(model, device_map)
         if has_budget:
-            dtype = kwargs.get("dtype", kwargs.get("torch_dtype", DEFAULT_DTYPE))
-            if isinstance(dtype, str):
-                dtype = config.dtype if dtype == "auto" else getattr(torch, dtype)
-            check_budgets(model, max_memory, dtype or torch.float32)
+            dtype = kwargs.get("dtype", kwargs.get("torch_dtype", DEFAULT_DTYPE)) or torch.float32
+            dtype = getattr(torch, dtype, config.dtype) if isinstance(dtype, str) else dtype  # "auto" is the config's
+            if isinstance(dtype, torch.dtype):  # a dict of dtypes is left to transformers
+                check_budgets(model, max_memory, dtype)
         return plan
 
     @classmethod
-    def _merged(cls, checkpoint: Any, config: Any, options: dict[str, Any]) -> dict[str, Any] | None:
+    def _options_with_merged_weights(
+        cls, checkpoint: Any, config: Any, options: dict[str, Any]
+    ) -> dict[str, Any] | None:
         """The options that load a checkpoint's merged weights; None if the checkpoint has no adapters."""
         if checkpoint is None or options.get("state_dict") is not None:
             return None
@@ -205,8 +208,8 @@ def blocks_of(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def complete_device_map(model: PreTrainedModel, device_map: dict[str, Any]) -> dict[str, Any]:
-    """Expand the key "" of a device map (all the rest), which accelerate cannot mix with other keys. Parameters of the
-    model itself stay in memory where the map says "disk", because accelerate offloads modules only.
+    """Replace the key "" of a device map, which means all the rest, by names: accelerate cannot mix it with other keys.
+    Parameters of the model itself stay in memory where the map says "disk", because accelerate offloads modules only.
     """
     devices = devices_by_map(model, device_map)
     completed = {key: device for key, device in device_map.items() if key}
@@ -300,12 +303,21 @@ def read_checkpoint(checkpoint: Any, subfolder: str = "", **hub_arguments: Any) 
         patterns = ["*model*.safetensors", "*pytorch_model*.bin"]
         checkpoint = snapshot_download(checkpoint, allow_patterns=patterns, **hub_arguments)
     folder = Path(checkpoint, subfolder)
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     state: dict[str, torch.Tensor] = {}
-    for file in files:
+    for file in weight_files(folder):
         pickled = file.suffix == ".bin"
         state |= torch.load(file, map_location="cpu", weights_only=True, mmap=True) if pickled else load_file(file)
     return state
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights that transformers would read: one file or the shards of an index, safetensors first."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        if (index := folder / f"{name}.index.json").is_file():
+            return [folder / file for file in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
+    return []
 
 
 def merge_adapters(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
 from .attention_internvl import RegistryAttention, RMSNorm, run_layers
-from .compat_internvl import GATHERED, VISION_MLP, ignore_in_checkpoint, recompute_by_default
+from .compat_internvl import GATHERED, VISION_MLP, ignore_in_checkpoint, set_checkpoint_function
 from .configuration_intern_vit import InternVisionConfig
 from .loading_internvl import InternPreTrainedModel
 
@@ -167,7 +167,7 @@ class InternVisionEncoder(nn.Module):
         rates = [config.drop_path_rate * index / max(depth - 1, 1) for index in range(depth)]
         self.layers = nn.ModuleList([InternVisionEncoderLayer(config, rate) for rate in rates])
         self.gradient_checkpointing = True
-        recompute_by_default(self)
+        set_checkpoint_function(self)
 
     def forward(
         self, hidden_states: torch.Tensor, output_hidden_states: bool = False

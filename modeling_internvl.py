@@ -10,13 +10,15 @@ Two ways to embed an image:
 Where this file differs from the original implementation, and why:
 * No dense attention mask is built here: masks are for padding, in matching and in prompts (see modeling_qllama.py).
 * `embed_image`, `match` and `look_at` are new, and so are the methods of texts_internvl.py whose names begin with
-  `embed`; the original methods keep their values and types.
+  `embed`; the original methods keep their values and types, but `generate`
+  leaves out the leading `<s>`.
 
 texts_internvl.py embeds texts, captions_internvl.py writes captions, and training_internvl.py has the losses.
 """
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +31,7 @@ from .attention_internvl import RegistryAttention
 from .captions_internvl import CaptionSide, InternVLSeen
 from .compat_internvl import ignore_in_checkpoint, with_accelerate_hook
 from .configuration_intern_vit import InternVisionConfig  # noqa: F401 - some loaders copy direct imports only
-from .configuration_internvl import InternVLConfig
+from .configuration_internvl import InternVLConfig, QLlamaConfig
 from .loading_internvl import InternPreTrainedModel
 from .modeling_intern_vit import InternVisionModel
 from .modeling_qllama import QLlamaForCausalLM, QLlamaTextEncoder
@@ -44,51 +46,31 @@ NOT_FOR_IMAGES = [*NOT_FOR_CONTRAST, r"^qllama\.", r"^text_projection$", r"^logi
 
 @dataclass
 class InternVLOutput(ModelOutput):
-    """What [`InternVLModel`] returns; a field whose input was not given is None.
+    """What [`InternVLModel`] returns; a field whose input was not given is None. Embeddings have unit length."""
 
-    Attributes:
-        logits_per_image (`torch.Tensor`): [images, texts], cosine similarities times `exp(logit_scale)`.
-        logits_per_text (`torch.Tensor`): [texts, images], its transpose.
-        last_hidden_state (`torch.Tensor`): [images, 1 + N, vision width], the vision tokens, only without texts.
-        image_embeds (`torch.Tensor`): [images, clip_embed_dim], of unit length.
-        text_embeds (`torch.Tensor`): [texts, clip_embed_dim], of unit length.
-        pooler_output (`torch.Tensor`): `image_embeds` under the name that pipelines expect, only without texts.
-    """
-
-    logits_per_image: torch.Tensor | None = None
-    logits_per_text: torch.Tensor | None = None
-    last_hidden_state: torch.Tensor | None = None
-    image_embeds: torch.Tensor | None = None
-    text_embeds: torch.Tensor | None = None
-    pooler_output: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None  # [images, texts], cosine similarities times `exp(logit_scale)`
+    logits_per_text: torch.Tensor | None = None  # [texts, images], its transpose
+    last_hidden_state: torch.Tensor | None = None  # [images, 1 + N, vision width], only without texts
+    image_embeds: torch.Tensor | None = None  # [images, clip_embed_dim]
+    text_embeds: torch.Tensor | None = None  # [texts, clip_embed_dim]
+    pooler_output: torch.Tensor | None = None  # `image_embeds` for pipelines, only without texts
 
 
 @dataclass
 class InternVLImageOutput(ModelOutput):
-    """What [`InternVLVisionModelWithProjection`] returns.
+    """What [`InternVLVisionModelWithProjection`] returns."""
 
-    Attributes:
-        image_embeds (`torch.Tensor`): [B, clip_embed_dim] in mode InternVL-C, not normalised.
-        last_hidden_state (`torch.Tensor`): [B, 1 + N, C], the vision tokens, class token first.
-        hidden_states (`tuple(torch.Tensor)`): layers + 1 times [B, 1 + N, C], on request.
-    """
-
-    image_embeds: torch.Tensor | None = None
-    last_hidden_state: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
+    image_embeds: torch.Tensor | None = None  # [B, clip_embed_dim] in mode InternVL-C, not normalised
+    last_hidden_state: torch.Tensor | None = None  # [B, 1 + N, C], the vision tokens, class token first
+    hidden_states: tuple[torch.Tensor, ...] | None = None  # layers + 1 times [B, 1 + N, C], on request
 
 
 @dataclass
 class InternVLTextOutput(ModelOutput):
-    """What [`InternVLTextModelWithProjection`] returns.
+    """What [`InternVLTextModelWithProjection`] returns."""
 
-    Attributes:
-        text_embeds (`torch.Tensor`): [B, clip_embed_dim], not normalised.
-        last_hidden_state (`torch.Tensor`): [B, L, C], the states of all tokens; values at padding are arbitrary.
-    """
-
-    text_embeds: torch.Tensor | None = None
-    last_hidden_state: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None  # [B, clip_embed_dim], not normalised
+    last_hidden_state: torch.Tensor | None = None  # [B, L, C], all tokens; values at padding are arbitrary
 
 
 # -------------------------------------------------------------------------------------------------------- heads
@@ -139,17 +121,25 @@ class InternVLPreTrainedModel(InternPreTrainedModel):
     config_class = InternVLConfig
     base_model_prefix = "internvl"
     _no_split_modules = ["InternVisionEmbeddings", "InternVisionEncoderLayer", "QLlamaDecoderLayer", "AttentionPool"]
-    _skip_keys_device_placement = ["past_key_values", "cache"]
+    _skip_keys_device_placement = QLlamaConfig.keys_to_ignore_at_inference
     # Every embedding, match and caption passes through one of these. In 8 bits they cause a quarter of the error of
     # tiny/'s image embeddings (1 - cosine), and would save 2 % of the bytes at 14B (tools/machines/quantised_sizes.py).
     _keep_unquantized = ("clip_projector", "clip_projector2", "itm_head", "qllama.lm_head")
-    saved_as: str | None = None
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """As in transformers; `AutoModel` then loads the class named by `saved_as`, by default the model's own."""
-        super().save_pretrained(save_directory, **kwargs)
-        self.config.auto_map["AutoModel"] = f"modeling_internvl.{self.saved_as or type(self).__name__}"
-        self.config.save_pretrained(save_directory)
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """As in transformers; `AutoModel` then loads the model's class, or the first of its bases in this module."""
+        names = ("repo_id", "token", "private", "commit_message", "create_pr", "revision")
+        upload = {name: kwargs.pop(name) for name in names if push_to_hub and name in kwargs}
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            loaded_as = next(each.__name__ for each in type(self).__mro__ if each.__module__ == __name__)
+            auto_map = getattr(self.config, "auto_map", None) or {}
+            self.config.auto_map = auto_map | {"AutoModel": f"modeling_internvl.{loaded_as}"}
+            self.config.save_pretrained(save_directory)
+        if push_to_hub:  # not by the call above, which uploads before the config is right
+            self.push_to_hub(upload.pop("repo_id", Path(save_directory).name), **upload)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -312,7 +302,7 @@ class InternVLModel(InternVLPreTrainedModel, TextSide, ImageSide, CaptionSide, G
 
     Attributes:
         vision_model ([`InternVisionModel`]): InternViT.
-        qllama ([`QLlamaForCausalLM`]): QLLaMA.
+        qllama ([`QLlamaForCausalLM`]): QLLaMA; with `contrastive_only` a [`QLlamaTextEncoder`].
         query_tokens (`nn.Parameter`): [1, num_query_token, C], the queries.
         clip_projector, clip_projector2 ([`AttentionPool`]): pools of the vision tokens and of the query outputs.
         text_projection (`nn.Parameter`): [C, clip_embed_dim]

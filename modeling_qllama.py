@@ -5,8 +5,9 @@ queries cross-attend to the vision tower's tokens. The three ways to run it need
 
 * image:          the queries alone, which attend bidirectionally;
 * text:           plain causal attention;
-* image + prompt: the queries attend only to each other; the prompt follows and attends causally to both. The queries
-                  can be run into a cache first; tokens decoded from it never enter the cross-attention.
+* image + prompt: the queries attend only to each other; the prompt follows, and attends to all queries and causally to
+                  itself. The queries can be run into a cache first; tokens decoded from it never enter the
+                  cross-attention.
 
 Where this file differs from the original implementation, and why:
 * Rotary angles are computed when needed: no buffer that could be lost on the meta device, no table lookup.
@@ -29,8 +30,8 @@ from .compat_internvl import (
     attention_name,
     causal_mask,
     is_loaded,
-    recompute_by_default,
     resolve_cache,
+    set_checkpoint_function,
     update_cache,
 )
 from .configuration_intern_vit import InternVisionConfig  # noqa: F401 - some loaders copy direct imports only
@@ -203,7 +204,7 @@ class QLlamaPreTrainedModel(InternPreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, nn.Embedding) and not is_loaded(module.weight):
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None and not is_loaded(module.weight):
             nn.init.zeros_(module.weight[module.padding_idx])
 
 
@@ -231,7 +232,7 @@ class QLlamaModel(QLlamaPreTrainedModel):
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
-        recompute_by_default(self)
+        set_checkpoint_function(self)
         self.post_init()
 
     def position_ids_for(
@@ -280,7 +281,7 @@ class QLlamaModel(QLlamaPreTrainedModel):
 
         Raises:
             `ValueError`: neither or both of `input_ids` and `inputs_embeds` were given, both names of the cache were
-                given, or there are fewer positions than queries.
+                given, there are fewer positions than queries, or `num_bidirectional` is too large or follows a cache.
         """
         cache = resolve_cache(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
@@ -290,6 +291,8 @@ class QLlamaModel(QLlamaPreTrainedModel):
         if encoder_hidden_states is not None and length < self.config.num_query_token:
             queries = self.config.num_query_token
             raise ValueError(f"With an image the sequence must start with {queries} queries, got {length} positions.")
+        if num_bidirectional and (num_bidirectional > length or (cache is not None and cache.get_seq_length())):
+            raise ValueError(f"`num_bidirectional` must be at most {length}, and 0 with a filled cache.")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and cache is None:

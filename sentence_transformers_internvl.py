@@ -155,12 +155,7 @@ class InternVLModule(InputModule):
         return module
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
-        """Write model, processor, their code, and the settings of this module, always as safetensors.
-
-        Args:
-            output_path (`str`): the folder.
-            args, kwargs: sentence-transformers' own (`safe_serialization`); not used.
-        """
+        """Write model, processor, code and settings to a folder, as safetensors whatever `safe_serialization` is."""
         self.model.save_pretrained(output_path)
         self.processor.save_pretrained(output_path)
         self.save_config(output_path)

@@ -72,24 +72,25 @@ def check_texts(name: str, input_ids: Any, attention_mask: Any, config: Any) -> 
     else:
         mask = attention_mask.to(input_ids.device) > 0
     facts = read_text_facts(input_ids, mask, config) if has_values(input_ids) else TextFacts()
-    vocab_size, worst = config.qllama_config.vocab_size, min(facts.lowest_id, 0) or facts.highest_id
-    if not 0 <= worst < vocab_size:
-        raise ValueError(f"`{name}` must hold ids in [0, {vocab_size}), got {worst}.")
+    vocab_size = config.qllama_config.vocab_size
+    if facts.lowest_id < 0 or facts.highest_id >= vocab_size:
+        wrong = facts.lowest_id if facts.lowest_id < 0 else facts.highest_id
+        raise ValueError(f"`{name}` must hold ids in [0, {vocab_size}), got {wrong}.")
     if facts.shortest == 0:
         raise ValueError(f"`{name}` has a row without a single real token.")
     return mask, facts
 
 
-def padding_last(mask: torch.Tensor, last: bool = True) -> torch.Tensor:
-    """The order [B, L] that moves each row's padding to the right, or to the left; needs no device synchronisation."""
-    return torch.argsort(mask.byte(), dim=1, stable=True, descending=last)
+def padding_order(mask: torch.Tensor, side: str) -> torch.Tensor:
+    """The order [B, L] that moves each row's padding to the "left" or "right"; needs no device synchronisation."""
+    return torch.argsort(mask.byte(), dim=1, stable=True, descending=side == "right")
 
 
 def without_padding(
     input_ids: torch.Tensor, mask: torch.Tensor, longest: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask [B, longest], or [B, L] if that is None, with the real tokens first in every row."""
-    order = padding_last(mask)[:, :longest]
+    order = padding_order(mask, "right")[:, :longest]
     return input_ids.gather(1, order), mask.gather(1, order)
 
 
@@ -266,7 +267,7 @@ class TextSide:
             `torch.Tensor`: [T, clip_embed_dim], in the order of the texts, without gradients.
 
         Raises:
-            `ValueError`, `TypeError`: no text, an empty text, an id that is not an integer, or `max_tokens` below 1.
+            `ValueError`, `TypeError`: no text, an empty one, an id that is no integer or too large, `max_tokens` < 1.
         """
         if not isinstance(max_tokens, int) or max_tokens < 1:
             raise ValueError(f"`max_tokens` must be a positive integer, got {max_tokens!r}.")

@@ -12,23 +12,19 @@ from transformers.utils import ModelOutput
 
 from .compat_internvl import refuse_known_bad
 from .modeling_internvl import InternVLModel
-from .texts_internvl import check_texts, concatenate_padded, has_values, padding_last
+from .texts_internvl import check_texts, concatenate_padded, has_values, padding_order
+
+PREFIX_IDS = 4  # `<s>` and `summarize:` in the published checkpoint, for configs without `embed_prefix_ids`
 
 
 @dataclass
 class InternVLTrainingOutput(ModelOutput):
-    """Losses of a training step, scalars; `loss` is their sum.
-
-    Attributes:
-        loss_itm (`torch.Tensor`): image-text matching.
-        loss_itc (`torch.Tensor`): image-text contrast.
-        loss_itg (`torch.Tensor`): image-grounded text generation; None for retrieval.
-    """
+    """Losses of a training step, scalars; `loss` is their sum."""
 
     loss: torch.Tensor | None = None
-    loss_itm: torch.Tensor | None = None
-    loss_itc: torch.Tensor | None = None
-    loss_itg: torch.Tensor | None = None
+    loss_itm: torch.Tensor | None = None  # image-text matching
+    loss_itc: torch.Tensor | None = None  # image-text contrast
+    loss_itg: torch.Tensor | None = None  # image-grounded text generation; None for retrieval
 
 
 class GatherWithGradient(torch.autograd.Function):
@@ -71,8 +67,6 @@ def mean_of_valid(losses: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
 class InternVLTrainingModel(InternVLModel):
     """Losses and input checks that both training objectives share."""
 
-    saved_as = "InternVLModel"
-
     def _matching_losses(
         self, image_states: torch.Tensor, input_ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor
     ) -> torch.Tensor:
@@ -103,7 +97,7 @@ class InternVLTrainingModel(InternVLModel):
         if len(input_ids) != batch:
             raise ValueError(f"`{name}` must have one row per image ({batch}), got {len(input_ids)}.")
         # Labels may count at padding, so texts with labels keep all columns.
-        order = padding_last(mask)[:, : None if others else facts.longest]
+        order = padding_order(mask, "right")[:, : None if others else facts.longest]
         return tuple(tensor.gather(1, order) for tensor in (input_ids, mask, *others))
 
 
@@ -132,8 +126,8 @@ class InternVLForPreTraining(InternVLTrainingModel):
             pixel_values (`torch.Tensor`): [B, 3, H, W]; every rank has the same B.
             positive_input_ids, negative_input_ids (`torch.Tensor`): [B, L] ids of texts `<s> TEXT </s>` that match and
                 do not match the image. The first B - B // 2 rows use the negative, the others the positive text.
-            summarize_input_ids (`torch.Tensor`): [B, L] ids of `<s> summarize:TEXT </s>`. Rows of five tokens have no
-                text and are left out of the contrast.
+            summarize_input_ids (`torch.Tensor`): [B, L] ids of `<s> summarize:TEXT </s>`. Rows without a TEXT are
+                left out of the contrast.
             input_ids, labels (`torch.Tensor`): [B, L] ids of the prompt and caption, and the same ids with -100 at
                 positions without a loss. The model shifts them by one.
             ..._attention_mask (`torch.Tensor` or None): like the ids; None means "every id but 0".
@@ -161,9 +155,12 @@ class InternVLForPreTraining(InternVLTrainingModel):
         loss_itm = mean_of_valid(losses, mask.sum(dim=1) != 2)  # texts of two tokens, `<s> </s>`, are empty
         states = self._joint_states(image_states, caption_ids, None, bidirectional=False)
         queries, text = states.split([self.config.num_query_token, caption_ids.shape[1]], dim=1)
-        loss_itc = self._contrastive_loss(
-            self.clip_projector2(queries), self._pool_text(summary_ids, summary_mask), summary_mask.sum(dim=1) != 5
-        )
+        summaries = self._pool_text(summary_ids, summary_mask)
+        empty = 1 + (
+            PREFIX_IDS if self.config.embed_prefix_ids is None else len(self.config.embed_prefix_ids)
+        )  # `</s>`
+        has_text = summary_mask.sum(dim=1) != empty
+        loss_itc = self._contrastive_loss(self.clip_projector2(queries), summaries, has_text)
         logits = self.qllama.lm_head(text[:, :-1]).float().flatten(0, 1)  # [B * (L - 1), vocabulary]
         targets = labels[:, 1:].flatten().to(logits.device)
         loss_itg = mean_of_valid(F.cross_entropy(logits, targets, reduction="none"), targets != -100)
@@ -243,6 +240,7 @@ class InternVLForRetrieval(InternVLTrainingModel):
         elif not isinstance(image_ids, torch.Tensor) or image_ids.shape != (batch,):
             shape = list(getattr(image_ids, "shape", [])) or type(image_ids).__name__
             raise ValueError(f"`image_ids` must be [{batch}], one per image, got {shape}.")
+        image_ids = image_ids.to(device)
         all_ids = gather(image_ids) if is_distributed() else image_ids
         same = (image_ids[:, None] == all_ids[None, :]).float()
         return same / same.sum(dim=1, keepdim=True)

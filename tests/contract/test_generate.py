@@ -154,6 +154,8 @@ def test_lengths_count_as_in_the_original(model):
     options = {"do_sample": False, "eos_token_id": end}
     for prompt in (PROMPTS[:1], torch.tensor([[1]])):
         assert model.generate(PIXELS[:1], prompt, max_length=3, do_sample=False, eos_token_id=319).shape == (1, 2)
+    for length in (19, 20, 21):  # 20 is the default of some releases
+        assert model.generate(PIXELS[:1], PROMPTS[:1], max_length=length, eos_token_id=None).shape == (1, length - 1)
     by_length = model.generate(PIXELS[:1], PROMPTS[:1], max_length=9, min_length=place + 3, **options)
     by_new = model.generate(PIXELS[:1], PROMPTS[:1], max_new_tokens=8, min_new_tokens=place + 2, **options)
     assert by_length.tolist() == by_new.tolist() and by_length.shape[1] >= place + 2

@@ -498,3 +498,10 @@ def test_configs_given_as_objects_are_left_alone():
     top = fields_of("InternVLConfig") | {"vision_config": vision, "qllama_config": qllama, "force_image_size": 98}
     assert config_class("InternVLConfig")(**top).vision_config.force_image_size == 98
     assert (vision.to_dict(), qllama.to_dict()) == before
+
+
+@pytest.mark.parametrize("count, cached", [(21, False), (4, True)])
+def test_bidirectional_positions_are_the_first_of_the_sequence(model, count, cached):
+    cache = model.qllama.model(IDS, use_cache=True)[1] if cached else None
+    with pytest.raises(ValueError, match="`num_bidirectional` must be at most 20, and 0 with a filled cache"):
+        model.qllama.model(IDS, past_key_values=cache, num_bidirectional=count)

@@ -729,3 +729,58 @@ def test_no_optional_package_at_the_top_level():
     }
     required = {"PIL", "huggingface_hub", "numpy", "safetensors", "torch", "transformers"}
     assert top - {""} == required
+
+
+# ------------------------------------------------------------------------------------------------------ saving, config
+
+
+@pytest.mark.parametrize("class_name", ["InternVLModel", "InternVLForRetrieval", "InternVL_G"])
+def test_what_is_uploaded_has_the_class_that_loads(flat, tmp_path, monkeypatch, class_name):
+    """transformers' own `push_to_hub=True` would upload before the config names that class."""
+    model = repo_class(f"modeling_internvl.{class_name}").from_pretrained(flat)
+    uploaded = []
+
+    def push_to_hub(self, repo_id, **options):
+        self.save_pretrained(tmp_path / "upload")
+        uploaded.append((repo_id, options))
+
+    monkeypatch.setattr(type(model), "push_to_hub", push_to_hub, raising=False)
+    model.save_pretrained(tmp_path / "saved", push_to_hub=True, token="secret", commit_message="Trained")
+    assert uploaded == [("saved", {"token": "secret", "commit_message": "Trained"})]
+    loads = "InternVLModel" if class_name == "InternVLForRetrieval" else class_name
+    for folder in ("saved", "upload"):
+        config = json.loads((tmp_path / folder / "config.json").read_text())
+        assert config["auto_map"]["AutoModel"].endswith(f"modeling_internvl.{loads}")
+
+
+def test_only_the_main_process_writes_the_config(flat, tmp_path):
+    load(flat).save_pretrained(tmp_path, is_main_process=False)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_a_users_own_subclass_is_saved_as_the_class_that_it_extends(flat, tmp_path):
+    model_class = type("Mine", (repo_class("modeling_internvl.InternVL_G"),), {"__module__": "__main__"})
+    loaded = model_class.from_pretrained(flat)
+    fresh = model_class(
+        repo_class("configuration_internvl.InternVLConfig")(**loaded.config.to_dict() | {"auto_map": None})
+    )
+    for model, name in ((loaded, "loaded"), (fresh, "fresh")):
+        model.save_pretrained(tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["auto_map"]["AutoModel"].endswith("modeling_internvl.InternVL_G")
+
+
+@pytest.mark.parametrize("override", [{"label_smoothing": 2.0}, {"contrastive_only": "no"}, {"num_query_token": 0}])
+def test_an_override_of_a_field_is_checked(flat, override):
+    with pytest.raises(ValueError, match=f"`{next(iter(override))}` must be"):
+        load(flat, AutoConfig, **override)
+
+
+def test_overrides_reach_both_towers(flat):
+    config = load(flat, AutoConfig, cross_attention_frequency=4, force_image_size=64, vision_config={"dropout": 0.25})
+    assert config.qllama_config.cross_attention_frequency == 4
+    assert (config.image_size, config.vision_config.force_image_size) == (64, 64)
+    assert config.vision_config.dropout == 0.25
+    assert config.vision_config.hidden_size == load(flat, AutoConfig).vision_config.hidden_size
+    config, unused = load(flat, AutoConfig, label_smoothing=0.25, other=1, return_unused_kwargs=True)
+    assert config.label_smoothing == 0.25 and unused == {"other": 1}

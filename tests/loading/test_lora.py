@@ -121,6 +121,11 @@ def test_one_tower_alone_and_pickled_shards(checkpoint, tmp_path):
     names = sorted(mixed)
     for number, half in enumerate((names[::2], names[1::2]), 1):
         torch.save({name: mixed[name] for name in half}, folder / f"pytorch_model-0000{number}-of-00002.bin")
+    weight_map = {name: f"pytorch_model-0000{1 + index % 2}-of-00002.bin" for index, name in enumerate(names)}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    torch.save(
+        {"clip_projector.cross_attn.q_bias": torch.ones(1)}, folder / "pytorch_model-00003-of-00003.bin"
+    )  # stale
     model = load(folder, dtype=torch.float32).eval()
     torch.testing.assert_close(outputs_of(model)[0], expected[0], **TOLERANCE)  # InternVL-C, the vision tower alone
     assert torch.equal(model.qllama.state_dict()["lm_head.weight"], plain["qllama.lm_head.weight"])

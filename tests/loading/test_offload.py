@@ -152,3 +152,13 @@ def test_a_users_device_map_is_not_changed(flat):
     model = load(flat, dtype=torch.bfloat16, device_map=device_map)
     assert device_map == {"": "cpu", "qllama": "disk"}
     assert model.hf_device_map["qllama"] == "disk" and model.hf_device_map["vision_model"] == "cpu"
+
+
+def test_a_budget_is_compared_with_one_dtype(flat):
+    """Several dtypes, which 5.x takes for composite models, are left to transformers."""
+    plan = {"device_map": "auto", "max_memory": {"cpu": "1GB"}}
+    if IS_V5:
+        assert load(flat, dtype={"": torch.bfloat16}, **plan).dtype == torch.bfloat16
+    for dtype in ("float16", torch.float16):
+        with pytest.raises(ValueError, match="largest block.* in torch.float16"):
+            load(flat, dtype=dtype, device_map="auto", max_memory={0: "1KB", "cpu": "1GB"})

@@ -393,7 +393,7 @@ def test_loaded_parameters_are_known(compat):
 
 def test_layers_are_recomputed_as_gradient_checkpointing_was_enabled(compat):
     stack, layer, calls = nn.Module(), nn.Linear(2, 2), []
-    compat.recompute_by_default(stack)
+    compat.set_checkpoint_function(stack)
     layer.register_forward_pre_hook(lambda *_: calls.append(1))
     compat.recomputed(stack, layer)(torch.ones(1, 2, requires_grad=True)).sum().backward()
     assert len(calls) == 2 and layer.weight.grad is not None

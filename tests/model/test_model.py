@@ -848,6 +848,16 @@ def test_empty_texts_have_no_loss():
     assert_close(model(**five).loss_itc, losses[[0, 2]].mean(), **TOLERANCE)
 
 
+def test_a_shorter_prefix_makes_shorter_empty_summaries():
+    """`summarize:` has three ids in the published checkpoint, and two in tiny/."""
+    model = golden_model("InternVLForPreTraining").train()
+    model.config.embed_prefix_ids = [1, 17, 18]
+    batch = with_short_texts(with_short_texts(training_batch(), "summarize", [1], 4), "summarize", [3], 5)
+    texts = summary_embeds(model, batch["summarize_input_ids"])
+    losses = smoothed_contrast(model, query_embeds(model), texts, torch.eye(4))
+    assert_close(model(**batch).loss_itc, losses[[0, 2, 3]].mean(), **TOLERANCE)
+
+
 def test_captioning_loss_is_shifted_by_one():
     model = golden_model("InternVLForPreTraining").train()
     batch = training_batch()
