@@ -172,7 +172,7 @@ class CaptionSide:
             raise ValueError("`generate` does not support `output_attentions`: the model keeps no attention weights.")
         for old, new in lengths:
             length = getattr(config, old)
-            is_given = generate_kwargs.get(old) is not None or length != getattr(plain, old)
+            is_given = generate_kwargs.get(old) is not None or length not in (None, getattr(plain, old))
             if is_given and getattr(config, new) is None:
                 setattr(config, new, max(length - 1, 0))
             setattr(config, old, getattr(plain, old))

@@ -61,6 +61,8 @@ class CheckedConfig(PretrainedConfig):
         fields = {}
         for name in set(cls.declared_fields()) & set(kwargs):
             old, new = config_dict.get(name), kwargs.pop(name)
+            old = old.to_dict() if isinstance(old, PretrainedConfig) else old
+            require(name, new, new is not None or name not in cls.sub_configs, "a config or a dict")
             fields[name] = old | new if isinstance(old, dict) and isinstance(new, dict) else new
         return super().from_dict(config_dict | fields, **kwargs)
 
@@ -81,48 +83,31 @@ class CheckedConfig(PretrainedConfig):
 class InternVisionConfig(CheckedConfig):
     """Sizes and options of [`InternVisionModel`]. The defaults are those of the published checkpoint
     (docs/model.md, "Sizes").
-
-    Args:
-        num_channels (`int`): channels of the image.
-        patch_size (`int`): side of a square patch in pixels.
-        image_size (`int`): side in pixels of the square image that the position table was made for; a multiple of
-            `patch_size`. Images of other sizes work too: positions are interpolated.
-        qkv_bias (`bool`): whether the query/key/value projection has a bias.
-        hidden_size, num_attention_heads, intermediate_size, num_hidden_layers (`int`): widths and depth.
-        qk_normalization (`bool`): RMSNorm over all channels of the queries and of the keys.
-        use_flash_attn (`bool`): prefer FlashAttention-2. It has no effect without flash-attn or a GPU, or if
-            `attn_implementation` is given.
-        hidden_act (`str`): activation of the MLP.
-        layer_norm_eps (`float`): epsilon of every RMSNorm of the tower.
-        dropout, attention_dropout (`float`): rates in [0, 1).
-        drop_path_rate (`float`): stochastic depth of the last layer, in [0, 1); it rises linearly from 0.
-        initializer_range (`float`): standard deviation of freshly initialised weights.
-        initializer_factor (`float`): initial value of the LayerScale parameters `ls1` and `ls2`.
-        force_image_size (`int`, *optional*): image side that the position table of *this* checkpoint was resized to,
-            if that is not `image_size`.
     """
 
     model_type = "intern_vit_6b"
     base_config_key = "vision_config"
 
     num_channels: PositiveInteger = 3
-    patch_size: PositiveInteger = 14
+    patch_size: PositiveInteger = 14  # side of a square patch in pixels
+    # Side in pixels of the square image that the position table was made for; a multiple of `patch_size`. Images of
+    # other sizes work too: positions are interpolated.
     image_size: PositiveInteger = 224
     qkv_bias: Flag = False
     hidden_size: PositiveInteger = 3200
     num_attention_heads: PositiveInteger = 25
     intermediate_size: PositiveInteger = 12800
-    qk_normalization: Flag = True
+    qk_normalization: Flag = True  # RMSNorm over all channels of the queries and of the keys
     num_hidden_layers: PositiveInteger = 48
-    use_flash_attn: Flag = True
+    use_flash_attn: Flag = True  # prefer FlashAttention-2 if flash-attn and a GPU are here; `attn_implementation` wins
     hidden_act: Activation = "gelu"
-    layer_norm_eps: PositiveNumber = 1e-6
+    layer_norm_eps: PositiveNumber = 1e-6  # of every RMSNorm
     dropout: Fraction = 0.0
-    drop_path_rate: Fraction = 0.0
+    drop_path_rate: Fraction = 0.0  # stochastic depth of the last layer; it rises linearly from 0
     attention_dropout: Fraction = 0.0
     initializer_range: StandardDeviation = 0.02
-    initializer_factor: Number = 0.1
-    force_image_size: int | None = None
+    initializer_factor: Number = 0.1  # initial value of the LayerScale parameters `ls1` and `ls2`
+    force_image_size: int | None = None  # side that the position table of this checkpoint was resized to, if any
 
     def __init__(self, **kwargs: Any):
         if kwargs.get("use_flash_attn", self.use_flash_attn) and is_flash_attn_2_available():

@@ -34,23 +34,7 @@ def pop_unsupported(name: str, kwargs: dict[str, Any], expected: str) -> None:
 
 
 class QLlamaConfig(CheckedConfig):
-    """Sizes of QLLaMA: LLaMA's fields and those of its cross-attention to the image.
-
-    Args:
-        vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads (`int`): as in LLaMA.
-        num_key_value_heads (`int`, *optional*): heads of keys and values; `num_attention_heads` if not given.
-        hidden_act (`str`): activation of the gated MLP.
-        max_position_embeddings (`int`): the context that the checkpoint was trained for.
-        initializer_range (`float`): standard deviation of freshly initialised weights.
-        rms_norm_eps (`float`): epsilon of every RMSNorm, including those of the cross-attention.
-        use_cache (`bool`): whether a forward pass returns its keys and values.
-        rope_theta (`float`): base of the rotary positions.
-        attention_dropout (`float`): rate in [0, 1).
-        pad_token_id, bos_token_id, eos_token_id (`int`): special ids; padding shares id 0 with `<unk>`.
-        num_query_token (`int`): number of learnable queries before the text; [`InternVLConfig`] sets it.
-        cross_attention_frequency (`int`): layers whose index is a multiple of this have a cross-attention.
-        encoder_hidden_size (`int`): width of the vision tokens; [`InternVLConfig`] sets it.
-    """
+    """Sizes of QLLaMA: LLaMA's fields and those of its cross-attention to the image."""
 
     model_type = "qllama"
     base_config_key = "qllama_config"
@@ -61,20 +45,20 @@ class QLlamaConfig(CheckedConfig):
     intermediate_size: PositiveInteger = 11008
     num_hidden_layers: PositiveInteger = 32
     num_attention_heads: PositiveInteger = 32
-    num_key_value_heads: PositiveInteger = 32
+    num_key_value_heads: PositiveInteger = 32  # `num_attention_heads` if not given
     hidden_act: Activation = "silu"
-    max_position_embeddings: PositiveInteger = 2048
+    max_position_embeddings: PositiveInteger = 2048  # the context that the checkpoint was trained for
     initializer_range: StandardDeviation = 0.02
-    rms_norm_eps: PositiveNumber = 1e-6
+    rms_norm_eps: PositiveNumber = 1e-6  # of every RMSNorm, including those of the cross-attention
     use_cache: Flag = True
-    rope_theta: PositiveNumber = 10000.0
+    rope_theta: PositiveNumber = 10000.0  # base of the rotary positions
     attention_dropout: Fraction = 0.0
-    pad_token_id: int = 0
+    pad_token_id: int = 0  # shared with `<unk>`
     bos_token_id: int = 1
     eos_token_id: int = 2
-    num_query_token: PositiveInteger = 96
-    cross_attention_frequency: PositiveInteger = 2
-    encoder_hidden_size: PositiveInteger = 3200
+    num_query_token: PositiveInteger = 96  # learnable queries before the text; `InternVLConfig` sets it
+    cross_attention_frequency: PositiveInteger = 2  # every such layer, from the first, has a cross-attention
+    encoder_hidden_size: PositiveInteger = 3200  # width of the vision tokens; `InternVLConfig` sets it
 
     def __init__(self, **kwargs: Any):
         pop_unsupported("rope_scaling", kwargs, "None: the checkpoint has plain rotary positions")
@@ -99,29 +83,9 @@ class QLlamaConfig(CheckedConfig):
 class InternVLConfig(CheckedConfig):
     """Configuration of [`InternVLModel`]: both towers and the heads. The defaults are the published checkpoint's.
 
-    Args:
-        vision_config (`dict` or [`InternVisionConfig`], *optional*): the vision tower.
-        qllama_config (`dict` or [`QLlamaConfig`], *optional*): the language tower.
-        clip_embed_dim (`int`): width of the shared embedding space.
-        attn_pool_num_heads (`int`): heads of the attention pools `clip_projector` and `clip_projector2`.
-        num_query_token (`int`): number of learnable queries; also set on the QLLaMA config.
-        label_smoothing (`float`): of the contrastive loss of stage 2, in [0, 1); it has no effect on retrieval.
-        cross_attention_frequency (`int`): also set on the QLLaMA config.
-        use_backbone_lora, use_qllama_lora (`int`): ranks of the LoRA adapters of a checkpoint that the original code
-            fine-tuned; 0 is none. `from_pretrained` merges the adapters and sets both fields to 0.
-        force_image_size (`int`, *optional*): image side that the position table was resized to; also set on
-            vision_config.
-        caption_prompt_ids (`list[int]`, *optional*): default prompt of `generate`; it belongs to the checkpoint because
-            ids depend on the tokenizer. `<s>` alone if not given.
-        embed_prefix_ids (`list[int]`, *optional*): ids of `<s>` and of the prefix of texts to embed, `summarize:`. They
-            are used to detect a text without the prefix and the tokenizer of another checkpoint.
-        contrastive_only (`bool`): leave out the tensors that only InternVL-G, matching and captions need.
-            `from_pretrained` takes it too, to load part of a whole checkpoint.
-        initializer_range (`float`): standard deviation of freshly initialised weights of the heads.
-
     Raises:
-        `ValueError`: if a field is out of range; the message names it.
-        `TypeError`: if a sub-config is neither a dict nor a config.
+        `ValueError`: a field is out of range; the message names it.
+        `TypeError`: a sub-config is neither a dict nor a config.
     """
 
     # Not "internvl": that name belongs to an unrelated model of transformers.
@@ -130,18 +94,25 @@ class InternVLConfig(CheckedConfig):
 
     vision_config: InternVisionConfig
     qllama_config: QLlamaConfig
-    clip_embed_dim: PositiveInteger = 768
-    attn_pool_num_heads: PositiveInteger = 16
-    num_query_token: PositiveInteger = 96
-    label_smoothing: Fraction = 0.0
-    cross_attention_frequency: PositiveInteger = 2
+    clip_embed_dim: PositiveInteger = 768  # width of the shared embedding space
+    attn_pool_num_heads: PositiveInteger = 16  # of `clip_projector` and `clip_projector2`
+    num_query_token: PositiveInteger = 96  # learnable queries; also set on `qllama_config`
+    label_smoothing: Fraction = 0.0  # of the contrastive loss of stage 2; it has no effect on retrieval
+    cross_attention_frequency: PositiveInteger = 2  # also set on `qllama_config`
+    # Ranks of the LoRA adapters of a checkpoint that the original code fine-tuned; 0 is none. `from_pretrained` merges
+    # the adapters and sets both fields to 0.
     use_backbone_lora: LoraRank = 0
     use_qllama_lora: LoraRank = 0
-    force_image_size: int | None = None
+    force_image_size: int | None = None  # side that the position table was resized to; also set on `vision_config`
+    # Default prompt of `generate`, `<s>` alone if not given. It is here because ids depend on the tokenizer.
     caption_prompt_ids: list[int] | None = None
+    # Ids of `<s>` and of `summarize:`, the prefix of texts to embed: to detect a text without the prefix, a text that
+    # is empty, and the tokenizer of another checkpoint.
     embed_prefix_ids: list[int] | None = None
+    # Leave out the tensors that only InternVL-G, matching and captions need. `from_pretrained` takes it too, to load
+    # part of a whole checkpoint.
     contrastive_only: Flag = False
-    initializer_range: StandardDeviation = 0.02
+    initializer_range: StandardDeviation = 0.02  # of the heads
 
     def __init__(self, vision_config: Any = None, qllama_config: Any = None, **kwargs: Any):
         kwargs |= {"vision_config": vision_config, "qllama_config": qllama_config}

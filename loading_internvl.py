@@ -166,8 +166,9 @@ class InternPreTrainedModel(PreTrainedModel):
         if is_split:
             plan["device_map"] = complete_device_map(model, device_map)
         if has_budget:
-            dtype = kwargs.get("dtype", kwargs.get("torch_dtype", DEFAULT_DTYPE)) or torch.float32
+            dtype = kwargs.get("dtype", kwargs.get("torch_dtype", DEFAULT_DTYPE))
             dtype = getattr(torch, dtype, config.dtype) if isinstance(dtype, str) else dtype  # "auto" is the config's
+            dtype = dtype or torch.float32
             if isinstance(dtype, torch.dtype):  # a dict of dtypes is left to transformers
                 check_budgets(model, max_memory, dtype)
         return plan
@@ -193,7 +194,9 @@ class InternPreTrainedModel(PreTrainedModel):
         config = deepcopy(config)
         for name in set(LORA_RANKS) & set(vars(config)):
             setattr(config, name, 0)
-        rest = {name: value for name, value in options.items() if name not in config.declared_fields()}
+        rest = dict(options)
+        if not isinstance(options.get("config"), PretrainedConfig):  # the planned config has these fields
+            rest = {name: value for name, value in options.items() if name not in config.declared_fields()}
         return rest | {"config": config, "state_dict": merge_adapters(state)}
 
 
@@ -293,31 +296,34 @@ def check_ranks(config: Any, ranks: int) -> None:
 
 def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `from_pretrained` that locate a checkpoint."""
-    names = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
+    names = ("subfolder", "variant", "revision", "token", "cache_dir", "local_files_only", "force_download")
     return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
 
 
-def read_checkpoint(checkpoint: Any, subfolder: str = "", **hub_arguments: Any) -> dict[str, torch.Tensor]:
+def read_checkpoint(
+    checkpoint: Any, subfolder: str = "", variant: str | None = None, **hub_arguments: Any
+) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint in a folder or on the Hub, by name."""
     if not os.path.isdir(checkpoint):
-        patterns = ["*model*.safetensors", "*pytorch_model*.bin"]
+        patterns = ["*model*.safetensors", "*model*.bin", "*model*.index*.json"]
         checkpoint = snapshot_download(checkpoint, allow_patterns=patterns, **hub_arguments)
     folder = Path(checkpoint, subfolder)
     state: dict[str, torch.Tensor] = {}
-    for file in weight_files(folder):
+    for file in weight_files(folder, variant):
         pickled = file.suffix == ".bin"
         state |= torch.load(file, map_location="cpu", weights_only=True, mmap=True) if pickled else load_file(file)
     return state
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path, variant: str | None) -> list[Path]:
     """The files of weights that transformers would read: one file or the shards of an index, safetensors first."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).is_file():
-            return [folder / name]
-        if (index := folder / f"{name}.index.json").is_file():
+    middle = f".{variant}" if variant else ""
+    for name, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
+        if (file := folder / f"{name}{middle}.{ending}").is_file():
+            return [file]
+        if (index := folder / f"{name}.{ending}.index{middle}.json").is_file():
             return [folder / file for file in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
-    return []
+    raise OSError(f"{folder} holds no weights, neither model*.safetensors nor pytorch_model*.bin.")
 
 
 def merge_adapters(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -17,12 +17,14 @@ texts_internvl.py embeds texts, captions_internvl.py writes captions, and traini
 """
 
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import create_repo, upload_folder
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.utils import ModelOutput
@@ -127,19 +129,22 @@ class InternVLPreTrainedModel(InternPreTrainedModel):
     _keep_unquantized = ("clip_projector", "clip_projector2", "itm_head", "qllama.lm_head")
 
     def save_pretrained(
-        self, save_directory: Any, is_main_process: bool = True, push_to_hub: bool = False, **kwargs: Any
+        self, save_directory: Any, is_main_process: bool = True, *, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
         """As in transformers; `AutoModel` then loads the model's class, or the first of its bases in this module."""
-        names = ("repo_id", "token", "private", "commit_message", "create_pr", "revision")
-        upload = {name: kwargs.pop(name) for name in names if push_to_hub and name in kwargs}
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if is_main_process:
-            loaded_as = next(each.__name__ for each in type(self).__mro__ if each.__module__ == __name__)
-            auto_map = getattr(self.config, "auto_map", None) or {}
-            self.config.auto_map = auto_map | {"AutoModel": f"modeling_internvl.{loaded_as}"}
-            self.config.save_pretrained(save_directory)
+        if not is_main_process:
+            return
+        loaded_as = next(each.__name__ for each in type(self).__mro__ if each.__module__ == __name__)
+        auto_map = getattr(self.config, "auto_map", None) or {}
+        self.config.auto_map = auto_map | {"AutoModel": f"modeling_internvl.{loaded_as}"}
+        self.config.save_pretrained(save_directory)
         if push_to_hub:  # not by the call above, which uploads before the config is right
-            self.push_to_hub(upload.pop("repo_id", Path(save_directory).name), **upload)
+            token, name = kwargs.get("token"), kwargs.get("repo_id", Path(save_directory).name)
+            repo_id = create_repo(name, token=token, private=kwargs.get("private"), exist_ok=True).repo_id
+            names = ("token", "commit_message", "commit_description", "create_pr", "revision")
+            options = {name: kwargs[name] for name in names if name in kwargs}
+            upload_folder(repo_id=repo_id, folder_path=save_directory, **options)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -546,10 +551,10 @@ for model_class in (InternVLModel, InternVLTextModelWithProjection, InternVLVisi
 
 def __getattr__(name: str) -> Any:
     """Import the training classes on request: `auto_map` names them as part of this module."""
-    if name in ("InternVLForPreTraining", "InternVLForRetrieval"):
-        from .training_internvl import InternVLForPreTraining, InternVLForRetrieval
+    if name in ("InternVLForPreTraining", "InternVLForRetrieval", "InternVLTrainingOutput"):
+        from .training_internvl import InternVLForRetrieval
 
-        return {"InternVLForPreTraining": InternVLForPreTraining, "InternVLForRetrieval": InternVLForRetrieval}[name]
+        return getattr(sys.modules[InternVLForRetrieval.__module__], name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -291,7 +291,9 @@ class QLlamaModel(QLlamaPreTrainedModel):
         if encoder_hidden_states is not None and length < self.config.num_query_token:
             queries = self.config.num_query_token
             raise ValueError(f"With an image the sequence must start with {queries} queries, got {length} positions.")
-        if num_bidirectional and (num_bidirectional > length or (cache is not None and cache.get_seq_length())):
+        if num_bidirectional and (
+            not 0 < num_bidirectional <= length or (cache is not None and cache.get_seq_length())
+        ):
             raise ValueError(f"`num_bidirectional` must be at most {length}, and 0 with a filled cache.")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -346,6 +348,7 @@ class QLlamaForCausalLM(QLlamaPreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        *,
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
         **kwargs: Any,

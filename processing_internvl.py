@@ -68,7 +68,7 @@ class InternVLProcessor(ProcessorMixin):
     def __init__(self, image_processor: Any, tokenizer: Any, max_length: int = 80, chat_template: str | None = None):
         _check_tokenizer(tokenizer)
         super().__init__(_with_pil_backend(image_processor), tokenizer, chat_template=chat_template)
-        self.max_length = max_length
+        self.max_length = _checked_length(max_length)
         self.default_task = "embed"
 
     @classmethod
@@ -146,7 +146,7 @@ class InternVLProcessor(ProcessorMixin):
             limit = self.max_length if max_length is None and recipe.is_limited else max_length
             sequences = [self._ids(text, recipe) for text in texts]
             if limit is not None:
-                sequences = _shortened(sequences, texts, limit, recipe.ends_in_eos, truncation)
+                sequences = _shortened(sequences, texts, _checked_length(limit), recipe.ends_in_eos, truncation)
             data |= self._padded(sequences, recipe.padding_side, padding, limit)
             if return_tensors is not None and len(set(map(len, data["input_ids"]))) > 1:  # numpy would take them
                 raise ValueError("`padding=False` needs texts of equal length in ids, or `return_tensors=None`.")
@@ -218,11 +218,15 @@ def _prompts(text: Any, count: int) -> list[str]:
     return prompts
 
 
+def _checked_length(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`max_length` must be an int, got {type(value).__name__}.")
+    if value < 3:
+        raise ValueError(f"`max_length` must leave room for <s>, one id and </s>, so at least 3, got {value}.")
+    return value
+
+
 def _shortened(sequences: list[Ids], texts: list[str], limit: int, ends_in_eos: bool, truncation: bool) -> list[Ids]:
-    if not isinstance(limit, int):
-        raise TypeError(f"`max_length` must be an int, got {type(limit).__name__}.")
-    if limit < 3:
-        raise ValueError(f"`max_length` must leave room for <s>, one id and </s>, so at least 3, got {limit}.")
     too_long = [index for index, ids in enumerate(sequences) if len(ids) > limit]
     if not too_long:
         return sequences

@@ -88,6 +88,12 @@ def _distinct(images: Sequence[Any]) -> tuple[list[Any], list[int]]:
     return list(kept.values()), [places[key] for key in keys]
 
 
+def _checked_mode(mode: str) -> str:
+    if mode not in MODES:
+        raise ValueError(f"`mode` must be one of {MODES}, got {mode!r}.")
+    return mode
+
+
 class InternVLModule(InputModule):
     """The repository's model and processor as a module: the base of the embedder and the re-ranker.
 
@@ -240,7 +246,7 @@ class InternVLEmbedder(InternVLModule):
 
     def __init__(self, model: Any, processor: Any, mode: str = "InternVL-C"):
         super().__init__(model, processor)
-        self.mode = mode
+        self.mode = _checked_mode(mode)
 
     @classmethod
     def load(  # type: ignore[override]
@@ -254,9 +260,7 @@ class InternVLEmbedder(InternVLModule):
         places = ("subfolder", "token", "cache_folder", "revision", "local_files_only")
         config = cls.load_config(model_name_or_path, **{name: kwargs[name] for name in places if name in kwargs})
         model_kwargs = dict(model_kwargs or {})
-        mode = model_kwargs.pop("mode", config.get("mode", MODES[0]))
-        if mode not in MODES:  # the model would say so too, but only after it is loaded
-            raise ValueError(f"`mode` must be one of {MODES}, got {mode!r}.")
+        mode = _checked_mode(model_kwargs.pop("mode", config.get("mode", MODES[0])))  # before the model is loaded
         module = super().load(model_name_or_path, model_kwargs=model_kwargs, **kwargs)
         module.mode = mode
         return module

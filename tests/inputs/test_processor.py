@@ -376,3 +376,9 @@ print(json.dumps(rows))
     shapes = ([1, 3, 224, 224], [1, 3, 48, 48], [1, 3, 48, 48])
     assert rows == [["InternVLTokenizer", shape, ids] for shape in shapes]
     assert prompt == ids_of(processor, "a  cat", eos=False)
+
+
+@pytest.mark.parametrize("value, error", [(2, ValueError), ("80", TypeError), (None, TypeError), (True, TypeError)])
+def test_the_processors_own_limit_is_checked(processor, value, error):
+    with pytest.raises(error, match="`max_length`"):
+        type(processor)(processor.image_processor, processor.tokenizer, max_length=value)

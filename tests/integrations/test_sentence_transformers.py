@@ -597,3 +597,9 @@ def test_mteb_reads_the_kinds_of_inputs_from_the_settings(mteb):
 
     settings = json.loads((ROOT / "sentence_bert_config.json").read_text())
     assert ModelMeta._detect_modalities_from_sbert_config(settings) == ["image", "text"]
+
+
+def test_the_embedder_checks_its_mode(embedder):
+    module = embedder[0]
+    with pytest.raises(ValueError, match="`mode` must be one of"):
+        type(module)(module.model, module.processor, mode="InternVL-X")

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -655,7 +656,7 @@ def test_misspelt_options_are_refused(flat):
 
 # All imports of the root modules from outside the standard library, also those inside functions.
 ALLOWED_TOP = {
-    "huggingface_hub": {"snapshot_download"},
+    "huggingface_hub": {"create_repo", "snapshot_download", "upload_folder"},
     "PIL": {"Image", "ImageCms", "ImageOps"},
     "numpy": {None},
     "safetensors": {"SafetensorError", "safe_open"},
@@ -738,19 +739,20 @@ def test_no_optional_package_at_the_top_level():
 def test_what_is_uploaded_has_the_class_that_loads(flat, tmp_path, monkeypatch, class_name):
     """transformers' own `push_to_hub=True` would upload before the config names that class."""
     model = repo_class(f"modeling_internvl.{class_name}").from_pretrained(flat)
-    uploaded = []
+    module, uploaded = sys.modules[repo_class("modeling_internvl.InternVLModel").__module__], []
 
-    def push_to_hub(self, repo_id, **options):
-        self.save_pretrained(tmp_path / "upload")
-        uploaded.append((repo_id, options))
+    def upload_folder(folder_path, **options):
+        config = json.loads((Path(folder_path) / "config.json").read_text())
+        uploaded.append((options, config["auto_map"]["AutoModel"].rpartition(".")[2]))
 
-    monkeypatch.setattr(type(model), "push_to_hub", push_to_hub, raising=False)
-    model.save_pretrained(tmp_path / "saved", push_to_hub=True, token="secret", commit_message="Trained")
-    assert uploaded == [("saved", {"token": "secret", "commit_message": "Trained"})]
+    monkeypatch.setattr(module, "upload_folder", upload_folder)
+    monkeypatch.setattr(module, "create_repo", lambda name, **options: SimpleNamespace(repo_id=f"org/{name}"))
+    options = {"push_to_hub": True, "token": "secret", "commit_message": "Trained"}
+    model.save_pretrained(tmp_path / "saved", max_shard_size="1MB", **options)
+    model.save_pretrained(tmp_path / "saved", is_main_process=False, **options)
     loads = "InternVLModel" if class_name == "InternVLForRetrieval" else class_name
-    for folder in ("saved", "upload"):
-        config = json.loads((tmp_path / folder / "config.json").read_text())
-        assert config["auto_map"]["AutoModel"].endswith(f"modeling_internvl.{loads}")
+    assert uploaded == [({"repo_id": "org/saved", "token": "secret", "commit_message": "Trained"}, loads)]
+    assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 1
 
 
 def test_only_the_main_process_writes_the_config(flat, tmp_path):
@@ -770,7 +772,10 @@ def test_a_users_own_subclass_is_saved_as_the_class_that_it_extends(flat, tmp_pa
         assert config["auto_map"]["AutoModel"].endswith("modeling_internvl.InternVL_G")
 
 
-@pytest.mark.parametrize("override", [{"label_smoothing": 2.0}, {"contrastive_only": "no"}, {"num_query_token": 0}])
+OVERRIDES = [{"label_smoothing": 2.0}, {"contrastive_only": "no"}, {"num_query_token": 0}, {"vision_config": None}]
+
+
+@pytest.mark.parametrize("override", OVERRIDES)
 def test_an_override_of_a_field_is_checked(flat, override):
     with pytest.raises(ValueError, match=f"`{next(iter(override))}` must be"):
         load(flat, AutoConfig, **override)
@@ -782,5 +787,14 @@ def test_overrides_reach_both_towers(flat):
     assert (config.image_size, config.vision_config.force_image_size) == (64, 64)
     assert config.vision_config.dropout == 0.25
     assert config.vision_config.hidden_size == load(flat, AutoConfig).vision_config.hidden_size
+    fields = {"vision_config": config.vision_config, "qllama_config": config.qllama_config.to_dict()}
+    changed = type(config).from_dict(fields, vision_config={"num_hidden_layers": 2}).vision_config
+    assert (changed.num_hidden_layers, changed.hidden_size) == (2, config.vision_config.hidden_size)
     config, unused = load(flat, AutoConfig, label_smoothing=0.25, other=1, return_unused_kwargs=True)
     assert config.label_smoothing == 0.25 and unused == {"other": 1}
+
+
+def test_training_names_are_found_in_the_joint_models_module():
+    for name in ("InternVLForPreTraining", "InternVLForRetrieval", "InternVLTrainingOutput"):
+        found = repo_class(f"modeling_internvl.{name}")
+        assert found.__name__ == name and found.__module__.endswith(".training_internvl")

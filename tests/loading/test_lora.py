@@ -2,11 +2,15 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
+from huggingface_hub import save_torch_state_dict
+from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
+from transformers import AutoConfig
 
 from conftest import IS_V5, load, make_repository, repo_class, run_python
 
@@ -243,3 +247,38 @@ def test_it_loads_by_id(checkpoint, tmp_path):
     model = load("org/tuned", dtype=torch.float32, cache_dir=tmp_path)
     assert_outputs(model, expected)
     assert model.name_or_path == "org/tuned"
+
+
+def test_a_sharded_checkpoint_on_the_hub(checkpoint, tmp_path, monkeypatch):
+    """Only what matches the patterns is downloaded, the index included."""
+    _, state, _ = checkpoint
+    (tmp_path / "hub" / "tiny").mkdir(parents=True)
+    save_torch_state_dict(state, tmp_path / "hub" / "tiny", max_shard_size=sum(t.nbytes for t in state.values()) // 2)
+    assert len(list((tmp_path / "hub").rglob("*.safetensors"))) > 1
+    loading = sys.modules[repo_class("loading_internvl.InternPreTrainedModel").__module__]
+
+    def snapshot_download(name, allow_patterns):
+        files = [str(path.relative_to(tmp_path / "hub")) for path in (tmp_path / "hub").rglob("*.*")]
+        for name in filter_repo_objects(files, allow_patterns=allow_patterns):
+            (tmp_path / "cache" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(tmp_path / "hub" / name, tmp_path / "cache" / name)
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr(loading, "snapshot_download", snapshot_download)
+    assert loading.read_checkpoint("org/tuned", subfolder="tiny").keys() == state.keys()
+
+
+def test_a_variant(checkpoint, tmp_path):
+    _, state, expected = checkpoint
+    make_repository(tmp_path / "variant", flat=True)
+    save(tmp_path / "variant", state, **RANKS)
+    (tmp_path / "variant" / "model.safetensors").rename(tmp_path / "variant" / "model.fp16.safetensors")
+    assert_outputs(load(tmp_path / "variant", dtype=torch.float32, variant="fp16"), expected)
+    with pytest.raises(OSError, match="holds no weights"):
+        load(tmp_path / "variant")
+
+
+def test_a_field_beside_a_config_is_refused(checkpoint):
+    folder, _, _ = checkpoint
+    with pytest.raises(TypeError, match="label_smoothing"):
+        load(folder, config=load(folder, AutoConfig), label_smoothing=0.1)

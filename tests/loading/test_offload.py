@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from conftest import IDS, IS_V5, PIXELS, load, repo_class
 
@@ -159,6 +160,10 @@ def test_a_budget_is_compared_with_one_dtype(flat):
     plan = {"device_map": "auto", "max_memory": {"cpu": "1GB"}}
     if IS_V5:
         assert load(flat, dtype={"": torch.bfloat16}, **plan).dtype == torch.bfloat16
+    config = load(flat, AutoConfig)
+    config.dtype = None
+    with pytest.raises(ValueError, match="largest block.* in torch.float32"):
+        load(flat, config=config, device_map="auto", max_memory={0: "1KB", "cpu": "1GB"})
     for dtype in ("float16", torch.float16):
         with pytest.raises(ValueError, match="largest block.* in torch.float16"):
             load(flat, dtype=dtype, device_map="auto", max_memory={0: "1KB", "cpu": "1GB"})

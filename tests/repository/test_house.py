@@ -14,7 +14,7 @@ ROOMS = {
     "configuration_intern_vit.py": 150,
     "configuration_internvl.py": 240,
     "attention_internvl.py": 200,
-    "loading_internvl.py": 365,
+    "loading_internvl.py": 370,
     "modeling_intern_vit.py": 350,
     "modeling_qllama.py": 450,
     "texts_internvl.py": 310,
