@@ -37,6 +37,8 @@ sys.path. So it decodes images itself.
 
 import base64
 import io
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,11 @@ MAX_BEAMS = 8
 MAX_PROMPT_TOKENS = 80
 # Common raster formats only: PIL would pass EPS to Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+# What PIL raises for damaged files: nearly always the first two, and whatever else a format's reader provokes.
+DAMAGED = (
+    OSError, ValueError, ArithmeticError, EOFError, LookupError, MemoryError, RuntimeError, SyntaxError, TypeError,
+    struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
 MODES = ("InternVL-C", "InternVL-G")
 DEFAULT_PROMPT = "English caption:"
 MATCH_WEIGHT = 0.3  # as in tools/tiny/evaluate_tiny.py
@@ -206,12 +213,12 @@ def encoded_image(item: Any, name: str) -> bytes | Image.Image:
 
 
 def decoded_image(item: bytes | Image.Image, name: str) -> Image.Image:
-    """Decode an image whose header gives a valid size. PIL raises nearly any exception for damaged files."""
+    """Decode an image whose header gives a valid size."""
     try:  # reads the header, no pixels yet
         image = item if isinstance(item, Image.Image) else Image.open(io.BytesIO(item), formats=FORMATS)
     except Image.DecompressionBombError:
         raise RequestError(413, f"`{name}` may have at most {MAX_PIXELS} pixels.") from None
-    except Exception:
+    except DAMAGED:
         raise RequestError(422, f"`{name}` is none of {', '.join(FORMATS)}.") from None
     short, long = sorted(image.size)
     if short == 0 or long > MAX_ASPECT * short:
@@ -221,7 +228,7 @@ def decoded_image(item: bytes | Image.Image, name: str) -> Image.Image:
         raise RequestError(413, f"`{name}` may have at most {MAX_PIXELS} pixels, got {short * long}.")
     try:
         image.load()
-    except Exception as error:
+    except DAMAGED as error:
         raise RequestError(422, f"`{name}` cannot be decoded: {type(error).__name__}.") from None
     return image
 

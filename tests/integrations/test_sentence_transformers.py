@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import AutoProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from conftest import ROOT, load, run_interpreter, run_python
@@ -31,11 +30,6 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 def model(trained):
     """The repository's own model, float32."""
     return load(trained, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
-def processor(trained):
-    return load(trained, AutoProcessor)
 
 
 def new_embedder(folder, **options):
