@@ -188,7 +188,7 @@ class InternPreTrainedModel(PreTrainedModel):
         if not CAN_OFFLOAD_A_STATE and uses_disk(options.get("device_map")):
             advice = "needs a checkpoint without adapters: load this one without `device_map` and save it"
             raise ValueError(f"`device_map` offloads to the disk, which {advice}.")
-        state = read_checkpoint(checkpoint, **_hub_arguments(options))
+        state = read_checkpoint(checkpoint, variant=options.get("variant"), **_hub_arguments(options))
         if not any(".lora_" in name for name in state):
             return None  # the config names adapters, but the checkpoint has none
         config = deepcopy(config)
@@ -296,7 +296,7 @@ def check_ranks(config: Any, ranks: int) -> None:
 
 def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `from_pretrained` that locate a checkpoint."""
-    names = ("subfolder", "variant", "revision", "token", "cache_dir", "local_files_only", "force_download")
+    names = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
     return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
 
 

@@ -55,7 +55,7 @@ THUMBNAIL = 320  # pixels of the longer side
 MAX_BYTES = 500_000_000
 # Pillow only recognises these, or hands them to another program.
 NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
-# Formats with a signature of their own: a file that has one is an image, whatever its name.
+# Formats that the first bytes of a file identify, whatever its name.
 SIGNED = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PSD", "TIFF", "WEBP")
 
 Image.init()

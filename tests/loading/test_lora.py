@@ -273,7 +273,9 @@ def test_a_variant(checkpoint, tmp_path):
     make_repository(tmp_path / "variant", flat=True)
     save(tmp_path / "variant", state, **RANKS)
     (tmp_path / "variant" / "model.safetensors").rename(tmp_path / "variant" / "model.fp16.safetensors")
-    assert_outputs(load(tmp_path / "variant", dtype=torch.float32, variant="fp16"), expected)
+    model = load(tmp_path / "variant", dtype=torch.float32, variant="fp16")
+    assert_outputs(model, expected)
+    assert "variant" not in model.generation_config.to_dict()
     with pytest.raises(OSError, match="holds no weights"):
         load(tmp_path / "variant")
 

@@ -46,27 +46,24 @@ def texts(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.no_grad()
 def test_look_at_gives_every_call_the_same_results(model, inputs):
     pixels, (ids, mask) = inputs["pixel_values"], texts(4, 7)
-    wanted = [
-        *(model.embed_image(pixels, mode) for mode in MODES),
-        model.encode_image(pixels, "InternVL-G"),
-        model(input_ids=ids, pixel_values=pixels, mode="InternVL-G").logits_per_image,
-        model.match(pixels, ids, mask, all_pairs=True),
-        model.generate(pixels, max_new_tokens=6, min_new_tokens=4),
-        model.generate(pixels, ids[:1, :3], max_new_tokens=6, min_new_tokens=4, num_beams=3),
-    ]
+
+    def every_call(images):
+        return [
+            *(model.embed_image(images, mode) for mode in MODES),
+            model.encode_image(images, "InternVL-G"),
+            model(input_ids=ids, pixel_values=images, mode="InternVL-G").logits_per_image,
+            model.match(images, ids, mask, all_pairs=True),
+            model.generate(images, max_new_tokens=6, min_new_tokens=4),
+            model.generate(images, ids[:1, :3], max_new_tokens=6, min_new_tokens=4, num_beams=3),
+        ]
+
+    wanted = every_call(pixels)
     towers, queries = Calls(model.vision_model), Calls(model.qllama.model.layers[0].cross_attn)
 
     seen = model.look_at(pixels)
     assert len(towers.sizes) == len(queries.sizes) == 1
     keys = [layer.keys.clone() for layer in seen.query_cache.layers]
-    found = [
-        *(model.embed_image(seen, mode) for mode in MODES),
-        model.encode_image(seen, "InternVL-G"),
-        model(input_ids=ids, pixel_values=seen, mode="InternVL-G").logits_per_image,
-        model.match(seen, ids, mask, all_pairs=True),
-        model.generate(seen, max_new_tokens=6, min_new_tokens=4),
-        model.generate(seen, ids[:1, :3], max_new_tokens=6, min_new_tokens=4, num_beams=3),
-    ]
+    found = every_call(seen)
 
     for one, other in zip(found, wanted, strict=True):
         assert_close(one, other, rtol=0, atol=0)
