@@ -4,6 +4,7 @@ Run by whoever changes what the model computes or how (`make bench`).
 
     python -m benchmarks.speed               # everything, in less than 15 minutes on 2 quiet cores
     python -m benchmarks.speed vision match  # some sections; the last results of the others are kept
+    python -m benchmarks.speed --redraw      # measures nothing: writes pages and curves.png from speed.json
 
 Needs tests/requirements.txt.
 """
@@ -11,6 +12,7 @@ Needs tests/requirements.txt.
 import argparse
 import copy
 import json
+import math
 import tempfile
 import time
 import warnings
@@ -516,48 +518,83 @@ def overhead(bench: Bench) -> None:
         bench.add(Row(name, "ours / transformers", each["ours"] / each["transformers"], target="<= 1"))
 
 
+@dataclass(frozen=True)
+class Curve:
+    """A panel of curves.png: seconds beside the number of what is counted."""
+
+    subject: str
+    counted: str
+    axis: str
+
+    def takeaway(self, points: list[tuple[int, float]]) -> str:
+        (fewest, least), (most, longest) = points[0], points[-1]
+        return f"{most / fewest:.0f} x the {self.counted} take {longest / least:.1f} x the time"
+
+
+PANELS = (
+    Curve("Vision encoder", "images", "images in a batch"),
+    Curve("Vision encoder", "patches", "patches of one image (256: 224 x 224 pixels)"),
+    Curve("Text embedding", "tokens", "tokens of one text"),
+    Curve("Caption of 4 tokens", "beams", "beams for one image"),
+    Curve("Captions of 4 tokens", "prompts", "prompts about one image"),
+)
+
+
 def curves(bench: Bench) -> None:
     """How times grow"""
     model = bench.model
     seen = model.look_at(pixels(1), queries=False)
     series: dict[str, tuple[tuple[int, ...], Callable[[int], Any]]] = {
-        "encoder: images": ((1, 2, 4, 8), lambda n: model.vision_model(pixels(n))),
-        "encoder: side in pixels": ((224, 448, 896), lambda n: model.vision_model(pixels(1, n))),
-        "text: tokens of one text": ((4, 8, 16, 32, 80, 160, 320), lambda n: model.embed_text(m.ids(1, n))),
-        "caption of 4 tokens: beams": ((1, 2, 5, 10), lambda n: model.generate(seen, prompts(1), **written(4, n))),
-        "caption of 4 tokens: prompts": ((1, 2, 4, 8), lambda n: model.generate(seen, prompts(n), **written(4, 1))),
+        "images": ((1, 2, 4, 8), lambda n: model.vision_model(pixels(n))),
+        "patches": ((256, 1024, 4096), lambda n: model.vision_model(pixels(1, 14 * math.isqrt(n)))),
+        "tokens": ((4, 8, 16, 32, 80, 160, 320), lambda n: model.embed_text(m.ids(1, n))),
+        "beams": ((1, 2, 5, 10), lambda n: model.generate(seen, prompts(1), **written(4, n))),
+        "prompts": ((1, 2, 4, 8), lambda n: model.generate(seen, prompts(n), **written(4, 1))),
     }
-    points: dict[str, list[tuple[int, float, float]]] = {}
-    for name, (sizes, work) in series.items():
-        points[name] = []
+    for panel in PANELS:
+        sizes, work = series[panel.counted]
+        times = in_turn({str(size): partial(work, size) for size in sizes}, 3, warm=False)
         for size in sizes:
-            ways = {
-                "ours": lambda n=size, work=work: work(n),
-                "products": m.products_of(model, lambda n=size, work=work: work(n)),
-            }
-            times = in_turn(ways, 3 if name.startswith("text") else 1, warm=False)
-            points[name].append((size, min(times["ours"]), min(times["products"])))
-        seconds = "; ".join(f"{size}: {ours:.2f}, {products:.2f}" for size, ours, products in points[name])
-        print(f"    {name}, seconds of ours and of the products: {seconds}.", flush=True)
-    draw(points)
-    bench.notes.append(f"![Seconds by size, beside those of the matrix products alone]({CURVES.name})")
+            bench.add(Row(panel.subject, f"seconds, {panel.counted}: {size}", min(times[str(size)])))
+    takeaways = "; ".join(f"{panel.subject}: {panel.takeaway(points)}" for panel, points in drawn(bench.rows))
+    bench.notes.append(f"![Seconds by size. {takeaways}.]({CURVES.name})")
 
 
-def draw(series: dict[str, list[tuple[int, float, float]]]) -> None:
+def drawn(rows: list[Row]) -> list[tuple[Curve, list[tuple[int, float]]]]:
+    """Each panel with its points, sizes and seconds, from the rows of `curves`."""
+    points: dict[str, list[tuple[int, float]]] = {panel.counted: [] for panel in PANELS}
+    for row in rows:
+        counted, size = row.figure.removeprefix("seconds, ").split(": ")
+        points[counted].append((int(size), row.value))
+    return [(panel, points[panel.counted]) for panel in PANELS]
+
+
+def draw(rows: list[Row]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(series), figsize=(4 * len(series), 3.4), layout="constrained")
-    for panel, (name, points) in zip(panels, series.items(), strict=True):
-        sizes, ours, products = zip(*points, strict=True)
-        panel.plot(sizes, products, "--", color="0.6", label="matrix products alone")
-        panel.plot(sizes, ours, "o-", color="tab:blue", label="ours")
-        panel.set(title=name.split(":")[0], xlabel=name.split(": ")[1], xlim=(0, None), ylim=(0, None))
-    panels[0].set_ylabel("seconds")
-    panels[0].legend(frameon=False)
-    figure.savefig(CURVES, dpi=90)
+    pyplot.rcParams.update({"font.size": 13, "axes.titlesize": 14})
+    figure, axes = pyplot.subplots(2, 3, figsize=(15, 8.5), layout="constrained")
+    *panels, corner = axes.flat
+    for axis, (panel, points) in zip(panels, drawn(rows), strict=True):
+        sizes, seconds = zip(*points, strict=True)
+        in_proportion = [seconds[0] * size / sizes[0] for size in sizes]
+        axis.plot(
+            sizes,
+            in_proportion,
+            "--",
+            color="0.5",
+            label="if time grew in proportion:\nbelow, more at once costs less each",
+        )
+        axis.plot(sizes, seconds, "o-", color="tab:blue", linewidth=2, label="measured")
+        axis.set(title=f"{panel.subject}:\n{panel.takeaway(points)}", xlabel=panel.axis, ylabel="seconds")
+        axis.set(xlim=(0, None), ylim=(0, 1.3 * max(seconds)))
+    corner.axis("off")
+    corner.legend(*panels[0].get_legend_handles_labels(), loc="center", frameon=False, fontsize=15)
+    # A test compares what is drawn with what was measured.
+    figure.savefig(CURVES, dpi=80, metadata={"Description": json.dumps([asdict(row) for row in rows])})
 
 
 ALL = (vision, text, embedding, zero_shot, caption, sharing, match, int8, compiled, operators, memory, overhead, curves)
@@ -595,6 +632,8 @@ def summary(measured: dict[str, Any]) -> str:
 def write(measured: dict[str, Any]) -> None:
     this_machine.write_json(MEASURED, measured)
     RESULTS.write_text(report(measured))
+    if measured.get("curves", {}).get("rows"):
+        draw([Row(**row) for row in measured["curves"]["rows"]])
     if "vision" in measured:
         put(README, "speed", summary(measured))
 
@@ -602,7 +641,10 @@ def write(measured: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sections", nargs="*", help=f"some of {', '.join(SECTIONS)}; default: all")
+    parser.add_argument("--redraw", action="store_true", help="only write the pages and curves.png from speed.json")
     arguments = parser.parse_args()
+    if arguments.redraw:
+        return write(json.loads(MEASURED.read_text()))
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     bench = Bench(rounds=4)

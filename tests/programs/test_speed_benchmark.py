@@ -1,9 +1,11 @@
 """What benchmarks/speed.py compares is what it says, and what it counts without a clock stays where it should be."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.testing import assert_close
 
@@ -79,12 +81,28 @@ def test_memory_grows_with_tokens_not_with_their_square():
     assert not missed
 
 
+def test_curves_show_their_rows(tmp_path, monkeypatch):
+    rows = [
+        m.Row(panel.subject, f"seconds, {panel.counted}: {size}", 0.5 * size**0.5)
+        for panel in speed.PANELS
+        for size in (1, 4, 16)
+    ]
+    assert {panel.takeaway(points) for panel, points in speed.drawn(rows)} == {
+        f"16 x the {panel.counted} take 4.0 x the time" for panel in speed.PANELS
+    }
+    monkeypatch.setattr(speed, "CURVES", tmp_path / "curves.png")
+    speed.draw(rows)
+    with Image.open(speed.CURVES) as drawn:
+        assert json.loads(drawn.info["Description"]) == json.loads(json.dumps([asdict(row) for row in rows]))
+
+
 def test_results_are_those_that_were_measured():
     measured = json.loads(speed.MEASURED.read_text())
     assert list(measured) == list(speed.SECTIONS)
     assert speed.RESULTS.read_text() == speed.report(measured)
     assert all(found["seconds"] > 0 and found["rows"] + found["notes"] for found in measured.values())
-    assert speed.CURVES.stat().st_size > 5000
+    with Image.open(speed.CURVES) as drawn:
+        assert drawn.width > 1000 and json.loads(drawn.info.get("Description", "[]")) == measured["curves"]["rows"]
 
 
 def test_what_the_readme_says_is_what_was_measured():

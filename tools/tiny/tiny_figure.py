@@ -4,8 +4,8 @@ Run by whoever retrained tiny/, as the last step of `make tiny`.
 
     python -m tools.tiny.tiny_figure
 
-The images are drawn at random from all 1,400 of Twemoji, with a fixed seed. Each shows its five nearest names in one
-language, with their probabilities among all names, and below them the captions in three languages; green is right.
+The images are drawn at random from all of the held-out artist, with a fixed seed. Each shows its nearest names in the
+language of its column, with their probabilities among all names, and captions in three languages.
 Chinese and Japanese letters need `pip install cvttf-notosanscjk-regular`.
 """
 
@@ -16,12 +16,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from examples.demo import GREEN, GREY, INK, LINE, MARGIN, THUMBNAIL, Example, Poster
+from examples.demo_poster import GREEN, GREY, INK, MARGIN, Sheet
 from tools import ROOT
 from tools.tiny.emoji_data import LANGUAGES, load
 from tools.tiny.evaluate_tiny import captions_of, checkpoint_options, embed_texts, load_checkpoint
 
-COUNT, COLUMNS, SEED = 24, 3, 0
+COUNT, NEAREST, SEED = 24, 3, 0
+COLUMNS = {"en": "English", "zh": "Chinese", "ja": "Japanese"}
+# In pixels.
+WIDTH, THUMBNAIL, FONT, LINE, TOP = 400, 96, 22, 28, 200
 
 
 @torch.inference_mode()
@@ -36,37 +39,43 @@ def main() -> None:
     chosen = held_out[torch.randperm(len(held_out), generator=generator)[:COUNT]].tolist()
 
     names_of = [data.concepts[data.concept[row]]["name"] for row in chosen]
-    examples = [Example(Image.fromarray(data.rgba[row]), names) for row, names in zip(chosen, names_of)]
-    pixels = processor(images=[example.image for example in examples]).pixel_values
+    drawn = [Image.fromarray(data.rgba[row]) for row in chosen]
+    pixels = processor(images=drawn).pixel_values
     images = model.embed_image(pixels, "InternVL-G")
     nearest: dict[str, list[list[tuple[str, float]]]] = {}
     for language in LANGUAGES:
         names = [concept["name"][language] for concept in data.concepts]
-        best = (model.logit_scale.exp() * images @ embed_texts(model, processor, names).T).softmax(-1).topk(5)
+        best = (model.logit_scale.exp() * images @ embed_texts(model, processor, names).T).softmax(-1).topk(NEAREST)
         nearest[language] = [
             [(names[name], value) for name, value in zip(*row)]
             for row in zip(best.indices.tolist(), best.values.tolist())
         ]
     captions = {language: captions_of(model, processor, pixels, language) for language in LANGUAGES}
 
-    poster = Poster(examples, width=1200, height=6000)
-    width = (poster.canvas.width - 2 * MARGIN) // COLUMNS
-    for start in range(0, len(examples), COLUMNS):
-        for column, number in enumerate(range(start, min(start + COLUMNS, len(examples)))):
-            names, language = examples[number].names, LANGUAGES[number % len(LANGUAGES)]
-            lines = [
-                (f"{name[:28]}  {value:.0%}", GREEN if name == names[language] else GREY)
-                for name, value in nearest[language][number]
-            ]
-            lines += [
-                (f"“{captions[code][number][:28]}”", GREEN if captions[code][number] == names[code] else INK)
-                for code in LANGUAGES
-            ]
-            poster.thumbnail(number, MARGIN + column * width)
-            poster.lines(MARGIN + column * width + THUMBNAIL + 12, lines)
-        poster.y += 8 * LINE + 24
-    poster.save(options.out)
-    Image.open(options.out).quantize(64, dither=Image.Dither.NONE).save(options.out, optimize=True)
+    height = LINE * (NEAREST + len(LANGUAGES)) + 34
+    sheet = Sheet(len(LANGUAGES) * WIDTH + MARGIN, TOP + -(-COUNT // len(LANGUAGES)) * height)
+    legend = (
+        f"{COUNT} images drawn at random from {len(held_out):,} by an artist whom training never saw. Green: right.",
+        f"Percentages: the {NEAREST} nearest of {len(data.concepts):,} names, with their probabilities (InternVL-G).",
+        "en, zh, ja: captions in English, Chinese and Japanese.",
+    )
+    for number, text in enumerate(legend):
+        sheet.text(MARGIN, 8 + number * 36, text, FONT + 3, INK, sheet.canvas.width - 2 * MARGIN)
+    for number, (image, names) in enumerate(zip(drawn, names_of)):
+        row, column = divmod(number, len(LANGUAGES))
+        x, y, language = MARGIN + column * WIDTH, TOP + row * height, LANGUAGES[column]
+        if row == 0:
+            sheet.text(x, y - 60, f"Nearest names in {COLUMNS[language]}", FONT + 3, INK, WIDTH - MARGIN)
+            sheet.draw.line((x, y - 18, x + WIDTH - MARGIN, y - 18), GREY)
+        sheet.thumbnail(x, y, image, THUMBNAIL)
+        lines = [(f"{value:.0%}", name, name == names[language]) for name, value in nearest[language][number]]
+        lines += [(code, captions[code][number], captions[code][number] == names[code]) for code in LANGUAGES]
+        left, y = x + THUMBNAIL + 14, y - 6
+        for place, (label, text, right) in enumerate(lines):
+            gap = 8 if place >= NEAREST else 0
+            sheet.text(left, y + place * LINE + gap + 3, label, FONT - 4, GREY, 50)
+            sheet.text(left + 54, y + place * LINE + gap, text, FONT, GREEN if right else INK, WIDTH - THUMBNAIL - 88)
+    sheet.canvas.quantize(64, dither=Image.Dither.NONE).save(options.out, optimize=True)
     print(options.out)
 
 
