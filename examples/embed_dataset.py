@@ -197,7 +197,7 @@ class Watch(ExecutionCallback):
     def __init__(self, options: argparse.Namespace):
         self.options = options
         self.came: float | None = None
-        self.looked = self.said = time.monotonic()
+        self.began = self.looked = self.said = time.monotonic()
 
     def batch(self) -> None:
         self.came = time.monotonic()
@@ -211,7 +211,7 @@ class Watch(ExecutionCallback):
             self.came = now
         if self.came is None and now - self.said > SECONDS_BETWEEN_LINES:
             self.said = now
-            say("No rows yet: models are still loading, or others use the cluster.")
+            say(f"No rows after {now - self.began:.0f} s: models are still loading, or others use the cluster.")
         if self.came is not None and now - self.came > self.options.stall_minutes * 60:
             raise Stalled(f"no batch for {self.options.stall_minutes:g} minutes (`--stall-minutes`)")
 

@@ -479,6 +479,8 @@ if __name__ == "__main__":
         trainer = make_trainer(given)
     except (ValueError, OSError) as error:  # in the arguments, the data or the model, where a traceback does not help
         sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Interrupted before the training began.")
     try:
         run(trainer, checkpoint)
     except KeyboardInterrupt:

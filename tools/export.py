@@ -43,6 +43,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from transformers import AutoModel, AutoModelForTextEncoding, AutoProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.utils import logging as transformers_logging
 
 from tools import ROOT, pages, step
 
@@ -503,6 +504,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parsed(arguments)
     check_packages(PACKAGES)
     quieten()
+    transformers_logging.disable_progress_bar()  # loading is a step, with its seconds
     subfolder = ("" if options.model else "tiny") if options.subfolder is None else options.subfolder
     checkpoint = Checkpoint(options.model or str(ROOT), subfolder, options.mode, not options.unnormalized)
     checkpoint.processor()  # fails before anything is written
