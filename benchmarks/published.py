@@ -39,8 +39,7 @@ ROWS = {
 }
 NOTE = (
     "Zero-shot, English, in per cent; – means that we found no source. We measured none of these figures. Those of"
-    " InternVL-C belong to another file of the same authors, `internvl_c_13b_224px.pth`"
-    " ([why that matters](benchmarks/EVALUATION.md#published-figures))."
+    " InternVL-C were measured with another file of the same authors, `internvl_c_13b_224px.pth`."
 )
 
 
