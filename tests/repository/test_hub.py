@@ -241,7 +241,7 @@ def test_no_filter_stands_in_this_repository():
 
 @pytest.fixture(scope="module", autouse=True)
 def forked_tools():
-    """The script that loads a place runs in a fork; the README's snippet starts it as users do."""
+    """The script that loads a place runs in a fork; the snippet of docs/serving.md starts it as users do."""
     run = subprocess.run
 
     def forked(command, env=None, cwd=None, **options):
