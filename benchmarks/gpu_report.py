@@ -306,7 +306,7 @@ def is_of_a_card(results: Results) -> bool:
 def readme_line(measured: Results | None) -> str:
     """The README's line: it begins with whether the numbers are right, and counts the goals that were missed."""
     if measured is None:
-        return f"**No GPU figures yet:** nothing here was run on a GPU; {COMMAND} measures one."
+        return f"**No GPU figures yet:** nothing here was run on a GPU. {COMMAND} measures yours."
     page = "([all figures](benchmarks/GPU.md))"
     start, wrong = f"**On one {measured['machine']['device']}:**", list(failures(measured["steps"]))
     if "goldens" not in measured["steps"] or any(failures(measured["steps"]["goldens"])):

@@ -192,11 +192,12 @@ def place(source: Path, target: Path) -> None:
 
 
 def missing_links(folder: Path, page: str) -> list[str]:
-    """Files that a page links, or shows as an image or an example, and that the folder lacks."""
-    links = {link for link in LINK.findall((folder / page).read_text("utf-8")) if "://" not in link}
-    metadata: dict[str, Any] = metadata_load(folder / page) or {}
-    links |= {example["src"] for example in metadata.get("widget", []) if "://" not in example["src"]}
-    targets = {link: ((folder / page).parent / link).resolve() for link in links}
+    """Files that a page links or shows, or that the card's metadata show as examples, and that the folder lacks."""
+    links = LINK.findall((folder / page).read_text("utf-8"))
+    if page == "README.md":
+        metadata: dict[str, Any] = metadata_load(folder / page) or {}
+        links += [example["src"] for example in metadata.get("widget", [])]
+    targets = {link: ((folder / page).parent / link).resolve() for link in links if "://" not in link}
     root = folder.resolve()
     return sorted(link for link, to in targets.items() if not (to.is_relative_to(root) and to.exists()))
 
