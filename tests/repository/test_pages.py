@@ -159,7 +159,7 @@ def test_blocks_that_need_torchao(page, tmp_path):
 def test_the_lines_for_a_gpu(trained, tmp_path):
     """With another id and another device; `photo.jpg` is the reader's own."""
     ((line, code),) = python_blocks("README.md", "gpu")
-    assert len(code.splitlines()) <= 8
+    assert len([each for each in code.splitlines() if each]) == 8  # the formatter wants a blank one after the imports
     changes = {'"ORG/InternVL-14B"': repr(str(trained)), 'device_map="auto"': 'device_map="cpu"', '"cuda"': '"cpu"'}
     for old, new in changes.items():
         assert code.count(old) == 1, old
