@@ -1,8 +1,9 @@
 """Captions: check the arguments of `generate`, read images and prompts once into a cache, and let transformers decode.
 
-[`InternVLSeen`] holds the states of images for several calls.
+[`InternVLSeen`] holds the states of images for several calls. `caption` returns texts, the best of several if asked.
 """
 
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from .texts_internvl import check_texts, padding_order
 logger = logging.get_logger(__name__)
 
 DEFAULT_NEW_TOKENS = 32
+SET_BY_CAPTION = ("input_ids", "attention_mask", "num_return_sequences", "return_dict_in_generate")
 
 
 class InternVLSeen(NamedTuple):
@@ -39,9 +41,14 @@ class CaptionSide:
     """Methods that write captions, for models with `qllama` and `query_tokens`."""
 
     config: Any
+    device: Any
     generation_config: Any
     qllama: Any
+    check_processor: Any
+    embed_image: Any
+    embed_texts: Any
     get_input_embeddings: Any
+    look_at: Any
     _as_seen: Any
     _joint_embeds: Any
     _joint_states: Any
@@ -103,6 +110,91 @@ class CaptionSide:
             **{CACHE_NAME: cache},
             **arguments,
         )
+
+    @torch.no_grad()
+    def caption(
+        self,
+        processor: Any,
+        images: Any = None,
+        prompt: str | Sequence[str] | None = None,
+        candidates: int = 1,
+        *,
+        pixel_values: torch.Tensor | InternVLSeen | None = None,
+        **generate_kwargs: Any,
+    ) -> list[str]:
+        """Write captions as texts. Of several candidates per image, the one whose text embedding is nearest to the
+        image's embedding in mode InternVL-G is returned. All images are one batch.
+
+        Args:
+            processor ([`InternVLProcessor`]): the processor of the checkpoint.
+            images: one image or a list of B, as the processor takes them.
+            prompt (`str` or sequence of `str`, *optional*): one prompt for all images, or one per image. Defaults to
+                the config's `caption_prompt_ids`.
+            candidates (`int`): number of texts to choose from. They are the results of a beam search with as many
+                beams, or samples if `do_sample=True`. An empty text is returned only if all are empty.
+            pixel_values (`torch.Tensor` or [`InternVLSeen`], *optional*): [B, 3, H, W], normalised by the processor,
+                instead of `images`.
+            generate_kwargs: as in [`generate`]: `max_new_tokens`, `do_sample`, ... `candidates` takes precedence over
+                a `generation_config`'s numbers of beams and sequences.
+
+        Returns:
+            `list[str]`: B texts, without the prompt.
+
+        Raises:
+            `ValueError`, `TypeError`: no image, a wrong number of prompts, an empty one, `candidates` < 1, fewer beams
+                than candidates, an argument of `SET_BY_CAPTION`, a processor of another checkpoint, or an input that
+                the processor or [`generate`] refuses.
+        """
+        self._require_queries("`caption`")
+        self.check_processor(processor)
+        options = self._candidate_options(candidates, generate_kwargs)
+        if (images is None) == (pixel_values is None):
+            raise ValueError("Exactly one of `images` and `pixel_values` must be given.")
+        if pixel_values is None:
+            pixels = processor(images=images, task="embed").pixel_values
+            # On "meta" the weights are offloaded, and their hooks move the pixels.
+            pixel_values = pixels if self.device.type == "meta" else pixels.to(self.device)
+        if candidates > 1 and not isinstance(pixel_values, InternVLSeen):
+            pixel_values = self.look_at(pixel_values)
+        if prompt is not None:
+            batch = len(pixel_values.image_states if isinstance(pixel_values, InternVLSeen) else pixel_values)
+            options |= processor(text=_checked_prompts(prompt, batch), task="caption")
+        texts = processor.batch_decode(self.generate(pixel_values, **options), skip_special_tokens=True)
+        texts = [text.strip() for text in texts]
+        if candidates == 1:
+            return texts
+        return self._nearest(processor, self.embed_image(pixel_values, mode="InternVL-G"), texts)
+
+    def _candidate_options(self, candidates: int, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of `generate` for so many candidates per image."""
+        if taken := [name for name in SET_BY_CAPTION if name in given]:
+            raise TypeError(f"`caption` sets `{taken[0]}` itself: use `prompt` and `candidates`, or call `generate`.")
+        if isinstance(candidates, bool) or not isinstance(candidates, int) or candidates < 1:
+            raise ValueError(f"`candidates` must be a positive integer, got {candidates!r}.")
+        options = given | {"num_return_sequences": candidates, "return_dict_in_generate": False}
+        if candidates == 1:
+            return options
+        config = given.get("generation_config") or self.generation_config
+        is_sampled = given.get("do_sample", config.do_sample)
+        beams = options.setdefault("num_beams", 1 if is_sampled else candidates)
+        if beams < candidates and not (is_sampled and beams == 1):
+            raise ValueError(f"`num_beams` must be at least `candidates`, {candidates}, got {beams}.")
+        return options
+
+    def _nearest(self, processor: Any, image_embeds: torch.Tensor, texts: list[str]) -> list[str]:
+        """Each image's nearest candidate: embeddings [B, clip_embed_dim], B x candidates texts -> B texts. Of equal
+        cosines the first one wins, and an empty text loses.
+        """
+        real = [*dict.fromkeys(text for text in texts if text.removeprefix("summarize:").strip())]
+        rows: list[list[float]] = [[]] * len(image_embeds)
+        if real:
+            ids = processor(text=real, task="embed", padding=False, return_tensors=None).input_ids
+            text_embeds = self.embed_texts(ids).to(image_embeds.device)
+            rows = (image_embeds.float() @ text_embeds.float().T).tolist()  # bfloat16 would make many cosines equal
+        count = len(texts) // len(rows)
+        groups = (texts[start : start + count] for start in range(0, len(texts), count))
+        cosines = (dict(zip(real, row)) for row in rows)
+        return [max(group, key=lambda text: of.get(text, -2.0)) for group, of in zip(groups, cosines)]
 
     def _read_prompts(self, seen: InternVLSeen, input_ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache:
         """Run queries and prompts, ids [B, L >= 0] with a mask [B, num_query_token + L], into a new cache of B rows."""
@@ -182,3 +274,13 @@ class CaptionSide:
             if getattr(config, name) is None:
                 setattr(config, name, getattr(self.config.qllama_config, name))
         return {"generation_config": config, **rest}
+
+
+def _checked_prompts(prompt: Any, batch: int) -> list[str]:
+    """One prompt, or one for each of `batch` images."""
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, (list, tuple)) or not all(isinstance(each, str) and each.strip() for each in prompts):
+        raise TypeError(f"`prompt` must be a text or a list of texts, none of them empty, got {prompt!r}.")
+    if not isinstance(prompt, str) and len(prompts) != batch:
+        raise ValueError(f"`prompt` must be one text, or one per image ({batch}), got {len(prompts)}.")
+    return list(prompts)

@@ -9,9 +9,8 @@ Two ways to embed an image:
 
 Where this file differs from the original implementation, and why:
 * No dense attention mask is built here: masks are for padding, in matching and in prompts (see modeling_qllama.py).
-* `embed_image`, `match` and `look_at` are new, and so are the methods of texts_internvl.py whose names begin with
-  `embed`; the original methods keep their values and types, but `generate`
-  leaves out the leading `<s>`.
+* `embed_image`, `match`, `look_at` and `caption` are new, and so are the methods of texts_internvl.py whose names begin
+  with `embed`; the original methods keep their values and types, but `generate` leaves out the leading `<s>`.
 
 texts_internvl.py embeds texts, captions_internvl.py writes captions, and training_internvl.py has the losses.
 """

@@ -2,7 +2,7 @@
 
 Run by whoever changes the stages of examples/embed_dataset.py. Linux only, where a process's shared memory is known.
 
-    python -m benchmarks.embed_dataset      # 2,000 and 20,000 images; writes embed_dataset.json, and into README.md
+    python -m benchmarks.embed_dataset      # 2,000 and 20,000 images; writes embed_dataset.json and the page
     python -m benchmarks.embed_dataset --rows 500 2000 --out /tmp/report.json
 
 Runs the program on synthetic images with the tiny checkpoint, one size after the other, on Ray on this machine with two
@@ -34,7 +34,7 @@ from tools import step
 from tools.pages import put, table
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "embedding.md"
 MEASURED = Path(__file__).with_suffix(".json")
 STORE_GB = 0.1
 DIFFERENT = 500
@@ -108,7 +108,7 @@ def on_h100s() -> list[dict]:
 
 
 def summary(report: dict) -> str:
-    """The README's tables, as Markdown."""
+    """The page's tables, as Markdown."""
     runs = [
         [
             f"{run['rows']:,}", f"{run['input_mb']:,.0f} MB", f"{run['seconds']:,.0f} s",
@@ -140,7 +140,7 @@ def summary(report: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", type=int, default=[2_000, 20_000], help="numbers of images")
-    parser.add_argument("--out", type=Path, default=MEASURED, help="report; the README changes only by the default")
+    parser.add_argument("--out", type=Path, default=MEASURED, help="report; the page changes only by the default")
     options = parser.parse_args()
     if min(options.rows) < 1:
         parser.error(f"--rows must be at least 1, got {options.rows}")
@@ -165,7 +165,7 @@ def main() -> None:
     }
     this_machine.write_json(options.out, report)
     if options.out == MEASURED:
-        put(README, "embed", summary(report))
+        put(PAGE, "embed", summary(report))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ Run by whoever asks how good a checkpoint is on their own data, or on a publishe
 Without `--model` it evaluates this repository's tiny checkpoint. `--data` is a folder (a sub-folder for each class, or
 images with a listing), a data set of the library `datasets`, or WebDataset shards in CLIP_benchmark's layout. Each
 combination of mode, language and set of templates gives one JSON object with CLIP_benchmark's keys and metrics in
-[0, 1]. For data sets in published.json, the published metrics are printed beside. EVALUATION.md says more.
+[0, 1]. For data sets in published.json, the published metrics are printed beside. docs/evaluation.md says more.
 
 Each batch is kept in `--cache`, under a name made of everything that it depends on: an interrupted run continues where
 it stopped, and a repeated run reads its results without loading the model.

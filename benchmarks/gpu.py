@@ -5,7 +5,7 @@
     python -m benchmarks.gpu --only goldens images       # some steps
     python -m benchmarks.gpu --device cpu --tiny         # the same steps, small, on a CPU: minutes
     python -m benchmarks.gpu --simulate                  # shapes and memory at full size, on a simulated card
-    python -m benchmarks.gpu --report out/gpu-cuda.json  # writes GPU.md, its chart and the README; needs no GPU
+    python -m benchmarks.gpu --report out/gpu-cuda.json  # writes GPU.md, its chart, a line and a table; needs no GPU
 
 Run by whoever has a GPU at hand. It downloads nothing: weights of full size are random and made on the card, which
 needs 30 GB (`goldens`, `kernels`, `gradients`, `compiled`, `processor` and `ceilings` run on any card); `placed`,

@@ -1,4 +1,4 @@
-"""Writes the pages of benchmarks/gpu.py, for its `--report`: GPU.md with its chart, and two places in the README."""
+"""Writes the pages of benchmarks/gpu.py, for its `--report`: GPU.md with its chart, the card's line, and a table."""
 
 import importlib.util
 import json
@@ -135,7 +135,7 @@ def to_simulated(size: int) -> Measure:
     return lambda results: ratio(at(results, *place, PEAK), at(results, *place, "simulated peak GB"))
 
 
-PROMISED = "the README's table promises it"
+PROMISED = "the table in docs/machines.md promises it"
 # fmt: off
 GOALS = (
     Goal("InternVL-C, images/s, best batch", ">= 205", "images", fastest("images", "InternVL-C"),
@@ -306,7 +306,7 @@ def is_of_a_card(results: Results) -> bool:
 def readme_line(measured: Results | None) -> str:
     """The README's line: it begins with whether the numbers are right, and counts the goals that were missed."""
     if measured is None:
-        return f"**No GPU figures yet:** nothing here was run on a GPU; {COMMAND} measures one."
+        return f"**No GPU figures yet:** nothing here was run on a GPU. {COMMAND} measures yours."
     page = "([all figures](benchmarks/GPU.md))"
     start, wrong = f"**On one {measured['machine']['device']}:**", list(failures(measured["steps"]))
     if "goldens" not in measured["steps"] or any(failures(measured["steps"]["goldens"])):
@@ -322,9 +322,9 @@ def readme_line(measured: Results | None) -> str:
     return f"{start} {', '.join(said)}; goals: {counted}{failed} {page}."
 
 
-def readme_table(measured: Results | None, simulated: Results | None) -> str:
-    """The table of the README's section on machines."""
-    head = ["on one large card", RATE, "batch", "way", PEAK]
+def machines_table(measured: Results | None, simulated: Results | None) -> str:
+    """The table of docs/machines.md."""
+    head = ["on one large GPU", RATE, "batch", "way", PEAK]
     if measured is None:
         rows = [
             [row["work"], "not measured", str(row["batch"]), row["way"], f"{number(row[PEAK])} (simulated)"]
@@ -391,7 +391,7 @@ def read(path: Path) -> Results | None:
 
 
 def write(file: Path, to: Path) -> None:
-    """Copy a file of results into a clone and write its pages anew. Only results of a card reach the README.
+    """Copy a file of results into a clone and write its pages. Only results of a GPU reach the line and the table.
 
     Raises:
         `Refused`: no such file; results of `--tiny` for this clone; fewer steps than the results that the clone has.
@@ -404,7 +404,7 @@ def write(file: Path, to: Path) -> None:
         raise Refused(f"{file} is no file of {COMMAND}: {type(error).__name__} {error}") from error
     if is_tiny and to.resolve() == ROOT:
         raise Refused(f"{file} was measured with --tiny, which says nothing about the 14B; --to writes it elsewhere")
-    folder, readme = to / "benchmarks", to / "README.md"
+    folder = to / "benchmarks"
     name = SIMULATED if is_simulated else ON_CPU if is_of_cpu and not is_tiny else MEASURED
     there = {each: read(folder / each) for each in (MEASURED, SIMULATED, ON_CPU)}
     if missing := set((there[name] or {"steps": {}})["steps"]) - set(steps):
@@ -416,11 +416,11 @@ def write(file: Path, to: Path) -> None:
     has_chart = measured is not None and draw(measured, folder / CHART)
     text = page(measured, simulated, on_cpu, has_chart)
     card = measured if measured is not None and is_of_a_card(measured) else None
-    line, figures = readme_line(card), readme_table(card, simulated)
+    line, figures = readme_line(card), machines_table(card, simulated)
     this_machine.write_json(folder / name, results)
     (folder / PAGE).write_text(text, "utf-8")
-    pages.put(readme, LINE, line)
-    pages.put(readme, TABLE, figures)
+    pages.put(to / "README.md", LINE, line)
+    pages.put(to / "docs" / "machines.md", TABLE, figures)
 
 
 def summary(results: Results) -> str:

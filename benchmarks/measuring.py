@@ -59,7 +59,7 @@ class Row:
         figure: what `value` is, such as "ours / products".
         spread: for a ratio of times, the smallest and the largest ratio of neighbouring runs.
         target: what `value` should be, such as "<= 1.03".
-        headline: the line of the README, with {} for the value; empty for none.
+        headline: the line of docs/speed.md, with {} for the value; empty for none.
     """
 
     work: str

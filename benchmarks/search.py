@@ -2,8 +2,8 @@
 
 Run by whoever changes examples/search_index.py.
 
-    python -m benchmarks.search                          # writes search.json and the README's table
-    python -m benchmarks.search --pictures 500 --out /tmp/report.json          # leaves the README alone
+    python -m benchmarks.search                          # writes search.json and the table of docs/search.md
+    python -m benchmarks.search --pictures 500 --out /tmp/report.json          # leaves both alone
 
 The images are those of examples/pictures, rotated, resized and on coloured backgrounds, no two alike: PNG, JPEG and
 WebP files of 260 to 400 pixels. Each step is a process of its own, as a user runs it, with the tiny checkpoint, which
@@ -28,7 +28,7 @@ from benchmarks import this_machine
 from tools import pages, step
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "search.md"
 OUT = Path(__file__).with_suffix(".json")
 SOURCES = ROOT / "examples" / "pictures"
 KINDS = (("png", {}), ("jpg", {"quality": 90}), ("webp", {"quality": 90}))
@@ -135,7 +135,7 @@ def measure(folder: Path, count: int) -> dict:
 
 
 def table(report: dict) -> str:
-    """The README's table, as Markdown."""
+    """The page's table, as Markdown."""
     found = report["result"]
     rows = [
         ("first run", f"{found['first_run_s']} s, {found['first_run_pictures_per_s']} images a second"),
@@ -157,7 +157,7 @@ def table(report: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pictures", type=int, default=10_000, help="number of images")
-    parser.add_argument("--out", type=Path, default=OUT, help="report; the README changes only by the default")
+    parser.add_argument("--out", type=Path, default=OUT, help="report; the page changes only by the default")
     options = parser.parse_args()
     if options.pictures < QUERIES:
         parser.error(f"--pictures must be at least {QUERIES}, got {options.pictures}")
@@ -171,7 +171,7 @@ def main() -> None:
     }
     this_machine.write_json(options.out, report)
     if options.out == OUT:
-        pages.put(README, "search", table(report))
+        pages.put(PAGE, "search", table(report))
     print(json.dumps(report, indent=1))
 
 

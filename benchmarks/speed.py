@@ -38,7 +38,7 @@ from tools.pages import put, table
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 MEASURED = ROOT / "benchmarks" / "speed.json"
 CURVES = ROOT / "benchmarks" / "curves.png"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "speed.md"
 HEAD = ("work", "figure", "value", "spread", "target", "met")
 INTRODUCTION = """\
 # How fast
@@ -623,7 +623,7 @@ def report(measured: dict[str, Any]) -> str:
 
 
 def summary(measured: dict[str, Any]) -> str:
-    """The README's list, as Markdown."""
+    """The list of docs/speed.md, as Markdown."""
     rows = [Row(**row) for found in measured.values() for row in found["rows"]]
     lines = [f"* {row.headline.format(format(row.value, '.3g'))};" for row in rows if row.headline]
     return "\n".join([*lines[:-1], lines[-1].replace(";", "."), "", f"On {measured['vision']['machine']}."])
@@ -635,7 +635,7 @@ def write(measured: dict[str, Any]) -> None:
     if measured.get("curves", {}).get("rows"):
         draw([Row(**row) for row in measured["curves"]["rows"]])
     if "vision" in measured:
-        put(README, "speed", summary(measured))
+        put(PAGE, "speed", summary(measured))
 
 
 def main() -> None:

@@ -134,7 +134,7 @@ def run_interpreter(code: str, folder: Path, *arguments: object, **environment: 
     return succeeded(subprocess.run(command, env=environment, **options))
 
 
-def run_fork(command: list, folder: Path | str, **environment: str) -> subprocess.CompletedProcess:
+def run_fork(command: list, folder: Path | str, *, server=FRESH, **environment: str) -> subprocess.CompletedProcess:
     """Do what `python COMMAND` does, in a fork of a preloaded interpreter."""
     command = [*map(str, command)]
     with tempfile.TemporaryDirectory() as streams:
@@ -145,7 +145,7 @@ def run_fork(command: list, folder: Path | str, **environment: str) -> subproces
             "stderr": f"{streams}/stderr",
             "environment": os.environ | environment,
         }
-        code = FRESH.run(request, LAST_RESORT)
+        code = server.run(request, LAST_RESORT)
         texts = [Path(request[name]).read_text("utf-8") for name in ("stdout", "stderr")]
     return subprocess.CompletedProcess(command, code, *texts)
 

@@ -3,8 +3,9 @@ script.
 
 A new interpreter takes five seconds to import what nearly every script needs. This server imports it once, runs no
 operation and starts no thread. A fork of it is therefore equal to `python -c CODE` after its imports. Three kinds of
-tests need a real interpreter (`run_interpreter` in conftest.py): tests that hide a package or check what was imported,
-tests of an environment variable that is read during imports, and tests of commands as users start them.
+tests need a real interpreter (`run_interpreter` in conftest.py): tests that check what was imported, tests of an
+environment variable that is read during imports, and tests of commands as users start them. Packages that a server
+hides are absent in all its forks.
 """
 
 import atexit
@@ -18,8 +19,10 @@ import signal
 import subprocess
 import sys
 import traceback
+from importlib.machinery import PathFinder
 from pathlib import Path
 
+HIDDEN = "FRESH_HIDDEN_PACKAGES"
 PRELOADED = (
     "numpy PIL.Image sentencepiece safetensors.torch torch torch._dynamo torch.nn.functional transformers"
     " transformers.dynamic_module_utils transformers.modeling_utils transformers.generation.utils"
@@ -37,6 +40,7 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # keep the output of imports out of the answers
     del sys.path[0]  # this file's folder, which is not on the path of a user's script
+    hide(os.environ.pop(HIDDEN, "").split())
     for name in PRELOADED:
         try:
             importlib.import_module(name)
@@ -50,6 +54,17 @@ def serve() -> None:
             run(json.loads(line))
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
+
+
+def hide(packages: list[str]) -> None:
+    """Make imports behave as if these packages were not installed."""
+
+    class Finder(PathFinder):
+        @classmethod
+        def find_spec(cls, name, *others):
+            return None if name.split(".")[0] in packages else super().find_spec(name, *others)
+
+    sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 
 
 def run(request: dict) -> None:
@@ -117,15 +132,20 @@ def become(request: dict) -> None:
 
 
 class Server:
-    """The server of one test process, started when it is first needed; it ends with its standard input."""
+    """The server of one test process, started when it is first needed; it ends with its standard input.
 
-    def __init__(self) -> None:
+    Args:
+        hidden (`str`): names of packages that cannot be imported.
+    """
+
+    def __init__(self, hidden: str = "") -> None:
+        self.hidden = hidden
         self.process: subprocess.Popen | None = None
 
     def run(self, request: dict, seconds: float) -> int:
         """The return code of a fork that ran the request."""
         if self.process is None:
-            environment = os.environ | {"HF_HUB_OFFLINE": "1"}  # it is read during imports
+            environment = os.environ | {HIDDEN: self.hidden, "HF_HUB_OFFLINE": "1"}  # the latter is read during imports
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
             # A new session has no terminal, so nothing can ask the user, and `stop` reaches all forks.
             command = [sys.executable, __file__]

@@ -492,7 +492,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--int8", action="store_true", help="also write ONNX with dynamically quantised layers")
     parser.add_argument("--check", action="store_true", help="compare all files with the model")
     parser.add_argument(
-        "--report", type=Path, help="with --check: write export.json here too (ours updates the README)"
+        "--report", type=Path, help="with --check: write export.json here too (ours updates docs/export.md)"
     )
     options = parser.parse_args(arguments)
     if options.report and not options.check:
@@ -516,7 +516,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.report:
             options.report.write_bytes((out / "export.json").read_bytes())
             if options.report.resolve() == REPORT:
-                pages.put(ROOT / "README.md", "export", table(report))
+                pages.put(ROOT / "docs" / "export.md", "export", table(report))
     if report["failed"]:
         raise SystemExit(f"Not close to the model (rtol {RTOL}, atol {ATOL}): {', '.join(report['failed'])}")
 

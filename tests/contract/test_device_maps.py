@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conftest import IDS, PIXELS, load
+from conftest import IDS, IMAGES, PIXELS, load
 
 pytest.importorskip("accelerate")
 from accelerate import cpu_offload
@@ -67,3 +67,12 @@ def test_every_method_gives_the_same_bits(mapped, plain, call):
 @pytest.mark.parametrize("way", CAPTIONS)
 def test_captions_are_the_same(mapped, plain, way):
     assert mapped.generate(PIXELS, **CAPTIONS[way]).tolist() == plain.generate(PIXELS, **CAPTIONS[way]).tolist()
+
+
+@pytest.mark.feature("captions")
+def test_the_nearest_of_several_captions_is_the_same(mapped, plain, processor):
+    """Its steps have hooks of their own: states, candidates and embeddings pass from one to the next."""
+    options = {"prompt": ["English caption:", "a", "中文描述:", "a"], "candidates": 3, "max_new_tokens": 5}
+    wanted = plain.caption(processor, IMAGES, **options)
+    for _ in range(2):
+        assert mapped.caption(processor, IMAGES, **options) == wanted

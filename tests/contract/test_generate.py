@@ -5,7 +5,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
-from conftest import first_end, golden
+from conftest import IMAGES, first_end, golden
 
 pytestmark = pytest.mark.feature("captions")
 INPUTS, EXPECTED = golden("tiny/inputs"), golden("tiny/expected")
@@ -227,3 +227,19 @@ ARGUMENTS = ["max_new_token", "num_beam", "guidance_scale", "prompt_lookup_num_t
 def test_unsupported_arguments_are_refused(model, argument):
     with pytest.raises((ValueError, TypeError), match=argument):
         model.generate(PIXELS, PROMPTS, **{argument: 3})
+
+
+@torch.no_grad()
+def test_the_nearest_of_several_candidates(tiny, processor):
+    """Beams and samples of every release choose among the texts that `generate` gives there."""
+    pixels = processor(images=IMAGES).pixel_values
+    seen = tiny.look_at(pixels)
+    for ways in ({"num_beams": 4}, {"do_sample": True, "temperature": 2.0}):
+        options = ways | {"max_new_tokens": 8, "min_new_tokens": 3}
+        torch.manual_seed(0)
+        texts = processor.batch_decode(tiny.generate(seen, num_return_sequences=4, **options), skip_special_tokens=True)
+        embeds = tiny.embed_text(**processor(text=texts)).unflatten(0, (4, 4))
+        best = (embeds @ tiny.embed_image(pixels, "InternVL-G").unsqueeze(-1)).squeeze(-1).argmax(1)
+        torch.manual_seed(0)
+        found = tiny.caption(processor, IMAGES, candidates=4, **options)
+        assert found == [texts[4 * image + index].strip() for image, index in enumerate(best)]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig
 
-from conftest import GOLDEN, golden, golden_config, golden_model, repo_class
+from conftest import GOLDEN, IMAGES, golden, golden_config, golden_model, repo_class
 
 VOCABULARY = 320  # of golden/tiny, as are the sizes below
 PIXELS = golden("tiny/inputs")["pixel_values"]  # [4, 3, 56, 56], patches of 14
@@ -290,6 +290,53 @@ def test_generate_cannot_lose_the_image_without_a_cache(model):
     assert torch.equal(model.generate(PIXELS, PROMPTS, generation_config=config), wanted)
     text = model.qllama.generate(PROMPTS, do_sample=False, **options)
     assert torch.equal(model.qllama.generate(PROMPTS, do_sample=False, use_cache=False, **options), text)
+
+
+# ----------------------------------------------------------------------------------------------------------- caption
+
+IMAGE = {"images": IMAGES[0]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({}, ValueError, "Exactly one of `images` and `pixel_values`"),
+        (IMAGE | {"pixel_values": PIXELS}, ValueError, "Exactly one of `images` and `pixel_values`"),
+        (IMAGE | {"candidates": 0}, ValueError, "`candidates` must be a positive integer, got 0"),
+        (IMAGE | {"candidates": -1}, ValueError, "`candidates` .*got -1"),
+        (IMAGE | {"candidates": 2.0}, ValueError, "`candidates` .*got 2.0"),
+        (IMAGE | {"candidates": True}, ValueError, "`candidates` .*got True"),
+        (IMAGE | {"candidates": "5"}, ValueError, "`candidates` .*got '5'"),
+        (IMAGE | {"candidates": 5, "num_beams": 3}, ValueError, "`num_beams` .*`candidates`, 5, got 3"),
+        (IMAGE | {"candidates": 5, "num_beams": 1}, ValueError, "`num_beams` .*`candidates`, 5, got 1"),
+        (IMAGE | {"candidates": 5, "num_beams": 3, "do_sample": True}, ValueError, "`num_beams` .*got 3"),
+        (IMAGE | {"candidates": 5, "num_return_sequences": 5}, TypeError, "sets `num_return_sequences` itself"),
+        (IMAGE | {"num_return_sequences": 2}, TypeError, "sets `num_return_sequences` itself.*`candidates`"),
+        (IMAGE | {"return_dict_in_generate": True}, TypeError, "sets `return_dict_in_generate` itself"),
+        (IMAGE | {"input_ids": PROMPTS}, TypeError, "sets `input_ids` itself.*`prompt`"),
+        (IMAGE | {"prompt": ["a", "b"]}, ValueError, r"`prompt` must be one text, or one per image \(1\), got 2"),
+        (IMAGE | {"prompt": []}, ValueError, r"`prompt` .*per image \(1\), got 0"),
+        (IMAGE | {"prompt": ""}, TypeError, "`prompt` must be a text .*got ''"),
+        (IMAGE | {"prompt": [" "]}, TypeError, "`prompt` .*none of them empty"),
+        (IMAGE | {"prompt": 3}, TypeError, "`prompt` .*got 3"),
+        (IMAGE | {"prompt": PROMPTS}, TypeError, "`prompt` must be a text"),
+        (IMAGE | {"max_new_token": 3}, TypeError, "max_new_token"),
+        ({"images": []}, ValueError, "`images` must hold at least one image"),
+        ({"images": PIXELS}, ValueError, "already normalised"),
+        ({"pixel_values": IMAGES[0]}, TypeError, "`pixel_values` .*got str"),
+        ({"pixel_values": IMAGES[0], "candidates": 2}, TypeError, "`pixel_values` .*got str"),
+    ],
+)
+def test_caption(tiny, processor, arguments, error, words):
+    with pytest.raises(error, match=words):
+        tiny.caption(processor, **arguments)
+
+
+def test_caption_takes_the_processor_of_the_checkpoint(tiny, model, processor):
+    with pytest.raises(TypeError, match="`processor`.*InternVLTokenizer"):
+        tiny.caption(processor.tokenizer, IMAGES[0])
+    with pytest.raises(ValueError, match="The processor belongs to another checkpoint"):
+        model.caption(processor, IMAGES[0])
 
 
 # ---------------------------------------------------------------------------------------------------------- training

@@ -702,10 +702,10 @@ def test_rows_of_tars_are_estimated_from_how_far_was_read(options, tmp_path):
     assert embed_costs.total_rows(shards, batches) == (pytest.approx(60, abs=3), False)
 
 
-def test_what_the_readme_says_is_what_was_measured():
+def test_what_the_page_says_is_what_was_measured():
     benchmark = importlib.import_module("benchmarks.embed_dataset")
     report = json.loads(benchmark.MEASURED.read_text("utf-8"))
-    assert pages.taken(ROOT / "README.md", "embed") == benchmark.summary(report)
+    assert pages.taken(ROOT / "docs" / "embedding.md", "embed") == benchmark.summary(report)
     assert report["h100s"] == benchmark.on_h100s()
     few, *_, many = report["results"]
     assert few["errors"] == many["errors"] == 0 and many["rows"] == 10 * few["rows"]
@@ -789,10 +789,10 @@ def test_a_killed_driver_goes_on_without_gaps_or_duplicates(arguments, options, 
 
 
 @pytest.mark.slow
-def test_the_command_of_the_readme(tmp_path):
-    """The first one of its section, but for the place of the output."""
-    section = (ROOT / "README.md").read_text("utf-8").partition("### Embed a billion images")[2]
-    line = next(line for line in section.splitlines() if line.startswith("python examples/embed_dataset.py"))
+def test_the_command_of_the_page(tmp_path):
+    """The first one, but for the place of the output."""
+    page = (ROOT / "docs" / "embedding.md").read_text("utf-8")
+    line = next(line for line in page.splitlines() if line.startswith("python examples/embed_dataset.py"))
     command = line.replace("--output out", f"--output {tmp_path}").split()
     assert str(tmp_path) in command
     subprocess.run([sys.executable, *command[1:]], cwd=ROOT, check=True, timeout=LAST_RESORT)

@@ -233,9 +233,9 @@ def test_missing_packages_are_named_before_anything_is_written(tmp_path, monkeyp
     assert not (tmp_path / "new").exists()
 
 
-def test_the_readme_has_the_table_that_was_measured():
+def test_the_page_has_the_table_that_was_measured():
     measured = json.loads(export.REPORT.read_text("utf-8"))
-    assert pages.taken(ROOT / "README.md", "export") == export.table(measured)
+    assert pages.taken(ROOT / "docs" / "export.md", "export") == export.table(measured)
 
 
 @pytest.mark.slow

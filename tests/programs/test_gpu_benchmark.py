@@ -19,6 +19,15 @@ ON_CPU = ["--device", "cpu", "--tiny"]
 # What a CPU has not; everything else has to run there.
 MISSING_ON_A_CPU = ("CUDA graph", "flash_attention_2", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "from the host")
 
+PAGES = ("README.md", "docs/machines.md")  # the report has a line in the first, and a table in the second
+
+
+def copy_pages(clone):
+    for page in PAGES:
+        (clone / page).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / page, clone / page)
+    (clone / "benchmarks").mkdir()
+
 
 def run_without_compiling(folder, *options):
     """The command in a fresh process, in which whatever is compiled runs as it is: compiling takes a minute."""
@@ -103,8 +112,7 @@ def test_every_step_with_its_compiler_and_the_report(tmp_path):
         assert max(found["largest difference"].values()) < 1e-3 and len(found["tokens equal"]) == 2
     shares = steps["profile"]["InternVL-C, batch 2, eager"]["shares"]
     assert shares["products"] > 0.1 and sum(shares.values()) == pytest.approx(1)
-    (clone / "benchmarks").mkdir(parents=True)
-    shutil.copy(ROOT / "README.md", clone)
+    copy_pages(clone)
     succeeded(run_module(tmp_path, "benchmarks.gpu", "--report", out, "--to", clone))
     page = (clone / "benchmarks" / "GPU.md").read_text()
     assert all(f"\n### {name}\n" in page for name in steps)
@@ -394,8 +402,7 @@ def measured_results(**changes):
 @pytest.fixture
 def clone(tmp_path):
     folder = tmp_path / "clone"
-    (folder / "benchmarks").mkdir(parents=True)
-    shutil.copy(ROOT / "README.md", folder)
+    copy_pages(folder)
     return folder
 
 
@@ -420,18 +427,18 @@ def reported(results, clone):
     file = clone.parent / "run.json"
     file.write_text(json.dumps(results))
     gpu_report.write(file, clone)
-    return (clone / "benchmarks" / "GPU.md").read_text(), (clone / "README.md").read_text()
+    return tuple((clone / page).read_text("utf-8") for page in ("benchmarks/GPU.md", *PAGES))
 
 
 def test_the_report_of_a_card(clone):
-    page, readme = reported(measured_results(), clone)
+    page, readme, machines = reported(measured_results(), clone)
     assert "Measured on NVIDIA H200, CUDA 13.0; torch 2.11.0, transformers 5.17.0; 2026-11-26." in page
     assert "failed: OutOfMemoryError: / too much |" in page and "Not measured yet" not in page
     assert (
         "**On one NVIDIA H200:** the original's numbers, 210 images/s (InternVL-C), 200 tokens/s of a caption; goals: "
         "5 met, 2 missed, 6 not measured, 1 failed; 2 measurements failed" in readme
     )
-    assert "| InternVL-C | 210 | 64 | compile_layers | 30 |" in readme and "No GPU figures yet" not in readme
+    assert "| InternVL-C | 210 | 64 | compile_layers | 30 |" in machines and "No GPU figures yet" not in readme
     assert (clone / "benchmarks" / "gpu.png").stat().st_size > 5000
     assert json.loads((clone / "benchmarks" / "gpu.json").read_text()) == measured_results()
 
@@ -440,7 +447,7 @@ def test_the_report_of_a_card(clone):
 def test_speed_is_not_said_without_right_numbers(clone, change):
     results = measured_results()
     change(results["steps"])
-    _, readme = reported(results, clone)
+    _, readme, _ = reported(results, clone)
     assert "**On one NVIDIA H200:** the original's numbers were not reached, or not compared" in readme
     assert "210 images/s" not in readme
 
@@ -450,24 +457,26 @@ def test_a_report_without_matplotlib_has_no_chart(clone, monkeypatch):
     monkeypatch.setattr(
         gpu_report.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
     )
-    page, _ = reported(measured_results(), clone)
+    page, *_ = reported(measured_results(), clone)
     assert "gpu.png" not in page and not (clone / "benchmarks" / "gpu.png").exists()
 
 
 def test_a_simulated_run_is_no_measurement(clone):
     results = measured_results(simulated=True)
-    page, readme = reported(results, clone)
-    assert "Not measured yet" in page and "No GPU figures yet" in readme
+    page, readme, machines = reported(results, clone)
+    assert "Not measured yet" in page
+    assert "No GPU figures yet" in readme and "| InternVL-C | 210 |" not in machines
     assert [path.name for path in (clone / "benchmarks").glob("*.json")] == ["gpu_simulated.json"]
 
 
 def test_a_small_run_does_not_reach_the_readme(clone, tmp_path):
-    page, readme = reported(measured_results(tiny=True, kind="cpu"), clone)
-    assert "A small run, or one without a card" in page and "No GPU figures yet" in readme
-    before = (ROOT / "README.md").read_text()
+    page, readme, machines = reported(measured_results(tiny=True, kind="cpu"), clone)
+    assert "A small run, or one without a card" in page
+    assert "No GPU figures yet" in readme and "| InternVL-C | 210 |" not in machines
+    before = [(ROOT / page).read_text("utf-8") for page in PAGES]
     with pytest.raises(gpu_report.Refused, match="says nothing about the 14B"):
         gpu_report.write(tmp_path / "run.json", ROOT)
-    assert (ROOT / "README.md").read_text() == before
+    assert [(ROOT / page).read_text("utf-8") for page in PAGES] == before
 
 
 def test_a_file_that_is_no_run_or_has_less_is_refused(clone, tmp_path):
@@ -489,11 +498,9 @@ def test_the_shipped_pages_say_what_was_measured():
     names = (gpu_report.MEASURED, gpu_report.SIMULATED, gpu_report.ON_CPU)
     measured, simulated, on_cpu = (gpu_report.read(folder / name) for name in names)
     assert (folder / gpu_report.PAGE).read_text("utf-8") == gpu_report.page(measured, simulated, on_cpu)
-    for name, text in (
-        (gpu_report.LINE, gpu_report.readme_line(measured)),
-        (gpu_report.TABLE, gpu_report.readme_table(measured, simulated)),
-    ):
-        assert pages.taken(ROOT / "README.md", name) == text
+    assert pages.taken(ROOT / "README.md", gpu_report.LINE) == gpu_report.readme_line(measured)
+    table = gpu_report.machines_table(measured, simulated)
+    assert pages.taken(ROOT / "docs" / "machines.md", gpu_report.TABLE) == table
     assert simulated["machine"]["simulated"] and not simulated["machine"]["tiny"]
     # In the first screen of the page: before anything is installed.
     assert readme.index(pages.marks(gpu_report.LINE)[0]) < readme.index("pip install")

@@ -105,5 +105,5 @@ def test_results_are_those_that_were_measured():
         assert drawn.width > 1000 and json.loads(drawn.info.get("Description", "[]")) == measured["curves"]["rows"]
 
 
-def test_what_the_readme_says_is_what_was_measured():
-    assert pages.taken(ROOT / "README.md", "speed") == speed.summary(json.loads(speed.MEASURED.read_text()))
+def test_what_the_page_says_is_what_was_measured():
+    assert pages.taken(ROOT / "docs" / "speed.md", "speed") == speed.summary(json.loads(speed.MEASURED.read_text()))

@@ -1,4 +1,4 @@
-"""The README's tables of what the 14B takes are what the tools say."""
+"""The tables of what the 14B takes are what the tools say."""
 
 import json
 import subprocess
@@ -12,9 +12,10 @@ pytest.importorskip("accelerate")
 
 from benchmarks import full_size
 from tools.machines import what_fits
-from tools.pages import table
+from tools.pages import table, taken
 
-README = (ROOT / "README.md").read_text().splitlines()
+PAGE = (ROOT / "docs" / "machines.md").read_text("utf-8").splitlines()
+CARD = taken(ROOT / "README.md", "hardware").splitlines()
 ROWS = {
     "parts": what_fits.rows_of_parts,
     "processes": what_fits.rows_of_processes,
@@ -24,10 +25,15 @@ ROWS = {
 
 
 @pytest.mark.parametrize("kind", ROWS)
-def test_rows_of_the_readme(kind):
+def test_rows_of_the_page(kind):
     rows = ROWS[kind]()
     lines = table(["what you have", "what to type", "what it takes"], rows).splitlines()
-    assert len(rows) >= 2 and [line for line in lines if line not in README] == []
+    assert len(rows) >= 2 and [line for line in lines if line not in PAGE] == []
+
+
+def test_the_card_has_the_common_rows_of_the_page():
+    assert [line.split(" | ")[0].removeprefix("| ") for line in CARD[2:]] == list(what_fits.COMMON)
+    assert [line for line in CARD if line not in PAGE] == []
 
 
 def test_the_report_is_that_of_the_measurements():
@@ -45,8 +51,8 @@ def test_what_was_measured_keeps_its_promises():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not IS_V5, reason="the README names the versions of `make test`")
-def test_all_tables_of_the_readme():
+@pytest.mark.skipif(not IS_V5, reason="the page names the versions of `make test`")
+def test_all_tables():
     """Minutes: every setup is simulated again."""
     done = subprocess.run(
         [sys.executable, "-m", "tools.machines.what_fits", "--check"], capture_output=True, text=True, cwd=ROOT

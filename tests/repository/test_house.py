@@ -18,7 +18,7 @@ ROOMS = {
     "modeling_intern_vit.py": 350,
     "modeling_qllama.py": 450,
     "texts_internvl.py": 310,
-    "captions_internvl.py": 200,
+    "captions_internvl.py": 290,
     "modeling_internvl.py": 650,
     "training_internvl.py": 260,
     "images_internvl.py": 200,

@@ -122,6 +122,21 @@ def test_a_card_that_would_not_be_true_is_refused(clone, tmp_path):
         publish.assemble(tmp_path / "other")
 
 
+def test_links_of_every_page_are_checked(clone, tmp_path):
+    (clone / "docs" / "page.md").write_text("[card](../README.md#x) [image](../examples/a.png) [part](#part)")
+    publish.assemble(tmp_path / "to")
+    (clone / "docs" / "page.md").write_text("[gone](gone.md#part)")
+    with pytest.raises(ValueError, match="docs/page.md: gone.md"):
+        publish.assemble(tmp_path / "to")
+    # tiny/ is published alone too: what is one folder up is then outside.
+    tiny = clone / "tiny" / "README.md"
+    tiny.write_text(f"{tiny.read_text()} [page](../docs/page.md)")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "page.md").write_text("of another project")
+    with pytest.raises(ValueError, match="README.md: ../docs/page.md"):
+        publish.assemble(tmp_path / "to", "tiny")
+
+
 def test_large_files_are_linked_and_small_ones_copied(clone, tmp_path, monkeypatch):
     publish.assemble(tmp_path / "to")
     shard = "model-00001-of-00001.safetensors"
@@ -226,7 +241,7 @@ def test_no_filter_stands_in_this_repository():
 
 @pytest.fixture(scope="module", autouse=True)
 def forked_tools():
-    """The script that loads a place runs in a fork; the README's snippet starts it as users do."""
+    """The script that loads a place runs in a fork; the snippet of docs/serving.md starts it as users do."""
     run = subprocess.run
 
     def forked(command, env=None, cwd=None, **options):
@@ -463,21 +478,20 @@ def test_writing_the_model_index_changes_only_it(tmp_path):
     assert [line.strip() for line in changed] == ["value: 0.1235"]
 
 
-def test_the_evaluation_writes_both_cards(tmp_path, monkeypatch):
+def test_the_evaluation_writes_the_card(tmp_path, monkeypatch):
     """`tools/tiny/evaluate_tiny.py --tables` is the command that puts figures into the metadata."""
     pytest.importorskip("resvg_py")
     pytest.importorskip("tqdm")
     from tools.tiny import evaluate_tiny
 
-    cards = tuple(tmp_path / name for name in CARDS)
-    for source, target in zip(CARDS.values(), cards):
-        shutil.copy(source, target)
+    card = tmp_path / "README.md"
+    shutil.copy(CARDS["tiny"], card)
     results = json.loads((ROOT / "tiny" / "results.json").read_text())
     results["ja"]["InternVL-C"]["zero_shot_20"] = 0.25
-    monkeypatch.setattr(evaluate_tiny, "CARDS", cards)
+    monkeypatch.setattr(evaluate_tiny, "CARD", card)
     evaluate_tiny.write_tables(results)
-    values = [each.metric_value for each in ModelCard.load(cards[1]).data.eval_results]
-    assert values.count(0.25) == 1 and "model-index" not in metadata_load(cards[0])
+    values = [each.metric_value for each in ModelCard.load(card).data.eval_results]
+    assert values.count(0.25) == 1
 
 
 # ----------------------------------------------------------------------------------------------------- loading by id

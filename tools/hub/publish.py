@@ -9,7 +9,7 @@ Run by whoever maintains a repository on the Hub, after a change that users shou
 
 Nothing leaves this machine without `--upload`. The folder gets:
 
-* for the 14B: all that git tracks, because the card links most of it and its commands run there, and the published
+* for the 14B: all that git tracks, because the pages link most of it and their commands run there, and the published
   weights (`*.safetensors`, `tokenizer.model`) if the clone has them. `.ci` and `.gitignore` are left out: the Hub would
   follow the latter and leave the weights out of the upload.
 * for a flat repository (pipelines and sentence-transformers know a path or an id but no subfolder): the checkpoint's
@@ -142,7 +142,7 @@ def assemble(folder: str | Path, checkpoint: str | None = None) -> list[str]:
 
     Raises:
         `ValueError`: the folder holds other files, the checkpoint is not one or has only adapters, the clone is not a
-            git repository, or the card shows or links a missing file.
+            git repository, or a page shows or links a missing file.
     """
     folder = Path(folder)
     files = full_files() if checkpoint is None else flat_files(checkpoint)
@@ -160,9 +160,9 @@ def assemble(folder: str | Path, checkpoint: str | None = None) -> list[str]:
         card.write_text(CARD.format(name=Path(str(checkpoint)).resolve().name), "utf-8")
     elif checkpoint is not None and tracked_folder(checkpoint):
         card.write_text(flat_card(card.read_text("utf-8")), "utf-8")
-    absent = sorted(name for name in shown_by(card) if not (folder / name).exists())
+    absent = [f"{page}: {link}" for page in written if page.endswith(".md") for link in missing_links(folder, page)]
     if absent:
-        raise ValueError(f"The card shows or links missing files: {', '.join(absent)}.")
+        raise ValueError(f"Pages show or link missing files: {', '.join(absent)}.")
     return written
 
 
@@ -195,11 +195,15 @@ def place(source: Path, target: Path) -> None:
     shutil.copy(source, target)
 
 
-def shown_by(card: Path) -> set[str]:
-    """Files of the repository that a card links, or shows as an image or an example."""
-    links = {link for link in LINK.findall(card.read_text("utf-8")) if "://" not in link}
-    metadata: dict[str, Any] = metadata_load(card) or {}
-    return links | {example["src"] for example in metadata.get("widget", []) if "://" not in example["src"]}
+def missing_links(folder: Path, page: str) -> list[str]:
+    """Files that a page links or shows, or that the card's metadata show as examples, and that the folder lacks."""
+    links = LINK.findall((folder / page).read_text("utf-8"))
+    if page == "README.md":
+        metadata: dict[str, Any] = metadata_load(folder / page) or {}
+        links += [example["src"] for example in metadata.get("widget", [])]
+    targets = {link: ((folder / page).parent / link).resolve() for link in links if "://" not in link}
+    root = folder.resolve()
+    return sorted(link for link, to in targets.items() if not (to.is_relative_to(root) and to.exists()))
 
 
 # --------------------------------------------------------------------------------------------------------- checking

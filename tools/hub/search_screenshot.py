@@ -1,4 +1,4 @@
-"""Take the README's screenshot of the page of examples/search.py.
+"""Take the screenshot of the page of examples/search.py for docs/search.md.
 
 Run by whoever changes the page; tests/programs/test_search_page.py imports what drives the page in Chromium.
 

@@ -2,7 +2,7 @@
 
 Run by whoever plans for such GPUs; what_fits.py, benchmarks/ and tests import it.
 
-    python -m tools.machines.simulate_devices                              # every setup of the README
+    python -m tools.machines.simulate_devices                              # every setup of docs/machines.md
     python -m tools.machines.simulate_devices 2x16 24+8+8:sequential 10    # other cards, in GB; one alone offloads
     python -m tools.machines.simulate_devices --config tiny 0.004+0.004
 

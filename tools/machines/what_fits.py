@@ -1,10 +1,12 @@
-"""Write the README's tables of machines that run the 14B (what you have, what to type, what it takes) and of its plans.
+"""Write the tables of machines that run the 14B (what you have, what to type, what it takes) and of its plans.
+
+All rows and the plans are in docs/machines.md, the commonest rows also in README.md.
 
 Run by whoever changes sizes, plans or memory of the model, or renews benchmarks/full_size.json. `make test-slow` runs
 `--check`.
 
-    python -m tools.machines.what_fits             # computes all rows, in some minutes; writes both tables
-    python -m tools.machines.what_fits --check     # exits with 1 if README.md has other tables
+    python -m tools.machines.what_fits             # computes all rows, in some minutes; writes the tables
+    python -m tools.machines.what_fits --check     # exits with 1 if the pages have other tables
 
 Sizes come from the model on the meta device, cards and their peaks from simulate_devices.py, ranks from
 tensor_parallel_plan.py, formats from quantised_sizes.py, and CPUs from benchmarks/full_size.json.
@@ -23,17 +25,26 @@ from tools import ROOT
 from tools.hub.write_index import empty_model
 from tools.machines import quantised_sizes, tensor_parallel_plan
 from tools.machines import simulate_devices as sim
-from tools.pages import replaced, table, versions
+from tools.pages import put, table, taken, versions
 
-README = ROOT / "README.md"
+CARD, PAGE = ROOT / "README.md", ROOT / "docs" / "machines.md"
 MEASURED = ROOT / "benchmarks" / "full_size.json"
 GB, GIB = 10**9, 1 << 30
-SEVERAL_CARDS = {"2x24": "two cards of 24 GB", "4x12": "four of 12 GB", "8x8": "eight of 8 GB"}
+SEVERAL_CARDS = {"2x24": "two GPUs of 24 GB", "4x12": "four of 12 GB", "8x8": "eight of 8 GB"}
 UNEVEN = "24+8+8:sequential"
 SINGLE_CARDS = ("24", "16", "12", "8")
 VISION = "modeling_internvl.InternVLVisionModelWithProjection"
-PLAN_TITLES = {**SEVERAL_CARDS, UNEVEN: "cards of 24, 8 and 8 GB"}
+PLAN_TITLES = {**SEVERAL_CARDS, UNEVEN: "GPUs of 24, 8 and 8 GB"}
 HEAD = ("what you have", "what to type", "what it takes")
+# The rows of README.md.
+COMMON = (
+    "one large GPU",
+    "two GPUs of 24 GB",
+    "one GPU of 24 GB, and RAM",
+    "one GPU, bitsandbytes 8-bit",
+    "one GPU, bitsandbytes 4-bit, double quantisation",
+    "16 GiB of RAM or much less, no GPU",
+)
 Row = tuple[str, str, str]
 
 
@@ -60,7 +71,7 @@ def rows_of_parts() -> list[Row]:
     text = "`AutoModelForTextEncoding.from_pretrained(repo, ...)`"
     vision = f'`get_class_from_dynamic_module("{VISION}", repo).from_pretrained(repo, ...)`'
     return [
-        ("one large card", '`device_map="cuda"`', f"{joint} of weights"),
+        ("one large GPU", '`device_map="cuda"`', f"{joint} of weights"),
         ("no need of InternVL-G, matching, captions", "`contrastive_only=True`", parts[0]),
         ("texts only", text, parts[1]),
         ("images only, in mode InternVL-C", vision, parts[2]),
@@ -72,7 +83,7 @@ def rows_of_cards(reports: dict[str, sim.Report]) -> list[Row]:
     rows.append((PLAN_TITLES[UNEVEN], f"`{reports[UNEVEN].setup.call}`", peaks(reports[UNEVEN])))
     for name in SINGLE_CARDS:
         takes = f"{peaks(reports[name])}; {gigabytes(reports[name].weights['cpu'])} of weights wait in RAM"
-        rows.append((f"one card of {name} GB, and RAM", '`device_map="auto"`', takes))
+        rows.append((f"one GPU of {name} GB, and RAM", '`device_map="auto"`', takes))
     return rows
 
 
@@ -86,7 +97,7 @@ def rows_of_processes() -> list[Row]:
     for ranks in (2, 4, 8):
         held = gigabytes(sum(tensor_parallel_plan.bytes_held(model, ranks).values()))
         call = f'`distributed_config={{"tp_size": {ranks}}}` under `torchrun --nproc-per-node {ranks}`'
-        rows.append((f"{ranks} cards that work on each layer together", call, f"{held} of weights each"))
+        rows.append((f"{ranks} GPUs that work on each layer together", call, f"{held} of weights each"))
     return rows
 
 
@@ -99,18 +110,18 @@ def rows_of_formats() -> list[Row]:
     }
     sizes = quantised_sizes.sizes(empty_model(ROOT))
     return [
-        (f"one card, {name}", f"`quantization_config={call}`", f"{gigabytes(sizes[name])} of weights")
+        (f"one GPU, {name}", f"`quantization_config={call}`", f"{gigabytes(sizes[name])} of weights")
         for name, call in calls.items()
     ]
 
 
 def rows_of_cpus(results: dict) -> list[Row]:
     calls = {
-        "mapped": ("RAM of any size, no card", '`dtype="auto"`'),
-        "disk": ("16 GiB of RAM or much less, no card", '`device_map={"": "disk"}`'),
-        "ram+disk": ("16 GiB of RAM, no card", '`device_map="auto", max_memory={"cpu": "8GiB"}`'),
+        "mapped": ("RAM of any size, no GPU", '`dtype="auto"`'),
+        "disk": ("16 GiB of RAM or much less, no GPU", '`device_map={"": "disk"}`'),
+        "ram+disk": ("16 GiB of RAM, no GPU", '`device_map="auto", max_memory={"cpu": "8GiB"}`'),
         "int8": (
-            "18 GiB of RAM, no card, and no reading from the disk once it is loaded",
+            "18 GiB of RAM, no GPU, and no reading from the disk once it is loaded",
             "`quantization_config=TorchAoConfig(Int8WeightOnlyConfig())`",
         ),
     }
@@ -126,11 +137,19 @@ def cost(plan: dict) -> str:
     return f"{gibibytes(resident)} of its own, {held}; loads in {round(plan['load']['seconds'])} s; {seconds}"
 
 
-def machines_table(reports: dict[str, sim.Report], results: dict) -> str:
-    rows = [*rows_of_cards(reports), *rows_of_parts(), *rows_of_processes(), *rows_of_formats(), *rows_of_cpus(results)]
+def all_rows(reports: dict[str, sim.Report], results: dict) -> list[Row]:
+    return [*rows_of_cards(reports), *rows_of_parts(), *rows_of_processes(), *rows_of_formats(), *rows_of_cpus(results)]
+
+
+def common_table(rows: list[Row]) -> str:
+    found = {row[0]: row for row in rows}
+    return table(HEAD, [found[name] for name in COMMON])
+
+
+def machines_table(rows: list[Row], results: dict) -> str:
     packages = versions("torch", "transformers", "accelerate")
     source = (
-        f"Written by `python -m tools.machines.what_fits`. Cards are simulated: bfloat16, {sim.BATCH}; {packages}. The"
+        f"Written by `python -m tools.machines.what_fits`. GPUs are simulated: bfloat16, {sim.BATCH}; {packages}. The"
         " last rows were measured on a synthetic checkpoint by `python -m benchmarks.full_size` on"
         f" {results['machine']}."
     )
@@ -145,7 +164,7 @@ def plans_table(reports: dict[str, sim.Report]) -> str:
             parts = sim.abbreviated([part for part, where in report.device_map.items() if where == card])
             sizes = (report.weights[card], report.peak[f"cuda:{card}"])
             rows.append(("" if card else title, card, ", ".join(parts), *map(gigabytes, sizes)))
-    return table(["cards", "device", "parts", "weights", "peak"], rows)
+    return table(["GPUs", "device", "parts", "weights", "peak"], rows)
 
 
 def main() -> None:
@@ -157,13 +176,18 @@ def main() -> None:
     reports = {name: sim.simulate(ROOT, sim.Setup.parse(name)) for name in setups}
     if failures := [f"{name}: {failure}" for name, report in reports.items() for failure in report.failures]:
         sys.exit("\n".join(failures))
-    found = README.read_text()
-    wanted = replaced(found, "machines", machines_table(reports, json.loads(MEASURED.read_text())))
-    wanted = replaced(wanted, "plans", plans_table(reports))
-    if not arguments.check:
-        README.write_text(wanted)
-    elif found != wanted:
-        sys.exit(f"{README} has other tables. Run `python -m tools.machines.what_fits` to rewrite them.")
+    results = json.loads(MEASURED.read_text())
+    rows = all_rows(reports, results)
+    tables = [
+        (CARD, "hardware", common_table(rows)),
+        (PAGE, "machines", machines_table(rows, results)),
+        (PAGE, "plans", plans_table(reports)),
+    ]
+    for page, name, text in tables:
+        if not arguments.check:
+            put(page, name, text)
+        elif taken(page, name) != text:
+            sys.exit(f"{page} has another table {name!r}. Run `python -m tools.machines.what_fits` to write it again.")
 
 
 if __name__ == "__main__":

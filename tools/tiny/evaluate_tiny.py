@@ -2,8 +2,8 @@
 
 Run by whoever retrained tiny/ (`make tiny`), or changed its tables (`--tables`). The other two evaluations import it.
 
-    python -m tools.tiny.evaluate_tiny              # prints the table; writes tiny/results.json, the tables of both
-                                                    # READMEs and the model-index of tiny/README.md
+    python -m tools.tiny.evaluate_tiny              # prints the table; writes tiny/results.json, the table and the
+                                                    # model-index of tiny/README.md
     python -m tools.tiny.evaluate_tiny --int8       # prints the table of the model in int8 (torchao); writes nothing
     python -m tools.tiny.evaluate_tiny --tables     # writes only tables and model-index, from tiny/results.json
     python -m tools.tiny.evaluate_tiny --weights    # tries values of MATCH_WEIGHT on augmented training images
@@ -43,7 +43,7 @@ from tools.tiny.emoji_data import DEFAULT_CACHE, LANGUAGES, EmojiData, load
 from tools.tiny.tiny_texts import CAPTION_PROMPTS, Texts, phrases
 
 RESULTS = ROOT / "tiny" / "results.json"
-CARDS = (ROOT / "README.md", ROOT / "tiny" / "README.md")
+CARD = ROOT / "tiny" / "README.md"
 MODES = ("InternVL-C", "InternVL-G")
 FIGURES = {key: name for key, (_, _, name) in PER_MODE.items()} | {"zero_shot_20": "20-way zero-shot"}
 MATCH_WEIGHT = 0.3
@@ -280,10 +280,9 @@ def figures_table(results: dict) -> str:
 
 
 def write_tables(results: dict) -> None:
-    """Put the table into both model cards, and the figures into the metadata of the tiny one."""
-    for path in CARDS:
-        put(path, "tiny", figures_table(results))
-    write_model_index(CARDS[1], results)
+    """Put the table and the figures of the metadata into the card of `tiny/`."""
+    put(CARD, "tiny", figures_table(results))
+    write_model_index(CARD, results)
 
 
 @torch.inference_mode()

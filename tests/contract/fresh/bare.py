@@ -1,4 +1,4 @@
-"""Use the model with only its requirements importable, as after the README's install command."""
+"""Use the model with only its requirements importable, as after the card's install command."""
 
 import sys
 

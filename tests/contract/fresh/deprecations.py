@@ -74,6 +74,7 @@ def captions():
     model.generate(pixels, do_sample=True, num_return_sequences=2, top_k=5, **short)
     model.generate(pixels, cache_implementation="static", **short)
     model.generate(model.look_at(pixels), use_cache=False, max_length=5, min_length=2)
+    model.caption(processor, image_paths(), ["English caption:"] * 4, candidates=2, **short)
     model.generate(
         pixels, generation_config=GenerationConfig(**short), return_dict_in_generate=True, output_scores=True
     )
