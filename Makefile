@@ -27,6 +27,8 @@ test: lint ## style, types and tests, in two processes: up to 5 minutes
 	.venv/bin/python $(PYTEST) -n 2 --dist worksteal -m "not heavy and not slow" --ignore tests/contract tests
 
 test-heavy: .venv/ready ## Ray, Chromium, kill -9, training in two processes, simulated 14B plans: 5 minutes
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || echo "Without Chromium the tests of the search page are skipped." \
+		"On Debian: apt-get install chromium chromium-driver fonts-noto-cjk (0.5 GB)"
 	.venv/bin/python $(PYTEST) -m "heavy and not slow" --ignore tests/contract tests
 
 test-slow: .venv/ready ## what test and test-heavy leave out, such as one layer of each tower at the published widths
@@ -35,7 +37,7 @@ test-slow: .venv/ready ## what test and test-heavy leave out, such as one layer 
 test-contract: $(if $(filter .venv/%,$(CONTRACT_PYTHON)),.venv/ready) ## what must work on every transformers: 2 minutes; CONTRACT_PYTHON=PATH for another environment
 	OMP_NUM_THREADS=1 $(CONTRACT_PYTHON) $(PYTEST) tests/contract
 
-matrix: .venv/ready ## the contract on every supported transformers, in an environment each; writes docs/versions.md
+matrix: .venv/ready ## the contract on every supported transformers, in an environment of 1.6 GB each; writes docs/versions.md
 	.venv/bin/python -m tools.matrix
 
 lint: .venv/ready ## style, types and the weight index alone
@@ -48,7 +50,7 @@ lint: .venv/ready ## style, types and the weight index alone
 bench: .venv/ready ## compare the speed with the original's way: a quarter of an hour; needs a C++ compiler
 	.venv/bin/python -m benchmarks.speed
 
-tiny: .venv/ready ## train tiny/ again from scratch and evaluate it: hours; needs npm and a C++ compiler
+tiny: .venv/ready ## train tiny/ again from scratch and evaluate it: hours; needs npm (emoji: 250 MB) and a C++ compiler
 	.venv/bin/python -m tools.tiny.emoji_data
 	.venv/bin/python -m tools.tiny.train_tokenizer
 	.venv/bin/python -m tools.tiny.train_tiny --compile
@@ -67,8 +69,12 @@ clean: ## remove the environments and everything cached
 .venv/ready: WHAT = the test environment, with Ray, gradio, torchao and bitsandbytes: 3 GB
 
 $(ENVIRONMENTS:%=%/ready):
-	@echo "Installing into $(@D): $(WHAT), and where pip's torch is the one for CUDA some GB more."
-	@echo "This takes about 2 minutes with a fast network, else 5 to 10; it is done once."
+	@echo "Installing once into $(@D): $(WHAT)."
+	@echo "This takes about 2 minutes with a fast network, else 5 to 10. pip lists each package; the last step, writing"
+	@echo "all files to the disk, is a minute without a line."
+	@echo "On Linux pip's torch brings several GB of CUDA. Without an NVIDIA GPU, stop this (Ctrl-C) and run first:"
+	@echo "  export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install --quiet --disable-pip-version-check --requirement $<
-	touch $@
+	$(@D)/bin/pip install --disable-pip-version-check --requirement $<
+	@touch $@
+	@echo "$(@D) is ready."

@@ -30,6 +30,7 @@ from PIL import Image
 
 from benchmarks import this_machine
 from examples import embed_costs
+from tools import step
 from tools.pages import put, table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,8 +148,10 @@ def main() -> None:
     for rows in options.rows:
         with tempfile.TemporaryDirectory(prefix="embed-dataset-") as folder:
             data = Path(folder, "images.parquet")
-            write_images(data, rows)
-            results.append(measure(data, Path(folder, "out")))
+            with step(f"writing {rows:,} images"):
+                write_images(data, rows)
+            with step(f"embedding {rows:,} images"):
+                results.append(measure(data, Path(folder, "out")))
         print(json.dumps(results[-1]), flush=True)
     report = {
         "command": " ".join(["python -m benchmarks.embed_dataset", *sys.argv[1:]]),

@@ -39,6 +39,7 @@ from safetensors.torch import load_file
 
 from benchmarks import this_machine
 from benchmarks.one_plan import NEW_TOKENS, PLANS, ROOT, STAGES, undisturbed
+from tools import step
 from tools.machines.synthesise_checkpoint import INDEX, synthesise
 from tools.pages import table
 
@@ -213,11 +214,13 @@ def benchmark(folder: Path, plans: list[str], scratch: Path) -> dict:
     """All measurements of a checkpoint."""
     size = sum(path.stat().st_size for path in shards_of(folder))
     results: dict = {"bytes": size, "parts": dict(bytes_of_parts(folder)), "plans": {}, "agreement": {}}
-    results["reading"] = {"buffered": seconds_to_read(folder), "direct": seconds_to_read(folder, os.O_DIRECT)}
+    with step(f"reading {gigabytes(size)} GB twice, to measure the disk"):
+        results["reading"] = {"buffered": seconds_to_read(folder), "direct": seconds_to_read(folder, os.O_DIRECT)}
     outputs = {}
     for plan in plans:
         forget(folder)
-        results["plans"][plan] = found = run_plan(plan, folder, scratch / plan)
+        with step(f"{plan}: loading the model and using it"):
+            results["plans"][plan] = found = run_plan(plan, folder, scratch / plan)
         if "error" not in found:
             outputs[plan] = load_file(scratch / f"{plan}.safetensors")
             found["finite"] = all(bool(tensor.isfinite().all()) for tensor in outputs[plan].values())
@@ -228,7 +231,8 @@ def benchmark(folder: Path, plans: list[str], scratch: Path) -> dict:
             results["agreement"][plan] = {"with": reference, "stages": differences(outputs[plan], outputs[reference])}
     if reference:
         results["text_cosines"] = cosines(outputs[reference]["texts"])
-    results["arithmetic"] = arithmetic(folder, scratch)
+    with step("running cut models, to extrapolate the arithmetic"):
+        results["arithmetic"] = arithmetic(folder, scratch)
     return results
 
 

@@ -123,6 +123,7 @@ def add_step(machine: Machine, name: str, steps: dict[str, Any]) -> None:
     if earlier is not None and is_whole(earlier):
         print(f"{name}: kept", flush=True)
         return
+    print(f"{name}: measuring ...", flush=True)
     found = run_step(machine, name)
     if earlier is None or found.get("skipped") != OUT_OF_TIME:  # a part of the figures is better than none
         steps[name] = found

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
+from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig, TorchAoConfig
 
 from benchmarks import this_machine
@@ -117,7 +118,7 @@ def rows(load: Callable[..., nn.Module], inputs: dict[str, torch.Tensor]) -> lis
     """A row of the table for each method; one model is in memory at a time, beside the float32 outputs."""
     wanted = outputs(load(dtype=torch.float32), inputs)
     lines = []
-    for name, config in METHODS.items():
+    for name, config in tqdm(METHODS.items(), "methods"):
         options = {} if config() is None else {"quantization_config": config()}
         found = compare(outputs(load(dtype=torch.bfloat16, **options), inputs), wanted)
         cosines = ["{:.5f}, {:.5f}".format(*found[kind]) for kind in EMBEDDINGS]

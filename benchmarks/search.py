@@ -25,7 +25,7 @@ from pathlib import Path
 from PIL import Image
 
 from benchmarks import this_machine
-from tools import pages
+from tools import pages, step
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "search.md"
@@ -94,19 +94,24 @@ def right(query: dict, found: list[str]) -> float | None:
 def measure(folder: Path, count: int) -> dict:
     images, index = folder / "images", folder / "index"
     images.mkdir()
-    draw(images, count)
+    with step(f"drawing {count:,} images"):
+        draw(images, count)
     script = [sys.executable, ROOT / "examples" / "search.py"]
     run = [*script, "index", images, "--index", index, "--no-captions"]
-    first, said = timed(run)
+    with step("the first run of the index"):
+        first, said = timed(run)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    again, _ = timed(run)
+    with step("a run without changes"):
+        again, _ = timed(run)
     changed = sorted(images.rglob("*.png"))[: count // 100]
     for path in changed:
         Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
-    after, _ = timed(run)
+    with step(f"a run with {len(changed)} changed images"):
+        after, _ = timed(run)
     one, _ = timed([*script, "query", "panda", "--index", index])
     asked = queries(images)
-    _, printed = timed([sys.executable, "-c", SEARCH, index], input=json.dumps(asked), cwd=ROOT / "examples")
+    with step(f"{len(asked)} searches"):
+        _, printed = timed([sys.executable, "-c", SEARCH, index], input=json.dumps(asked), cwd=ROOT / "examples")
     rows, memory = json.loads(printed)
     seconds = [each for each, _ in rows[5:]]  # the first ones warm up
     shares = [(right(query, names), "words" in query) for query, (_, names) in zip(asked, rows, strict=True)]

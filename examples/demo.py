@@ -9,6 +9,8 @@ Prints the results, and draws some of them with the images into demo.png (demo_p
 
 import argparse
 import json
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +70,7 @@ class Demo:
     def classify(self, chosen: list[int]) -> list[Result]:
         """Show the three most likely of all names for each chosen image."""
         labels = [example.names["en"] for example in self.examples]
-        print(f"\nZero-shot classification among {len(labels)} names ({self.mode})")
+        print(f"\nZero-shot classification: each image, and the likeliest of {len(labels)} names ({self.mode})")
         texts = self.embed([PHRASES["en"].format(label) for label in labels])
         logits = self.model.logit_scale.exp() * self.images[chosen] @ texts.T  # [chosen, labels]
         top = logits.float().softmax(-1).topk(min(3, len(labels)))
@@ -81,7 +83,7 @@ class Demo:
 
     def search(self, targets: list[int]) -> list[Result]:
         """Query each target by its name, in the next language each time, and show the five best images."""
-        print("\nRetrieval: the best five images for a query (* marks the target)")
+        print("\nRetrieval: each query, and the five images that fit it best (* marks the one it was written for)")
         results = []
         for number, target in enumerate(targets):
             names = self.examples[target].names
@@ -95,7 +97,7 @@ class Demo:
 
     def caption(self, chosen: list[int]) -> list[Result]:
         """Show a caption of each chosen image in each language; one that contains the image's name is right."""
-        print("\nCaptions")
+        print("\nCaptions that the model writes in English, Chinese and Japanese")
         results = [self.result(row, [], [], True) for row in chosen]
         for language, prompt in PROMPTS.items():
             inputs = self.processor(text=prompt, task="caption").to(self.model.device)
@@ -120,6 +122,8 @@ def main() -> None:
 
     where = {"trust_remote_code": True, "subfolder": "" if arguments.model else "tiny"}
     path = arguments.model or str(ROOT)
+    what = arguments.model or "tiny/, a small InternVL that was trained on emoji and knows nothing else"
+    print(f"Loading {what} ...", flush=True)
     model = AutoModel.from_pretrained(path, dtype="auto", **where).eval()
     if not arguments.model:
         model.float()  # the tiny weights are small, and float32 is faster on most CPUs
@@ -127,7 +131,20 @@ def main() -> None:
     some = list(range(min(12, len(demo.examples))))
     named, found, captions = demo.classify(some), demo.search(some[:9]), demo.caption(some)
     drawn(Path(arguments.model or "tiny").name, named, found, captions).save(arguments.out)
-    print(f"\nThe same with the images: {arguments.out.resolve()}")
+    print(f"\nThe same with the images: {arguments.out.resolve()}\n\n{what_next()}")
+
+
+def what_next() -> str:
+    """Commands to try next, for the interpreter and the folder of this run."""
+    python, here = os.path.relpath(sys.executable), os.path.relpath(ROOT / "examples")
+    python = sys.executable if python.startswith("..") else python
+    commands = {
+        "make app": "search these images in a browser; PICTURES=FOLDER make app for others",
+        f"{python} {here}/finetune.py --help": "train on your own images and captions",
+        f"{python} {here}/demo.py --model PATH_OR_ID": "this again with another checkpoint, such as the 14B",
+    }
+    width = max(map(len, commands))
+    return "\n".join(["Next:", *(f"  {command:{width}}  {what}" for command, what in commands.items())])
 
 
 if __name__ == "__main__":

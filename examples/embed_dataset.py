@@ -23,6 +23,7 @@ of a cluster must see them, and `--model` if it is a folder.
 """
 
 import argparse
+import io
 import json
 import logging
 import math
@@ -36,6 +37,9 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # by default Ray sends usage statistics
+# Ray's C++ part reports harmless things as errors: that metrics have no agent, since there is no dashboard, and how Ray
+# Data starts its own actors (github.com/ray-project/ray/issues/57733). Failures reach Python as exceptions.
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
 import decoding
 import embed_costs
@@ -48,12 +52,14 @@ from embed_output import Output
 from embed_stages import FLOATS, MODES
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 from ray.data._internal.execution.execution_callback import ExecutionCallback
+from tqdm import tqdm
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 MAX_TASKS = 10_000  # with more shards a task reads several
 MAX_CALLS = 1000  # of a worker process
 SAMPLED_SHARDS = 4
+SECONDS_BETWEEN_LINES = 30  # in a log file; a terminal has a bar
 
 
 # --------------------------------------------------------------------------------------------------------- options
@@ -157,15 +163,17 @@ def absolute(path: str) -> str:
 
 @dataclass
 class Tally:
-    """Rows and seconds of the batches of this run."""
+    """Rows, errors and seconds of the batches of this run."""
 
     rows: int = 0
+    errors: int = 0
     waited: float = 0.0
     worked: float = 0.0
     start: float = field(default_factory=time.perf_counter)
 
     def add(self, batch: dict) -> None:
         self.rows += batch["rows"]
+        self.errors += len(json.loads(batch["errors"]))
         if batch["waited"] is not None:  # not the first batch of an actor
             self.waited += batch["waited"]
             self.worked += batch["worked"]
@@ -189,7 +197,7 @@ class Watch(ExecutionCallback):
     def __init__(self, options: argparse.Namespace):
         self.options = options
         self.came: float | None = None
-        self.looked = self.said = time.monotonic()
+        self.began = self.looked = self.said = time.monotonic()
 
     def batch(self) -> None:
         self.came = time.monotonic()
@@ -201,9 +209,9 @@ class Watch(ExecutionCallback):
         self.looked = now
         if self.came is None and room_for_models(self.options) < self.options.pool:
             self.came = now
-        if self.came is None and now - self.said > 60:
+        if self.came is None and now - self.said > SECONDS_BETWEEN_LINES:
             self.said = now
-            say("no batch yet: models load, or others use the cluster")
+            say(f"No rows after {now - self.began:.0f} s: models are still loading, or others use the cluster.")
         if self.came is not None and now - self.came > self.options.stall_minutes * 60:
             raise Stalled(f"no batch for {self.options.stall_minutes:g} minutes (`--stall-minutes`)")
 
@@ -214,13 +222,16 @@ def start_ray(options: argparse.Namespace) -> None:
     # These warn that there are no progress bars, and that Ray accepts connections without a token; both are intended.
     for name in ("ray.data._internal.progress", "ray._private.authentication"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # Without the lines of workers: errors of rows are in the output, and other errors come as exceptions.
+    quiet = {"logging_level": logging.WARNING, "log_to_driver": False}
     if options.address:
-        ray.init(address=options.address, logging_level=logging.WARNING)
+        say(f"Joining the Ray cluster at {options.address!r} ...")
+        ray.init(address=options.address, **quiet)
         return
+    say("Starting Ray on this machine ...")
     cpus = max((options.models or 1) * options.cpus_per_model + 1, os.cpu_count() or 1)
     store = int(options.object_store_gb * 1e9) if options.object_store_gb else None
-    quiet = {"include_dashboard": False, "logging_level": logging.WARNING}
-    ray.init("local", num_cpus=cpus, object_store_memory=store, **quiet)
+    ray.init("local", num_cpus=cpus, object_store_memory=store, include_dashboard=False, **quiet)
 
 
 def resources() -> list[tuple[int, int]]:
@@ -289,16 +300,12 @@ def embed_all(shards: list[dict], options: argparse.Namespace, output: Output, t
         if not missing:
             return
         place_models(options, is_first=attempt == 0)
-        writer, shown = embed_output.Writer(output, embed_stages.schema_of(options)), time.perf_counter()
+        say_start(options)
+        writer, total = embed_output.Writer(output, embed_stages.schema_of(options)), embed_output.known_rows(shards)
+        rows_done = 0 if total is None else total - embed_output.known_rows(missing)
         try:
-            for batch in batches_of(missing, options):
-                tally.add(batch)
+            for batch in with_progress(batches_of(missing, options), tally, rows_done, total):
                 writer.add(batch)
-                if time.perf_counter() - shown > 30:
-                    shown = time.perf_counter()
-                    rate = tally.rows / (shown - tally.start)
-                    say(f"{len(done) + writer.written} of {len(shards)} shards, {rate:.1f} rows/s, "
-                        f"the models wait {tally.model_waits:.1%} of the time")  # fmt: skip
         except ray.exceptions.RayTaskError:
             raise
         except (ray.exceptions.RayError, Stalled) as error:
@@ -313,6 +320,41 @@ def embed_all(shards: list[dict], options: argparse.Namespace, output: Output, t
             writer.finish()
 
 
+class Lines(tqdm):
+    """A progress bar for log files: lines instead of carriage returns (tqdm lets subclasses replace `display`)."""
+
+    def __init__(self, **options: Any):
+        super().__init__(file=io.StringIO(), ncols=0, mininterval=SECONDS_BETWEEN_LINES, miniters=1, **options)
+
+    def display(self, *_: Any, **__: Any) -> None:
+        say(str(self))
+
+
+def with_progress(batches: Iterator[dict], tally: Tally, done: int, total: int | None) -> Iterator[dict]:
+    """Count batches, and show rows done and known, the rate, the time left and the errors so far."""
+    bar = None
+    try:
+        for batch in batches:
+            tally.add(batch)
+            news = f"errors {tally.errors}, models wait {tally.model_waits:.0%}"
+            if bar is None:  # no earlier: while models load there is no rate
+                kind = tqdm if sys.stderr.isatty() else Lines
+                bar = kind(total=total, initial=done + batch["rows"], unit=" rows", postfix=news)
+            else:
+                bar.set_postfix_str(news, refresh=False)
+                bar.update(batch["rows"])
+            yield batch
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def say_start(options: argparse.Namespace) -> None:
+    what = "1 actor" if options.pool == 1 else f"{options.pool} actors"
+    where = {0: "the CPU", 1: "a GPU each"}.get(options.gpus_per_model, f"{options.gpus_per_model} GPUs each")
+    say(f"Starting {what} on {where} and loading the model; the 14B takes minutes ...")
+
+
 def say(text: str) -> None:
     print(text, flush=True)
 
@@ -325,6 +367,7 @@ def run(options: argparse.Namespace) -> dict:
     transformers_logging.disable_progress_bar()
     is_folder = os.path.isdir(options.model)
     options.model = os.path.abspath(options.model) if is_folder else options.model
+    say("Reading the model's files, to record its version ...")
     options.model_version = embed_output.model_version(options)
     options.where = {"subfolder": options.subfolder} | ({} if is_folder else {"revision": options.model_version})
     has_mode_g = "image" in options.embed and MODES["image_g"] in options.mode
@@ -337,10 +380,11 @@ def run(options: argparse.Namespace) -> dict:
     pixels = 3 * size * size * getattr(torch, options.dtype).itemsize if options.needs_images else 0
     options.batch_bytes, options.width = max(options.batch_size * pixels, 1), config.clip_embed_dim
     output = Output(options.output, options.output_options)
+    say("Reading the listing of the input ...")
     manifest, shards = embed_output.begin(options, output)
     about = manifest["input"]
     say(f"{len(shards)} shards of {options.kind}, {about['rows'] or 'an unknown number of'} rows; "
-        f"other files: {about['left_out'] or 'none'}")  # fmt: skip
+        f"left out: {', '.join(f'{n} {kind}' for kind, n in about['left_out'].items()) or 'nothing'}")  # fmt: skip
     try:
         start_ray(options)
         return dry_run(shards, options) if options.dry_run else embed_and_account(manifest, shards, options, output)
@@ -358,6 +402,7 @@ def embed_and_account(manifest: dict, shards: list[dict], options: argparse.Name
     if already:
         say(f"Resuming: {already} of {len(shards)} shards are done. The input is as listed by the first run.")
     embed_all(shards, options, output, tally)
+    say("Counting the rows of all parts ...")
     counts = embed_output.check_counts(shards, output)
     output.remove_leftovers()
     seconds = time.perf_counter() - tally.start
@@ -385,7 +430,10 @@ def dry_run(shards: list[dict], options: argparse.Namespace) -> dict:
     if files is not None:  # the workers have no list of files to read
         chosen = [shard | {"files": json.dumps(files.slice(shard["start"], limit).to_pylist())} for shard in chosen]
     place_models(options)
-    found = embed_costs.estimate(shards, list(batches_of(chosen, options)), options)
+    say_start(options)
+    rows = embed_output.known_rows(shards)
+    sample = with_progress(batches_of(chosen, options), Tally(), 0, rows and min(rows, options.sample_rows))
+    found = embed_costs.estimate(shards, list(sample), options)
     for line in embed_costs.lines(found, options):
         say(line)
     return found

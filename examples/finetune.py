@@ -4,7 +4,8 @@
     accelerate launch examples/finetune.py ...                                      # several GPUs (DDP)
     accelerate launch --config_file examples/fsdp2.yaml examples/finetune.py ...    # sharded weights (FSDP2)
 
-All options of `TrainingArguments` work too; `--help` lists them. From Python use `make_trainer(arguments)`.
+All options of transformers' `TrainingArguments` work too; `--help` lists them after our own. Each step prints its loss
+and the parts; `--logging_steps 50` prints every 50 steps. From Python use `make_trainer(arguments)`.
 
 * A step compares the images of one micro-batch of all processes: `per_device_train_batch_size` times their number. Its
   rows, their captions and the noise that selects wrong texts follow from `--seed`, the epoch and the row alone. So any
@@ -32,10 +33,20 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import AutoModel, AutoProcessor, HfArgumentParser, Trainer, TrainingArguments
+from tqdm import tqdm
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    HfArgumentParser,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.hf_argparser import HfArg
-from transformers.trainer_utils import get_last_checkpoint
 
 CLASSES = {"pretraining": "InternVLForPreTraining", "retrieval": "InternVLForRetrieval"}
 HEADS = ("clip_projector.", "clip_projector2.", "itm_head.", "text_projection", "logit_scale", "query_tokens")
@@ -48,12 +59,14 @@ COMPANIONS = (
     "handler.py", "requirements.txt", "sentence_transformers_internvl.py", "modules.json",
     "config_sentence_transformers.json", "sentence_bert_config.json",
 )  # fmt: skip
-LOSSES = ("loss_itm", "loss_itc", "loss_itg")
+LOSSES = {"loss_itm": "matching", "loss_itc": "contrast", "loss_itg": "captions"}
 
 
 @dataclass
-class Arguments(TrainingArguments):
-    """The model, the data and what to train, besides the fields of `TrainingArguments`."""
+class Options:
+    """The model, the data and what to train."""
+
+    _argument_group_name = "options of this script"
 
     model: str = HfArg(default=".", help="Folder or Hub id of the model.")
     subfolder: str = HfArg(default="", help="Of the model; `tiny` for the tiny checkpoint of a clone.")
@@ -81,10 +94,29 @@ class Arguments(TrainingArguments):
         default="similar", help="Wrong texts for matching: by their logits (one more pass of both towers), or any."
     )
     resume: bool = HfArg(default=False, help="Continue from the last checkpoint in the output folder.")
+
+
+@dataclass
+class TrainerOptions(TrainingArguments):
+    """The options of transformers, with other defaults."""
+
+    _argument_group_name = "options of transformers' Trainer (TrainingArguments)"
+
     report_to: list[str] = HfArg(default_factory=lambda: ["none"], help="As in TrainingArguments.")
+    logging_steps: float = HfArg(default=1, help="Print the losses every so many steps.")
+    eval_steps: float = HfArg(default=500, help="With `--eval_strategy steps`: evaluate every so many steps.")
+    eval_on_start: bool = HfArg(default=True, help="With --held_out: also evaluate before training.")
+
+
+@dataclass
+class Arguments(TrainerOptions, Options):
+    """Everything that a training needs."""
 
     def __post_init__(self) -> None:
+        if self.disable_tqdm is None and not sys.stderr.isatty():
+            self.disable_tqdm = True  # no bar in a log file
         super().__post_init__()
+        self.eval_on_start = self.eval_on_start and bool(self.held_out)
         self.ddp_find_unused_parameters = bool(self.ddp_find_unused_parameters)  # None would search in every step
         if self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
@@ -155,11 +187,39 @@ def merge(arguments: Arguments, folder: str) -> None:
 # -------------------------------------------------------------------------------------------------------- training
 
 
+class Printer(TrainerCallback):
+    """Prints each log as a line of text instead of a dictionary."""
+
+    def on_log(self, args: Arguments, state: TrainerState, control: Any, logs: dict | None = None, **more: Any) -> None:
+        if logs and state.is_world_process_zero:
+            with tqdm.external_write_mode():
+                print(line_of(logs, state.global_step, state.max_steps), flush=True)
+
+
+class PrinterWithBar(Printer, ProgressCallback):
+    """The same above a progress bar."""
+
+
+def line_of(logs: dict[str, float], step: int, steps: int) -> str:
+    """A log of the Trainer as a line: of a step, of an evaluation or of the whole training."""
+    if "loss" not in logs:
+        when = f"after step {step}" if step else "before training"
+        values = {name.removeprefix("eval_"): value for name, value in logs.items() if name != "epoch"}
+        return f"{when}: {', '.join(f'{name} {value:.4g}' for name, value in values.items())}"
+    parts = " + ".join(f"{word} {logs[name]:.4f}" for name, word in LOSSES.items() if name in logs)
+    also = {"learning rate": "learning_rate", "gradient norm": "grad_norm", "epoch": "epoch"}
+    rest = ", ".join(f"{word} {logs[name]:.3g}" for word, name in also.items() if name in logs)
+    return f"step {step}/{steps}: loss {logs['loss']:.4f} = {parts}; {rest}"
+
+
 class FineTuner(Trainer):
     """A Trainer with hard negatives from all processes, separate losses in the log, and retrieval as evaluation."""
 
     def __init__(self, **options: Any):
         super().__init__(**options)
+        for theirs, ours in ((ProgressCallback, PrinterWithBar), (PrinterCallback, Printer)):
+            if self.pop_callback(theirs):
+                self.add_callback(ours)
         self.model_accepts_loss_kwargs = False  # the losses are means, so accumulation must divide them
         self.parts: list[torch.Tensor] = []  # the losses of the micro-batches since the last log
         if self.is_fsdp_enabled:  # FSDP2 cannot shard a scalar; `_save` undoes this
@@ -332,10 +392,16 @@ def make_trainer(arguments: Arguments) -> FineTuner:
     )
 
 
+def last_checkpoint(folder: str) -> str | None:
+    """The last checkpoint that was written to its end; an interrupt may leave part of one."""
+    whole = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json")]  # the file written last
+    return str(max(whole, key=lambda path: int(path.name.partition("-")[2]))) if whole else None
+
+
 def checkpoint_to_resume(arguments: Arguments) -> str | None:
     """The last checkpoint of the output folder; `resume` requires one, and otherwise there must be none."""
     folder = arguments.output_dir
-    last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    last = last_checkpoint(folder)
     if last and not arguments.resume:
         raise ValueError(f"`output_dir` holds {last}: add `--resume True` to go on, or name another folder.")
     if arguments.resume and not last:
@@ -345,16 +411,60 @@ def checkpoint_to_resume(arguments: Arguments) -> str | None:
 
 def run(trainer: FineTuner, checkpoint: str | None) -> None:
     """Train, save and evaluate."""
-    arguments = trainer.args
+    arguments, held_out = trainer.args, len(trainer.eval_dataset or ())
+    trained, total = (trainer.get_num_trainable_parameters(), sum(p.numel() for p in trainer.model.parameters()))
+    say(arguments, f"{len(trainer.train_dataset)} images to train on, {held_out} held out; "
+        f"{trained:,} of {total:,} weights are trained.")  # fmt: skip
     trainer.train(resume_from_checkpoint=checkpoint)
-    if checkpoint and checkpoint.endswith(f"-{trainer.state.global_step}") and arguments.should_log:
-        print(f"{checkpoint} is the end of --num_train_epochs or --max_steps: nothing was trained.")
+    if checkpoint and checkpoint.endswith(f"-{trainer.state.global_step}"):
+        say(arguments, f"{checkpoint} is the end of --num_train_epochs or --max_steps: nothing was trained.")
     trainer.save_model()
     if trainer.eval_dataset is not None:
         trainer.evaluate()
     trainer.save_state()
     if arguments.merge and arguments.should_save:
         merge(arguments, str(Path(arguments.output_dir) / "merged"))
+    say(arguments, how_to_load(arguments))
+
+
+def say(arguments: Arguments, text: str) -> None:
+    if arguments.should_log:
+        print(text, flush=True)
+
+
+def how_to_load(arguments: Arguments) -> str:
+    """Lines of Python that load what was saved."""
+
+    def load(folder: str, **where: Any) -> str:
+        options = "".join(f", {name}={value!r}" for name, value in where.items() if value)
+        return f"AutoModel.from_pretrained({folder!r}{options}, trust_remote_code=True)"
+
+    folder, imports = arguments.output_dir, "from transformers import AutoModel"
+    if arguments.train != "lora":
+        return f"Saved to {folder}; load it with\n    {imports}\n    model = {load(folder)}"
+    base = load(arguments.model, subfolder=arguments.subfolder)
+    lines = [f"Saved to {folder}; load the adapters with", "from peft import PeftModel", imports]
+    lines.append(f"model = PeftModel.from_pretrained({base}, {folder!r})")
+    if arguments.merge:
+        lines[0] = lines[0].replace("the adapters", "the adapters (or the merged model, the last line)")
+        lines.append(f"model = {load(str(Path(folder) / 'merged'))}")
+    return "\n    ".join(lines)
+
+
+def interrupted(arguments: Arguments) -> str:
+    """What to tell after Ctrl-C."""
+    if last := last_checkpoint(arguments.output_dir):
+        return f"Interrupted. {last} is saved: the same command with `--resume True` continues from it."
+    return (
+        "Interrupted before the first checkpoint: nothing is saved. Checkpoints come every `--save_steps` "
+        f"({arguments.save_steps:g}) steps; then `--resume True` continues from the last one."
+    )
+
+
+def parse(arguments: list[str] | None = None) -> Arguments:
+    usage = "python examples/finetune.py --data FOLDER --output_dir FOLDER [options]"
+    parser = HfArgumentParser((Options, TrainerOptions), usage=usage, description=__doc__.splitlines()[0])
+    return Arguments(**vars(parser.parse_args(arguments)))
 
 
 def main(arguments: Arguments) -> None:
@@ -364,9 +474,15 @@ def main(arguments: Arguments) -> None:
 
 if __name__ == "__main__":
     try:
-        given = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
+        given = parse()
         checkpoint = checkpoint_to_resume(given)
         trainer = make_trainer(given)
     except (ValueError, OSError) as error:  # in the arguments, the data or the model, where a traceback does not help
         sys.exit(f"{type(error).__name__}: {error}")
-    run(trainer, checkpoint)
+    except KeyboardInterrupt:
+        sys.exit("Interrupted before the training began.")
+    try:
+        run(trainer, checkpoint)
+    except KeyboardInterrupt:
+        say(given, interrupted(given))
+        sys.exit(130)

@@ -17,6 +17,7 @@ import io
 import json
 import os
 import stat
+import sys
 import time
 import warnings
 from collections import Counter
@@ -365,6 +366,8 @@ class Update:
         self.committed = time.monotonic()
 
     def run(self, folder: Path, excluded: Path, allow_empty: bool) -> Report:
+        if not self.quiet:
+            print(f"Looking for images in {printable(folder)} ...", file=sys.stderr, flush=True)
         found = find_files(folder, excluded)
         if str(folder) in found.problems:
             raise SearchError(f"{printable(folder)}: {found.problems[str(folder)]}. Nothing was changed.")
@@ -410,9 +413,10 @@ class Update:
 
     def add_files(self, paths: list[str]) -> None:
         chunks = [paths[start : start + BATCH] for start in range(0, len(paths), BATCH)]
+        seconds = 0.1 if sys.stderr.isatty() else 30  # between two states of the bar, also in a log file
         with (
             ThreadPoolExecutor(DECODERS) as pool,
-            tqdm(total=len(paths), unit="image", disable=self.quiet or not paths) as bar,
+            tqdm(total=len(paths), unit=" images", mininterval=seconds, disable=self.quiet or not paths) as bar,
         ):
             for rows in self.read_ahead(pool, chunks):
                 self.embed(rows)

@@ -43,8 +43,9 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from transformers import AutoModel, AutoModelForTextEncoding, AutoProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.utils import logging as transformers_logging
 
-from tools import ROOT, pages
+from tools import ROOT, pages, step
 
 PICTURES = ROOT / "examples" / "pictures"
 REPORT = ROOT / "benchmarks" / "export.json"
@@ -235,13 +236,17 @@ def write_int8(source: Path, file: Path, nodes: list[str]) -> None:
 
 def export_side(side: nn.Module, what: str, out: Path, int8: bool) -> dict[str, float]:
     """Write all files of a side; returns their sizes in MB, with the weights beside them."""
-    program = traced(side)
-    torch.export.save(program, out / f"{what}.pt2")
-    nodes = write_onnx(program, side, out / f"{what}.onnx")
+    with step(f"{what}: tracing it with torch.export"):
+        program = traced(side)
+    with step(f"{what}: writing {what}.pt2"):
+        torch.export.save(program, out / f"{what}.pt2")
+    with step(f"{what}: writing {what}.onnx"):
+        nodes = write_onnx(program, side, out / f"{what}.onnx")
     names = [f"{what}.pt2", f"{what}.onnx"]
     if int8:
         names.append(f"{what}.int8.onnx")
-        write_int8(out / names[1], out / names[2], nodes)
+        with step(f"{what}: quantising it to {names[2]}"):
+            write_int8(out / names[1], out / names[2], nodes)
     return {name: sum(path.stat().st_size for path in out.glob(f"{name}*")) / 1e6 for name in names}
 
 
@@ -452,12 +457,14 @@ def export(
     embeds: dict[str, dict[str, torch.Tensor]] = {}
     failed: list[str] = []
     for name in what:
-        side = checkpoint.load(name)
+        with step(f"{name}: loading its weights"):
+            side = checkpoint.load(name)
         report = report or described(checkpoint, side)
         sizes = export_side(side, name, out, int8)
         report["megabytes"] |= sizes
         if check:
-            rows, found, distant = check_side(side, name, [out / file for file in sizes], processor)
+            with step(f"{name}: comparing {', '.join(sizes)} with the model"):
+                rows, found, distant = check_side(side, name, [out / file for file in sizes], processor)
             report["checks"] |= rows
             embeds[name] = {runner.removeprefix(f"{name}."): each for runner, each in found.items()}
             failed += distant
@@ -497,6 +504,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parsed(arguments)
     check_packages(PACKAGES)
     quieten()
+    transformers_logging.disable_progress_bar()  # loading is a step, with its seconds
     subfolder = ("" if options.model else "tiny") if options.subfolder is None else options.subfolder
     checkpoint = Checkpoint(options.model or str(ROOT), subfolder, options.mode, not options.unnormalized)
     checkpoint.processor()  # fails before anything is written

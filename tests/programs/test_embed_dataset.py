@@ -560,6 +560,42 @@ def test_a_stall_begins_with_the_first_batch_or_a_lost_place(options, monkeypatc
         step(watch, 2)
 
 
+def batch_of(rows: int, errors: int = 0) -> dict:
+    return {"rows": rows, "errors": json.dumps([{}] * errors), "waited": None}
+
+
+@pytest.mark.parametrize(("total", "known"), [(200, "0% {}/200"), (None, "{} rows")], ids=["known", "unknown"])
+def test_progress_is_lines_in_a_log_file(monkeypatch, capsys, total, known):
+    """Of a resumed run, in which 100 rows were done before."""
+    monkeypatch.setattr(embed_dataset, "SECONDS_BETWEEN_LINES", 0)
+    tally, batches = embed_dataset.Tally(), [batch_of(40), batch_of(40, errors=3), batch_of(20)]
+    assert list(embed_dataset.with_progress(iter(batches), tally, 100, total)) == batches
+    found = capsys.readouterr()
+    lines = found.out.splitlines()
+    for line, rows in zip((lines[0], lines[1], lines[-1]), (140, 180, 200), strict=True):
+        assert known.format(rows) in line and "\r" not in line
+    assert "errors 0" in lines[0] and "errors 3" in lines[1] and "rows/s" in lines[1] and not found.err
+    assert (tally.rows, tally.errors) == (100, 3)
+
+
+def test_lines_of_progress_keep_their_distance(capsys):
+    list(embed_dataset.with_progress(iter([batch_of(1)] * 1000), embed_dataset.Tally(), 0, 1000))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and "1/1000" in lines[0] and "100% 1000/1000" in lines[1]
+
+
+def test_progress_ends_its_line_before_an_error_is_reported(monkeypatch, capsys):
+    def breaks():
+        yield batch_of(3)
+        raise embed_dataset.Stalled("no batch")
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with pytest.raises(embed_dataset.Stalled):
+        list(embed_dataset.with_progress(breaks(), embed_dataset.Tally(), 0, 10))
+    shown = capsys.readouterr().err
+    assert "3/10" in shown and "\r" in shown and shown.endswith("\n")
+
+
 # -------------------------------------------------------------------------------------------------------- the costs
 
 
@@ -728,6 +764,9 @@ def test_a_killed_driver_goes_on_without_gaps_or_duplicates(arguments, options, 
     process.wait()
     before = {each: each.stat().st_mtime_ns for each in (tmp_path / "out" / "embeddings").glob("part-*")}
     assert 3 <= len(before) < 24
+    log = (tmp_path / "log").read_text()
+    assert log.index("listing of the input") < log.index("Starting 1 actor on the CPU") < log.index("rows/s")
+    assert "\r" not in log and "MapWorker" not in log  # Ray warns of its own actors
 
     manifest = embed_dataset.main(arguments(tmp_path / "data", address=cluster, **given))
     assert manifest["result"] == {"rows": 240, "embedded": 237, "errors": 3}

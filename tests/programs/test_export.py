@@ -90,6 +90,19 @@ def run(file, **tensors: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(session.run(None, {name: tensor.numpy() for name, tensor in tensors.items()})[0])
 
 
+def test_each_step_is_named_before_it_is_done(monkeypatch, tmp_path, capsys):
+    names = {"traced": "vision: tracing", "write_onnx": "vision: writing vision.onnx", "write_int8": "quantising it"}
+    for function, words in names.items():
+
+        def check(*_, words=words):
+            assert words in capsys.readouterr().err.splitlines()[-1]
+
+        monkeypatch.setattr(export, function, check)
+    monkeypatch.setattr(torch.export, "save", lambda *_: None)
+    export.export_side(torch.nn.Identity(), "vision", tmp_path, int8=True)
+    assert capsys.readouterr().err.endswith(" s\n")
+
+
 @pytest.mark.parametrize("kind", ["pt2", "onnx"])
 @torch.no_grad()
 def test_images_of_any_number_and_size(both, joint, kind):

@@ -3,9 +3,13 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -269,7 +273,10 @@ def test_a_batch_of_one_text_is_refused(captions, processor):
 
 
 def test_an_output_folder_with_checkpoints_is_not_overwritten(arguments, tmp_path):
-    (tmp_path / "out" / "checkpoint-3").mkdir(parents=True)
+    for step in (3, 12):
+        (tmp_path / "out" / f"checkpoint-{step}").mkdir(parents=True)
+    assert finetune.checkpoint_to_resume(arguments()) is None  # Trainer writes trainer_state.json last
+    (tmp_path / "out" / "checkpoint-3" / "trainer_state.json").touch()
     with pytest.raises(ValueError, match="checkpoint-3: add `--resume True`"):
         finetune.checkpoint_to_resume(arguments())
     assert finetune.checkpoint_to_resume(arguments(resume=True)).endswith("checkpoint-3")
@@ -470,6 +477,48 @@ def test_evaluation_counts_what_the_model_finds(arguments, trained, processor):
     assert_close(found["eval_caption_exact"], right / 36)
 
 
+def test_a_run_prints_metrics_before_training_each_loss_and_metrics_after_it(arguments, capsys):
+    trainer = finetune.make_trainer(arguments(held_out="4", max_steps=2))
+    finetune.run(trainer, None)
+    lines = capsys.readouterr().out.splitlines()
+    starts = [
+        "8 images to train on, 4 held out",
+        "before training: image_to_text_r1",
+        "step 1/2: loss",
+        "step 2/2: loss",
+    ]
+    places = [next(n for n, line in enumerate(lines) if line.startswith(start)) for start in starts]
+    assert places == sorted(places) and any(line.startswith("after step 2: image_to_text_r1") for line in lines)
+    first = logs(trainer)[0]
+    parts = f"matching {first['loss_itm']:.4f} + contrast {first['loss_itc']:.4f} + captions {first['loss_itg']:.4f}"
+    assert f"step 1/2: loss {first['loss']:.4f} = {parts}; learning rate" in lines[places[2]]
+    assert "{" not in "".join(lines)
+
+
+def test_without_held_out_rows_nothing_is_evaluated(arguments):
+    assert arguments(held_out="4").eval_on_start and not arguments(held_out="4", eval_on_start=False).eval_on_start
+    assert not arguments().eval_on_start
+
+
+def test_help_begins_with_our_own_options(capsys):
+    with pytest.raises(SystemExit):
+        finetune.parse(["--help"])
+    text = capsys.readouterr().out
+    assert text.startswith("usage: python examples/finetune.py --data FOLDER --output_dir FOLDER [options]\n")
+    ours, theirs = text.split("options of transformers' Trainer")
+    assert all(f"--{name} " in ours for name in finetune.Options.__dataclass_fields__)
+    assert "--learning_rate " in theirs and "--learning_rate " not in ours
+
+
+def test_the_command_line_and_python_give_the_same_arguments(arguments, saved, trained, tmp_path):
+    command = f"--model {trained} --data {saved} --output_dir {tmp_path / 'out'} --text_columns en zh ja --prompts"
+    options = "--per_device_train_batch_size 4 --use_cpu --disable_tqdm True --save_strategy no --max_steps 1"
+    given = finetune.parse([*command.split(), *LANGUAGES.values(), *options.split()])
+    wanted = arguments(logging_steps=given.logging_steps)
+    of_a_moment = {"logging_dir": ""}  # transformers 4.57 puts the time into it
+    assert given.to_dict() | of_a_moment == wanted.to_dict() | of_a_moment
+
+
 def test_hits_are_counted_in_rows():
     logits = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]])
     right = torch.tensor([[False, True, False], [False, False, True]])
@@ -520,12 +569,26 @@ torch.save([outputs(load(base)), outputs(load(full)), outputs(adapted), outputs(
 """
 
 
-def test_what_is_saved_loads_in_a_fresh_process_and_merging_changes_nothing(arguments, trained, tmp_path):
+def loaded_as_printed(text: str) -> list:
+    """The models that the last lines of a run load."""
+    lines = [line.strip() for line in text.partition("Saved to ")[2].splitlines()[1:]]
+    found: dict = {}
+    models = []
+    for line in lines:
+        exec(line, found)
+        models += [found["model"]] if line.startswith("model = ") else []
+    return models
+
+
+def test_what_is_saved_loads_in_a_fresh_process_and_merging_changes_nothing(arguments, trained, tmp_path, capsys):
     full, adapter = (arguments(output_dir=str(tmp_path / name), learning_rate=1e-3, max_steps=2) for name in "ab")
     adapter.train, adapter.lora_vision, adapter.lora_qllama, adapter.merge = "lora", 2, 3, True
     adapter.learning_rate = 3e-2
+    printed = []
     for given in (full, adapter):
         finetune.main(given)
+        printed += loaded_as_printed(capsys.readouterr().out)
+    assert [type(model).__name__ for model in printed] == ["InternVLModel", "PeftModel", "InternVLModel"]
     picture, out = PICTURES / "fox.png", tmp_path / "out.pt"
     run_python(IN_A_FRESH_PROCESS, tmp_path, trained, tmp_path / "a", tmp_path / "b", picture, out)
     base, tuned, adapted, merged = torch.load(out)
@@ -540,6 +603,42 @@ def test_what_is_saved_loads_in_a_fresh_process_and_merging_changes_nothing(argu
     assert not (tmp_path / "b" / "modules.json").exists(), "adapters are no model"
     names = load_file(tmp_path / "a" / "model.safetensors")
     assert names.keys() == load(trained).state_dict().keys() and names["logit_scale"].shape == ()
+
+
+@pytest.mark.heavy
+def test_an_interrupted_run_says_how_to_resume_and_does(saved, trained, tmp_path):
+    out = tmp_path / "out"
+    command = f"{ROOT / 'examples' / 'finetune.py'} --model {trained} --data {saved} --output_dir {out} --use_cpu"
+    command += " --text_columns en --train heads --per_device_train_batch_size 4 --save_steps 2"
+
+    def start(*more: str) -> subprocess.Popen:
+        # A shell starts commands in the background with SIGINT ignored, and children inherit that.
+        listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        with (tmp_path / "log").open("w") as log:
+            options = {"stdout": log, "stderr": log, "preexec_fn": listens, "cwd": tmp_path}
+            return subprocess.Popen([sys.executable, *command.split(), *more], **options)
+
+    process = start("--max_steps", "100000", "--save_total_limit", "3")
+    end = time.monotonic() + LAST_RESORT
+    while not finetune.last_checkpoint(str(out)) and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=LAST_RESORT) == 130
+    log, last = (tmp_path / "log").read_text("utf-8"), finetune.last_checkpoint(str(out))
+    assert last is not None and log.splitlines()[-1] == (
+        f"Interrupted. {last} is saved: the same command with `--resume True` continues from it."
+    )
+    assert "Traceback" not in log and "step 1/100000: loss" in log
+    step = int(Path(last).name.partition("-")[2])
+    process = start("--max_steps", str(step + 1), "--resume", "True")
+    assert process.wait(timeout=LAST_RESORT) == 0
+    log = (tmp_path / "log").read_text("utf-8")
+    assert f"step {step + 1}/{step + 1}: loss" in log and f"step {step}/" not in log and "Saved to" in log
+
+
+def test_an_interrupt_before_the_first_checkpoint_says_so(arguments):
+    text = finetune.interrupted(arguments(save_strategy="steps", save_steps=20))
+    assert "nothing is saved" in text and "(20) steps" in text and "--resume True" in text
 
 
 # -------------------------------------------------------------------------------------------- several processes

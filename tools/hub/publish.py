@@ -38,8 +38,9 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.constants import SAFETENSORS_INDEX_FILE as INDEX
 from huggingface_hub.repocard import metadata_load
+from tqdm import tqdm
 
-from tools import ROOT
+from tools import ROOT, step
 
 MARK = ".published.json"  # lists the files of the folder; it is not uploaded
 LEFT_OUT = (".ci/", ".gitignore")
@@ -148,8 +149,11 @@ def assemble(folder: str | Path, checkpoint: str | None = None) -> list[str]:
     make_room(folder)
     written = sorted({*files, "README.md", ".gitattributes"})
     (folder / MARK).write_text(json.dumps(written, indent=1))  # first, so that an interrupted call can be repeated
-    for name, source in files.items():
-        place(source, folder / name)
+    sizes = {name: source.stat().st_size for name, source in files.items()}
+    with tqdm(total=sum(sizes.values()), desc=f"{len(files)} files", unit="B", unit_scale=True, mininterval=1) as bar:
+        for name, source in files.items():
+            place(source, folder / name)
+            bar.update(sizes[name])
     place(ROOT / "tools" / "hub" / "gitattributes", folder / ".gitattributes")
     card = folder / "README.md"
     if "README.md" not in files:
@@ -211,7 +215,8 @@ def load_offline(place: str | Path, *options: str) -> dict[str, Any]:
         settings = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": modules, "PYTHONDONTWRITEBYTECODE": "1"}
         settings["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
         command = [sys.executable, "-m", "tools.hub.offline_load", str(place), *options]
-        done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, cwd=modules)
+        with step(f"Loading {place} without network{' and without weights' if '--empty' in options else ''}"):
+            done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, cwd=modules)
     if done.returncode != 0:
         raise RuntimeError(f"{place} does not load without network:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -299,6 +304,7 @@ def main() -> None:
         return print("Nothing was uploaded: use --upload ORG/NAME.")
     if missing and not arguments.without_weights:
         sys.exit("Not uploaded. If the repository on the Hub has the weights already, use --without-weights.")
+    print(f"Uploading to {arguments.upload}; if it breaks off, the same command sends the rest.", flush=True)
     print(upload(arguments.to, arguments.upload))
 
 

@@ -29,7 +29,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
-from tools import ROOT
+from tools import ROOT, step
 
 SCRIPT = ROOT / "examples" / "search.py"
 FLAGS = (
@@ -122,8 +122,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         where = ["--index", folder / "index"]
-        index(ROOT / "examples" / "pictures", where)
-        with served(where, folder / "log") as url:
+        with step("indexing the example images"):
+            index(ROOT / "examples" / "pictures", where)
+        with step("starting the page and taking the screenshots"), served(where, folder / "log") as url:
             shots = [screenshot(url, folder / str(shot[0]), *shot) for shot in (DESK, PHONE)]
     gap = 20
     sheet = Image.new("RGB", (sum(shot.width for shot in shots) + gap, shots[0].height), "white")

@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoConfig, AutoModel
 
-from tools import ROOT, pages
+from tools import ROOT, pages, step
 
 GB = 10**9
 HOST_MEMORY = 64 * GB
@@ -488,7 +488,8 @@ def main() -> None:
     quieten()
     failed = False
     for name in arguments.setups:
-        report = simulate(arguments.config, Setup.parse(name), inputs=arguments.inputs)
+        with step(f"simulating {name}"):
+            report = simulate(arguments.config, Setup.parse(name), inputs=arguments.inputs)
         print(report.table(), end="\n\n", flush=True)
         failed = failed or bool(report.failures)
     packages = pages.versions("torch", "transformers", "accelerate")

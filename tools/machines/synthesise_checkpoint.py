@@ -29,6 +29,7 @@ from time import perf_counter
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from tools import ROOT
 from tools.hub.write_index import INDEX, empty_model, index_of
@@ -158,9 +159,13 @@ def synthesise(
     for name, file in index["weight_map"].items():
         shards[file][name] = state[name]
     one_thread_each = partial(torch.set_num_threads, 1)
-    with ThreadPoolExecutor(threads, initializer=one_thread_each) as pool:
+    with (
+        ThreadPoolExecutor(threads, initializer=one_thread_each) as pool,
+        tqdm(total=index["metadata"]["total_size"], desc="weights", unit="B", unit_scale=True) as bar,
+    ):
         for file, tensors in shards.items():
             write_shard(folder / file, tensors, seed, pool)
+            bar.update(sum(tensor.nbytes for tensor in tensors.values()))
     # The index comes last: it says that the shards are complete.
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return index["metadata"]["total_size"]

@@ -17,6 +17,7 @@ import json
 import sys
 
 import torch
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -171,7 +172,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     arguments = parser.parse_args()
     sim.quieten()
-    reports = {name: sim.simulate(ROOT, sim.Setup.parse(name)) for name in (*PLAN_TITLES, *SINGLE_CARDS)}
+    setups = tqdm((*PLAN_TITLES, *SINGLE_CARDS), "simulated machines")
+    reports = {name: sim.simulate(ROOT, sim.Setup.parse(name)) for name in setups}
     if failures := [f"{name}: {failure}" for name, report in reports.items() for failure in report.failures]:
         sys.exit("\n".join(failures))
     results = json.loads(MEASURED.read_text())
