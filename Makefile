@@ -21,7 +21,7 @@ app: .venv-app/ready ## index a folder of images and open a page that searches i
 	.venv-app/bin/python examples/search.py index "$(PICTURES)"
 	.venv-app/bin/python examples/search.py page
 
-venv: .venv-readers/ready ## make the environment of the README's snippets: .venv-readers/bin/python
+venv: .venv-readers/ready ## make the environment of the pages' snippets: .venv-readers/bin/python
 
 test: lint ## style, types and tests, in two processes: up to 5 minutes
 	.venv/bin/python $(PYTEST) -n 2 --dist worksteal -m "not heavy and not slow" --ignore tests/contract tests
@@ -64,7 +64,7 @@ clean: ## remove the environments and everything cached
 .venv-app/ready: examples/search-requirements.txt
 .venv/ready: tests/requirements.txt
 
-.venv-readers/ready: WHAT = torch, transformers and what the README's snippets import: 2 GB
+.venv-readers/ready: WHAT = torch, transformers and what the pages' snippets import: 2 GB
 .venv-app/ready: WHAT = torch, transformers, lancedb and gradio: 1.7 GB
 .venv/ready: WHAT = the test environment, with Ray, gradio, torchao and bitsandbytes: 3 GB
 
