@@ -105,7 +105,7 @@ def screenshot(url: str, profile: Path, width: int, height: int, words: str) -> 
         if width >= PHONES:  # the bars of a window reduce its height
             driver.set_window_size(width, 2 * height - driver.execute_script("return window.innerHeight"))
         box.send_keys(words, Keys.ENTER)
-        wait(lambda: driver.find_elements(By.CSS_SELECTOR, "#found img"))
+        wait(lambda: driver.find_elements(By.CSS_SELECTOR, "#found [role=status]"))
         wait(lambda: driver.execute_script("return [...document.images].every(each => each.complete)"))
         driver.execute_script("document.activeElement.blur()")  # no cursor, which blinks
         time.sleep(1)  # for whatever fades in
