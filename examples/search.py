@@ -9,10 +9,10 @@
 
 For photographs use the 14B: add `--model ORG/InternVL-14B`, where ORG publishes this repository, or the path of your
 copy. The default model is the tiny checkpoint of this repository, which only knows emoji. The index is in
-`.cache/search` of the clone, or in `--index`; it can hold any number of folders, but only one model and one `--crop`:
-another model needs another `--index`, or `index --rebuild`. The folders themselves are only read. A file is an image by its name or its first
-bytes; of an animation the first frame counts. An interrupted run loses at most the last ten seconds of work; the same
-command continues. Files that cannot be read do not stop it: `problems` lists them with the reason.
+`.cache/search` of the clone, or in `--index`; it can hold any number of folders, but only one model and one `--crop`.
+The folders themselves are only read. A file is an image by its name or its first bytes; of an animation the first frame
+counts. An interrupted run loses at most the last ten seconds of work; the same command continues. Files that cannot be
+read do not stop it: `problems` lists them with the reason.
 """
 
 import argparse

@@ -55,8 +55,8 @@ THUMBNAIL = 320  # pixels of the longer side
 TINY = 100_000_000  # a model with fewer parameters is tiny/, which has a few million; the published one has 14 billion
 EMOJI = Path(__file__).resolve().parent / "pictures"  # the images that tiny/ is shown on
 NOTE = (
-    "For photographs, index again with the 14B (28 GB): `--model ORG/InternVL-14B --index NEW_FOLDER`, where ORG publishes "
-    "this repository. The tiny model, now in use, only knows emoji."
+    "For photographs, index again with the 14B (28 GB): `--model ORG/InternVL-14B --index NEW_FOLDER`. ORG is where "
+    "this repository is published. The tiny model, now in use, only knows emoji."
 )
 MAX_BYTES = 500_000_000
 # Pillow only recognises these, or hands them to another program.
@@ -225,10 +225,10 @@ class Embedder:
         """The model's inputs for texts. Raises `SearchError` for a text that is too long."""
         try:
             return self.processor(text=text, task=task, truncation=False)
-        except (TypeError, ValueError) as error:
+        except (RuntimeError, ValueError) as error:
             longest = text if isinstance(text, str) else max(text, key=len)
             problem = f"is too long for the model ({len(longest):,} characters). Shorten it to a sentence or two."
-            if isinstance(error, TypeError):  # half of a character, or bytes of another encoding on the command line
+            if isinstance(error, RuntimeError):  # bytes of another encoding, on a command line
                 problem = "has characters that cannot be read."
             raise SearchError(f"“{printable(longest[:40])}…” {problem}") from error
 
@@ -594,9 +594,13 @@ class Searcher:
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise SearchError(f"The number of results must be an integer of at least 1, got {k!r}.")
         classes = None if labels is None else self.embedder.classes(labels)
-        vector, column = self.vector(words, picture, mode, like), COLUMNS[mode]
+        column, known = COLUMNS[mode], self.row(like) if like else None
+        if like and known is None:
+            raise SearchError(f"{printable(os.path.basename(like))} is not in the index any more.")
+        vector = torch.tensor(known[column]) if known else self.vector(words, picture, mode)
         query = self.table.search(vector.numpy(), vector_column_name=column).distance_type("cosine")
-        query = query.where(f"problem = '' AND uri != '{uri_of(like) if like else ''}'").select(["uri", "caption", "thumbnail", column, "_distance"])
+        wanted = f"problem = '' AND uri != '{uri_of(like)}'" if like else "problem = ''"
+        query = query.where(wanted).select(["uri", "caption", "thumbnail", column, "_distance"])
         results = []
         for row in query.limit(max(k, SHORTLIST) if rerank else k).to_list():
             path, cosine, label, share = path_of(row["uri"]), 1 - row["_distance"], None, None
@@ -607,27 +611,19 @@ class Searcher:
             results.append(Result(path, cosine, cosine, None, row["caption"], label, share, gone, thumbnail))
         return (self.reranked(results, words) if rerank else results)[:k]
 
-    def vector(self, words: str, picture: str, mode: str, like: str = "") -> torch.Tensor:
+    def vector(self, words: str, picture: str, mode: str) -> torch.Tensor:
         """[width], of length 1"""
-        if like:
-            if (row := self.row(like)) is None:
-                raise SearchError(f"{printable(os.path.basename(like))} is not in the index any more.")
-            return torch.tensor(row[COLUMNS[mode]])
+        if words:
+            return self.embedder.read(words)
         try:
-            if words:
-                return self.embedder.read(words)
             pixels = self.embedder.pixels(self.embedder.decode(read_bytes(picture)))
         except DAMAGED as error:  # also SearchError
-            if words:
-                raise
             raise SearchError(f"{printable(os.path.basename(picture))}: {error}") from error
         return self.embedder.see(pixels[None], captions=False)[0][mode][0]
 
-    def classify(
-        self, picture: str, labels: list[str], mode: str = "InternVL-C", like: str = ""
-    ) -> list[tuple[str, float]]:
-        """Labels for the image at a path and their probabilities, the most likely first. For `like` see `search`."""
-        shares = self.shares(self.vector("", picture, mode, like), self.embedder.classes(labels))
+    def classify(self, picture: str, labels: list[str], mode: str = "InternVL-C") -> list[tuple[str, float]]:
+        """Labels for the image at a path and their probabilities, the most likely first."""
+        shares = self.shares(self.vector("", picture, mode), self.embedder.classes(labels))
         return sorted(zip(labels, shares.tolist()), key=lambda pair: -pair[1])
 
     def shares(self, vector: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:

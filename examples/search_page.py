@@ -14,136 +14,101 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read while gradio is importe
 
 import gradio as gr
 from decoding import DAMAGED
-from search_index import (
-    SHORTLIST, Result, Searcher, SearchError, make_thumbnail, path_of, printable, read_bytes, uri_of,
-)  # fmt: skip
+from search_index import Result, Searcher, SearchError, make_thumbnail, path_of, printable, read_bytes, uri_of
 
 LARGE = 1600  # pixels of the longer side of an opened image
-# The choices of `mode`, in the reader's words.
 MODES = [("By sight (InternVL-C)", "InternVL-C"), ("By sight and language (InternVL-G)", "InternVL-G")]
-# Queries to try, for tiny/ and for photographs.
-TRIES = {True: ("penguin", "自行车", "ロケット"), False: ("a dog", "红色的花", "海辺の夕日")}
-SIMILARITY = (
-    "How close this image is to the query, from -1 to 1 (the cosine of their embeddings). Compare numbers within one "
-    "search only: between words and images all of them are low."
-)
+TRIES = {"tiny": ("penguin", "自行车", "ロケット"), "14B": ("a dog", "红色的花", "海辺の夕日")}
+SIMILARITY = "How close the image is to the query, at most 1 (a cosine). Compare it only within one search."
 RANK = "Similarity and match in one number, which orders the images."
 MATCH = "The probability that the words describe the image, from looking at both together."
 LABEL = "The likeliest of your labels, and its probability."
 CSS = """
 .html-container { padding: 0 !important }
 h1 { font-size: 1.6rem; font-weight: 700; margin: 0 }
-#note { background: #fef3c7 !important; border-radius: 8px; color: #451a03; padding: 0.5rem 0.75rem !important }
-.dark #note { background: #451a03 !important; color: #fde68a }
+#note { border-left: 6px solid #d97706 !important; padding-left: 0.75rem !important }
 #note code { font-family: ui-monospace, monospace; font-weight: 600; overflow-wrap: anywhere }
 #ask { gap: 0.5rem }
 #ask button { font-size: 1rem; min-height: 2.75rem; padding: 0 }
 .found { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(9.5rem, 45%), 1fr)); gap: 1rem 0.75rem }
-.found { list-style: none; margin: 0; padding: 0 }
+.found, figure { list-style: none; margin: 0; padding: 0 }
 .found button { display: block; width: 100% }
-.found img { aspect-ratio: 1; object-fit: contain; width: 100% }
-.found img, .asked img { background: var(--background-fill-secondary); border-radius: 8px }
-figure { margin: 0 }
+.found img { aspect-ratio: 1; background: var(--background-fill-secondary); object-fit: contain; width: 100% }
+.found img, .asked img, dialog { border-radius: 8px }
 figcaption { font-size: 0.875rem; line-height: 1.4; margin-top: 0.25rem; overflow-wrap: anywhere }
-figcaption [title] { cursor: help }
-figcaption span[title] { border-bottom: 1px dotted }
-.asked { align-items: center; display: flex; flex-wrap: wrap; gap: 0.5rem; margin-bottom: 0.75rem }
+figcaption span[title] { border-bottom: 1px dotted; cursor: help }
+.asked, dialog form { align-items: center; display: flex; flex-wrap: wrap; gap: 0.5rem; margin: 0.75rem 0 0 }
 .asked img { height: 3.5rem }
+.asked { margin: 0 0 0.75rem }
 .asked button, dialog button { background: var(--button-secondary-background-fill); border-radius: 8px }
 .asked button, dialog button { color: var(--button-secondary-text-color); min-height: 2.75rem; padding: 0 0.75rem }
-[role=alert] { font-weight: 600; margin-bottom: 0.75rem }
 #found[aria-busy=true] { opacity: 0.5 }
-dialog { background: var(--background-fill-primary); color: var(--body-text-color); border-radius: 12px }
-dialog { border: 1px solid var(--border-color-primary); margin: auto; padding: 1rem; width: min(96vw, 50rem) }
+dialog { background: var(--background-fill-primary); border: 1px solid var(--border-color-primary) }
+dialog { color: var(--body-text-color); margin: auto; padding: 1rem; width: min(96vw, 50rem) }
 dialog::backdrop { background: rgb(0 0 0 / 0.6) }
 dialog img { max-height: 60vh; object-fit: contain; width: 100% }
 dialog figcaption > * { border: 0 !important; display: block }
 dialog figcaption > span[title]::after { content: " – " attr(title) }
 dialog figcaption :is(br, small) { display: none }
-dialog input { background: var(--input-background-fill); border: 1px solid var(--border-color-primary) }
-dialog input { border-radius: 8px; margin: 0.75rem 0; padding: 0.5rem; width: 100% }
-dialog form { display: flex; flex-wrap: wrap; gap: 0.5rem }
-:focus-visible { outline: 3px solid #2563eb !important; outline-offset: 2px !important }
+dialog input { background: none; border: 1px solid; margin-top: 0.75rem; padding: 0.5rem; width: 100% }
+:focus-visible { outline: 3px solid #3b82f6 !important; outline-offset: 2px !important }
 :is(textarea, [type=number], [type=range]):focus-visible { outline-offset: -2px !important }
-.dark :focus-visible { outline-color: #93c5fd !important }
 @media (max-width: 600px) { #note { font-size: 0.875rem } .column:has(> #found [role]) > #top { display: none } }
 """
-DIALOG = """
-<dialog aria-label="An image"><figure><img alt=""><figcaption></figcaption></figure>
-<input readonly aria-label="Where the file is"><form method="dialog"><button type="button" data-do="copy">Copy path</button>
-<button type="button" data-do="like">More like this</button><button autofocus>Close</button></form></dialog>
-"""
+DIALOG = """<dialog closedby="any" aria-label="An image"><figure><img alt=""><figcaption></figcaption></figure>
+<input readonly aria-label="Path of the file"><form method="dialog"><button type="button" data-do="copy"></button>
+<button data-do="like">More like this</button><button autofocus>Close</button></form></dialog>"""
 # Queries made while one is running wait in the browser, so that every answer is shown, in the order of the queries.
 # Gradio does not guarantee that: with its queue answers get lost, because the browser closes the event stream whenever
 # none is due, even if another query was just sent; without it they come in any order, and the page does not learn of
 # errors.
 START = """() => {
     const one = selector => document.querySelector(selector);
-    window.call = async (name, data) => {
+    const call = async (name, data) => {
         const body = JSON.stringify({data}), headers = {'Content-Type': 'application/json'};
-        const response = await fetch(`gradio_api/run/${name}`, {method: 'POST', headers, body}).catch(() => {
-            throw new Error('Is the program that serves this page still running?');
-        });
-        if (!response.ok) throw new Error('The program that serves this page failed; its terminal says why.');
+        const response = await fetch(`gradio_api/run/${name}`, {method: 'POST', headers, body});
         return (await response.json()).data[0];
     };
-    window.ask = async (words, picture, like, switches) => {
-        const found = one('#found'), before = window.answered ?? Promise.resolve();
-        let done;
-        window.answered = new Promise(resolve => { done = resolve; });
-        window.waiting = (window.waiting ?? 0) + 1;
+    window.ask = (words, picture, like, switches) => {
         window.last = {picture, like};
-        found.setAttribute('aria-busy', 'true');
+        one('#found').setAttribute('aria-busy', 'true');
         if (matchMedia('(pointer: coarse)').matches) document.activeElement.blur();  // its keyboard hides the results
-        await before;
-        try {
-            return await call('answer', [words, picture, like, ...switches]);
-        } catch (error) {
-            const line = document.createElement('p');
-            line.setAttribute('role', 'alert');
-            line.innerText = `⚠ No answer. ${error.message}`;
-            return line.outerHTML;
-        } finally {
-            window.waiting -= 1;
-            if (!window.waiting) found.removeAttribute('aria-busy');
-            done();
-        }
+        const mine = window.answered = (window.answered ?? Promise.resolve())
+            .then(() => call('answer', [words, picture, like, ...switches]))
+            .catch(() => '<p role="alert">⚠ No answer. Is the program that serves this page still running?</p>')
+            .finally(() => { if (window.answered === mine) one('#found').removeAttribute('aria-busy'); });
+        return mine;
     };
-    const search = query => { window.query = query; one('#again').click(); };
+    const search = (words, like) => { window.query = {words, like}; one('#again').click(); };
     const actions = {
-        try: button => search({words: button.innerText, like: ''}),
-        open: async button => {
-            const box = one('dialog'), {uri, path} = button.dataset;
-            box.dataset.uri = uri;
-            box.querySelector('img').src = button.querySelector('img').src;
-            box.querySelector('figcaption').innerHTML = button.nextElementSibling.innerHTML;
-            box.querySelector('input').value = path;
-            box.querySelector('[data-do=copy]').innerText = 'Copy path';
-            box.showModal();
-            const source = await call('large', [uri]).catch(() => '');
-            if (source && box.dataset.uri === uri) box.querySelector('img').src = source;
-        },
-        copy: button => {  // the newer way needs https, except on this machine
+        try: button => search(button.innerText, ''),
+        like: () => search('', one('dialog').dataset.uri),
+        copy: button => {
             one('dialog input').select();
-            if (document.execCommand('copy')) button.innerText = 'Copied';
+            if (document.execCommand('copy')) button.innerText = 'Copied';  // the newer way may need https
         },
-        like: () => {
-            one('dialog').close();
-            search({words: '', like: one('dialog').dataset.uri});
+        open: async button => {
+            const {uri, path} = button.dataset;
+            one('dialog').dataset.uri = uri;
+            one('dialog img').src = button.querySelector('img').src;
+            one('dialog figcaption').innerHTML = button.nextElementSibling.innerHTML;
+            one('dialog input').value = path;
+            one('[data-do=copy]').innerText = 'Copy path';
+            one('dialog').showModal();
+            const source = await call('large', [uri]).catch(() => '');
+            if (source && one('dialog').dataset.uri === uri) one('dialog img').src = source;
         },
     };
-    document.addEventListener('click', event => {
-        const button = event.target.closest('[data-do]');
+    document.addEventListener('click', ({target}) => {
+        const button = target.closest('[data-do]');
         if (button) actions[button.dataset.do](button);
-        else if (event.target.matches('dialog')) event.target.close();
     });
     document.addEventListener('dragover', event => event.preventDefault());
     document.addEventListener('drop', event => {
         if (!event.dataTransfer.files.length) return;
         event.preventDefault();
-        const input = one('#ask input[type=file]');
-        input.files = event.dataTransfer.files;
-        input.dispatchEvent(new Event('change', {bubbles: true}));
+        one('#ask input[type=file]').files = event.dataTransfer.files;
+        one('#ask input[type=file]').dispatchEvent(new Event('change'));
     });
 }"""
 BY_WORDS = "(words, ...switches) => ask(words, null, '', switches)"
@@ -159,26 +124,22 @@ def source(image: bytes) -> str:
 
 
 def card_html(path: str, thumbnail: bytes, lines: list[str]) -> str:
-    """An image of the grid, which opens large. Lines are HTML; file names are untrusted text."""
+    """An image of the grid, which opens large, above lines of HTML. File names and captions are untrusted text."""
     name, whole = html.escape(printable(os.path.basename(path))), html.escape(printable(path))
     real = html.escape(os.fsencode(path).decode(errors="backslashreplace"))  # to be copied
     button = f"<button data-do='open' data-uri='{uri_of(path)}' data-path='{real}' aria-label='Open {name}'>"
-    image = f"{button}<img src='{source(thumbnail)}' alt=''></button>"
     caption = "<br>".join([*lines, f"<small title='{whole}'>{name}</small>"])
+    image = f"{button}<img src='{source(thumbnail)}' alt=''></button>"
     return f"<li><figure>{image}<figcaption>{caption}</figcaption></figure></li>"
 
 
-def explained(text: str, meaning: str) -> str:
-    return f"<span title='{html.escape(meaning)}'>{text}</span>"
-
-
 def result_html(result: Result) -> str:
-    lines = [explained(f"similarity <b>{result.cosine:.3f}</b>", SIMILARITY)]
+    lines = [f"<span title='{SIMILARITY}'>similarity <b>{result.cosine:.3f}</b></span>"]
     if result.match is not None:
-        parts = explained(f"rank <b>{result.score:.2f}</b>", RANK), explained(f"match {result.match:.0%}", MATCH)
-        lines = [parts[0], *lines, parts[1]]
+        lines.insert(0, f"<span title='{RANK}'>rank <b>{result.score:.2f}</b></span>")
+        lines.append(f"<span title='{MATCH}'>match {result.match:.0%}</span>")
     if result.label is not None:
-        lines.append(explained(f"{html.escape(result.label)} {result.share:.0%}", LABEL))
+        lines.append(f"<span title='{LABEL}'>{html.escape(result.label)} {result.share:.0%}</span>")
     if result.caption is not None:
         lines.append(f"<span>“{html.escape(result.caption)}”</span>")
     if result.gone:
@@ -188,42 +149,36 @@ def result_html(result: Result) -> str:
 
 def start_html(searcher: Searcher) -> str:
     """What the page shows before the first query."""
-    tries = "".join(f"<button data-do='try'>{words}</button>" for words in TRIES[searcher.embedder.is_tiny])
+    queries = TRIES["tiny" if searcher.embedder.is_tiny else "14B"]
+    tries = "".join(f"<button data-do='try'>{words}</button>" for words in queries)
     cards = "".join(card_html(path_of(row["uri"]), row["thumbnail"], []) for row in searcher.sample(12))
-    return f"<div class='asked'><span>Try:</span>{tries}</div><ul class='found'>{cards}</ul>"
-
-
-def alert_html(text: str) -> str:
-    return f"<p role='alert'>⚠ {html.escape(text)}</p>"
+    return f"<div class='asked'>Try: {tries}</div><ul class='found'>{cards}</ul>"
 
 
 def make_answer(searcher: Searcher):
     """The function behind the page: a query and its settings -> HTML."""
 
     def answer(words: str, picture: str | None, like: str, mode: str, rerank: bool, labels: str, k: int) -> str:
-        like = path_of(like or "")
+        like, start = path_of(like or ""), time.perf_counter()
         shown = picture or like
         words = "" if shown else (words or "").strip()
-        if not words and not shown:
-            return alert_html("Type what the image shows, or give an image.") + start_html(searcher)
         names = [name.strip() for name in re.split("[,，、\n]", labels or "") if name.strip()] or None
-        asked = printable(os.path.basename(shown)) if shown else f"“{words}”"
-        start, image = time.perf_counter(), ""
+        asked, image = printable(os.path.basename(shown)) if shown else f"“{words}”", ""
         try:
-            again = rerank and bool(words)
-            results = searcher.search(words, picture or "", int(k or 12), mode, again, names, like)
+            if not words and not shown:
+                raise SearchError("Type what the image shows, or give an image.")
+            results = searcher.search(words, picture or "", int(k or 12), mode, rerank and bool(words), names, like)
             about = f"The {len(results)} images closest to {asked}, in {time.perf_counter() - start:.2f} s"
             about += ". No second look: it needs words." if rerank and shown else ""
-            if picture:
-                image = make_thumbnail(searcher.embedder.decode(read_bytes(picture)))
-            elif like:
-                image = searcher.row(like)["thumbnail"]
-            if shown and names:
-                shares = searcher.classify(picture or "", names, mode, like)
+            if shown:
+                small = make_thumbnail(searcher.embedder.decode(read_bytes(picture))) if picture else None
+                small = small or searcher.row(like)["thumbnail"]
+                image = f"<img src='{source(small)}' alt='The image of this query'>"
+            if picture and names:
+                shares = searcher.classify(picture, names, mode)
                 about += ". This image: " + ", ".join(f"{name} {share:.0%}" for name, share in shares)
         except SearchError as error:
-            return alert_html(str(error))
-        image = f"<img src='{source(image)}' alt='The image of this query'>" if image else ""
+            return f"<p role='alert'>⚠ {html.escape(str(error))}</p>" + ("" if words or shown else start_html(searcher))
         line = f"<div class='asked'>{image}<p role='status'>{html.escape(about)}</p></div>"
         return f"{line}<ul class='found'>{''.join(map(result_html, results))}</ul>"
 
@@ -257,7 +212,7 @@ def make_page(searcher: Searcher) -> gr.Blocks:
             info = "By sight: words are compared with what the vision model sees. By sight and language: the language "
             info += "model looks at the image too, which in the paper finds the right one more often."
             mode = gr.Radio(MODES, value=MODES[0][1], label="How images are compared", info=info, elem_id="mode")
-            info = f"Compare the words with the {SHORTLIST} best images once more, and sort them anew; slower."
+            info = "Compare the words with the best images once more, and sort them anew; slower."
             rerank = gr.Checkbox(label="Take a second look (re-ranking)", info=info, elem_id="rerank")
             info = "Two or more, with commas between them, then Enter: each image shows the likeliest."
             labels = gr.Textbox(label="Labels", info=info, placeholder="panda, 狐狸, すし", elem_id="labels")
@@ -267,7 +222,7 @@ def make_page(searcher: Searcher) -> gr.Blocks:
 
         switches = [mode, rerank, labels, k]
         hidden, like = gr.Button(visible=False), gr.Textbox(visible=False)
-        hidden.click(answer := make_answer(searcher), [words, picture, like, *switches], found, api_name="answer", queue=False)
+        hidden.click(make_answer(searcher), [words, picture, like, *switches], found, api_name="answer", queue=False)
         gr.api(large, api_name="large", queue=False)
         gr.on([words.submit, button.click], None, [words, *switches], found, js=BY_WORDS, trigger_mode="multiple")
         # This also empties the field, so that the next image can be dropped.
