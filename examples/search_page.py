@@ -53,7 +53,11 @@ dialog figcaption :is(br, small) { display: none }
 dialog input { background: none; border: 1px solid; margin-top: 0.75rem; padding: 0.5rem; width: 100% }
 :focus-visible { outline: 3px solid #3b82f6 !important; outline-offset: 2px !important }
 :is(textarea, [type=number], [type=range]):focus-visible { outline-offset: -2px !important }
-@media (max-width: 600px) { #note { font-size: 0.875rem } .column:has(> #found [role]) > #top { display: none } }
+@media (max-width: 600px) {
+    .column { gap: 0.5rem }
+    #note { font-size: 0.875rem }
+    .column:has(> #found [role]) > #top { display: none }
+}
 """
 DIALOG = """<dialog closedby="any" aria-label="An image"><figure><img alt=""><figcaption></figcaption></figure>
 <input readonly aria-label="Path of the file"><form method="dialog"><button type="button" data-do="copy"></button>
@@ -108,7 +112,7 @@ START = """() => {
         if (!event.dataTransfer.files.length) return;
         event.preventDefault();
         one('#ask input[type=file]').files = event.dataTransfer.files;
-        one('#ask input[type=file]').dispatchEvent(new Event('change'));
+        one('#ask input[type=file]').dispatchEvent(new Event('change', {bubbles: true}));
     });
 }"""
 BY_WORDS = "(words, ...switches) => ask(words, null, '', switches)"
@@ -206,8 +210,8 @@ def make_page(searcher: Searcher) -> gr.Blocks:
             hint = f"Search {searcher.index.count():,} images"
             look = {"show_label": False, "container": False, "max_lines": 3, "scale": 4, "min_width": 300}
             words = gr.Textbox(label=hint, placeholder=hint, autofocus=True, elem_id="words", **look)
-            button = gr.Button("Search", variant="primary", min_width=110)
-            picture = gr.UploadButton("By an image…", min_width=140, elem_id="picture")
+            button = gr.Button("Search", variant="primary", min_width=90)
+            picture = gr.UploadButton("By an image…", min_width=120, elem_id="picture")
         with gr.Accordion("Options", open=False, elem_id="options"):
             info = "By sight: words are compared with what the vision model sees. By sight and language: the language "
             info += "model looks at the image too, which in the paper finds the right one more often."
@@ -238,9 +242,8 @@ def serve(searcher: Searcher, host: str, port: int) -> None:
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     theme = gr.themes.Default(primary_hue="blue", **fonts).set(
         button_primary_background_fill="*primary_600", button_primary_background_fill_dark="*primary_600",
-        block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300",
-        block_title_text_color="*neutral_800", input_placeholder_color="*neutral_500",
-        input_placeholder_color_dark="*neutral_400",
+        body_text_color_subdued="*neutral_600", block_info_text_color_dark="*neutral_300",
+        input_placeholder_color="*neutral_500", input_placeholder_color_dark="*neutral_400",
         checkbox_border_color="*neutral_500", checkbox_border_color_dark="*neutral_400",
     )  # fmt: skip
     look = {"theme": theme, "css": CSS, "js": START, "footer_links": []}
