@@ -27,7 +27,7 @@ CSS = """
 .html-container { padding: 0 !important }
 h1 { font-size: 1.6rem; font-weight: 700; margin: 0 }
 #note { border-left: 6px solid #d97706 !important; padding-left: 0.75rem !important }
-#note code { font-family: ui-monospace, monospace; font-weight: 600; overflow-wrap: anywhere }
+#note code { font-family: ui-monospace, monospace; font-weight: 600; white-space: nowrap }
 #ask { gap: 0.5rem }
 #ask button { font-size: 1rem; min-height: 2.75rem; padding: 0 }
 .found { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(9.5rem, 45%), 1fr)); gap: 1rem 0.75rem }
@@ -37,11 +37,11 @@ h1 { font-size: 1.6rem; font-weight: 700; margin: 0 }
 .found img, .asked img, dialog { border-radius: 8px }
 figcaption { font-size: 0.875rem; line-height: 1.4; margin-top: 0.25rem; overflow-wrap: anywhere }
 figcaption span[title] { border-bottom: 1px dotted; cursor: help }
-.asked, dialog form { align-items: center; display: flex; flex-wrap: wrap; gap: 0.5rem; margin: 0.75rem 0 0 }
+.asked, dialog form { align-items: center; display: flex; flex-wrap: wrap; gap: 0.5rem; margin-bottom: 0.75rem }
 .asked img { height: 3.5rem }
-.asked { margin: 0 0 0.75rem }
 .asked button, dialog button { background: var(--button-secondary-background-fill); border-radius: 8px }
 .asked button, dialog button { color: var(--button-secondary-text-color); min-height: 2.75rem; padding: 0 0.75rem }
+[role=alert] { font-weight: 600; margin-bottom: 0.75rem }
 #found[aria-busy=true] { opacity: 0.5 }
 dialog { background: var(--background-fill-primary); border: 1px solid var(--border-color-primary) }
 dialog { color: var(--body-text-color); margin: auto; padding: 1rem; width: min(96vw, 50rem) }
@@ -49,14 +49,13 @@ dialog::backdrop { background: rgb(0 0 0 / 0.6) }
 dialog img { max-height: 60vh; object-fit: contain; width: 100% }
 dialog figcaption > * { border: 0 !important; display: block }
 dialog figcaption > span[title]::after { content: " – " attr(title) }
+dialog .caption::before { content: "The model's caption: " }
 dialog figcaption :is(br, small) { display: none }
-dialog input { background: none; border: 1px solid; margin-top: 0.75rem; padding: 0.5rem; width: 100% }
+dialog input { background: none; border: 1px solid; margin: 0.75rem 0; padding: 0.5rem; width: 100% }
 :focus-visible { outline: 3px solid #3b82f6 !important; outline-offset: 2px !important }
 :is(textarea, [type=number], [type=range]):focus-visible { outline-offset: -2px !important }
 @media (max-width: 600px) {
-    .column { gap: 0.5rem }
-    #note { font-size: 0.875rem }
-    .column:has(> #found [role]) > #top { display: none }
+    #note { font-size: 0.875rem } .column { gap: 0.5rem } .column:has(> #found [role]) > #top { display: none }
 }
 """
 DIALOG = """<dialog closedby="any" aria-label="An image"><figure><img alt=""><figcaption></figcaption></figure>
@@ -145,7 +144,7 @@ def result_html(result: Result) -> str:
     if result.label is not None:
         lines.append(f"<span title='{LABEL}'>{html.escape(result.label)} {result.share:.0%}</span>")
     if result.caption is not None:
-        lines.append(f"<span>“{html.escape(result.caption)}”</span>")
+        lines.append(f"<span class='caption'>“{html.escape(result.caption)}”</span>")
     if result.gone:
         lines.append("<em>The file is no longer there.</em>")
     return card_html(result.path, result.thumbnail, lines)
@@ -172,7 +171,7 @@ def make_answer(searcher: Searcher):
             if not words and not shown:
                 raise SearchError("Type what the image shows, or give an image.")
             results = searcher.search(words, picture or "", int(k or 12), mode, rerank and bool(words), names, like)
-            about = f"The {len(results)} images closest to {asked}, in {time.perf_counter() - start:.2f} s"
+            about = f"The {len(results)} images closest to {asked}, in {time.perf_counter() - start:.2f}\u00a0s"
             about += ". No second look: it needs words." if rerank and shown else ""
             if shown:
                 small = make_thumbnail(searcher.embedder.decode(read_bytes(picture))) if picture else None
@@ -205,7 +204,8 @@ def make_page(searcher: Searcher) -> gr.Blocks:
         about = f"Find images by what they show: type words in {language}, or drop an image anywhere on this page."
         gr.HTML(f"<h1>Search your images</h1><p>{about}</p>", elem_id="top", **plain)
         if searcher.note:
-            gr.HTML(re.sub("`(.*?)`", r"<code>\1</code>", f"<p>{searcher.note}</p>"), elem_id="note", **plain)
+            note = re.sub(r"--\w+ [A-Z]\S*\w", r"<code>\g<0></code>", searcher.note.replace("`", ""))
+            gr.HTML(f"<p>{note}</p>", elem_id="note", **plain)
         with gr.Row(elem_id="ask"):
             hint = f"Search {searcher.index.count():,} images"
             look = {"show_label": False, "container": False, "max_lines": 3, "scale": 4, "min_width": 300}

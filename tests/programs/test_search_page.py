@@ -160,6 +160,10 @@ class Page:
     def all(self, selector: str) -> list:
         return self.driver.find_elements(By.CSS_SELECTOR, selector)
 
+    def open_options(self) -> None:
+        self.all("#options button")[0].send_keys(Keys.ENTER)
+        self.wait(lambda: self.text("#labels"))
+
     def open_first(self) -> None:
         """Open the first image large, with the keyboard."""
         self.all("#found li button")[0].send_keys(Keys.ENTER)
@@ -195,8 +199,7 @@ def test_images_find_themselves_and_what_is_none_is_said(browse, tmp_path):
     assert page.driver.find_element(By.CSS_SELECTOR, "#found [role=alert]").is_displayed() and not page.names()
     assert "closest to pizza.png" in page.upload(PICTURES / "pizza.png") and page.names()[0] == "pizza.png"
     count = len(page.answers())
-    page.all("#options button")[0].click()
-    page.wait(lambda: page.all("#mode input[value=InternVL-G]"))
+    page.open_options()
     page.driver.find_element(By.CSS_SELECTOR, "#mode input[value=InternVL-G]").click()
     page.wait(lambda: len(page.answers()) > count)
     assert "closest to pizza.png" in page.answers()[-1] and page.names()[0] == "pizza.png", "the same is asked again"
@@ -282,7 +285,7 @@ def test_before_the_first_query(browse):
     assert page.text("#note").startswith(
         "For photographs, index again with the 14B"
     ) and "only knows emoji" in page.text("#note")
-    assert [each.text for each in page.all("#note code")] == ["--model ORG/InternVL-14B --index NEW_FOLDER"]
+    assert [each.text for each in page.all("#note code")] == ["--model ORG/InternVL-14B", "--index NEW_FOLDER"]
     assert len(set(page.names())) == 12 and not page.all("footer")
     tries = [each.text for each in page.all("#found [data-do=try]")]
     assert len(tries) == 3
@@ -296,8 +299,7 @@ def test_before_the_first_query(browse):
 
 def test_options_without_a_query_ask_nothing(browse):
     page = browse()
-    page.all("#options button")[0].click()
-    page.wait(lambda: page.all("#mode input[value=InternVL-G]"))
+    page.open_options()
     page.driver.find_element(By.CSS_SELECTOR, "#mode input[value=InternVL-G]").click()
     page.ask("panda")
     assert all("“panda”" in answer for answer in page.answers())
@@ -348,8 +350,7 @@ def test_refusals_are_in_the_words_of_the_user(browse, tmp_path):
     page.wait(lambda: "characters" in page.answers()[-1])
     said.append(page.answers()[-1])
     page.ask("panda")
-    page.all("#options button")[0].click()
-    page.wait(lambda: page.all("#labels textarea"))
+    page.open_options()
     page.all("#labels textarea")[0].send_keys("panda", Keys.ENTER)
     page.wait(lambda: page.all("#found [role=alert]"))
     assert [*said, page.answers()[-1]] == [
@@ -365,8 +366,7 @@ def test_all_can_be_read_and_the_focus_be_seen(browse, width, scheme):
     page = browse(width, 860, scheme)
     dark = page.driver.execute_script("return document.body.classList.contains('dark')")
     assert dark is (scheme == "dark")
-    page.all("#options button")[0].send_keys(Keys.ENTER)
-    page.wait(lambda: page.text("#mode"))
+    page.open_options()
     texts = "h1, #top p, #note p, #note code, #ask button, #options span, #found [data-do=try], #found small"
     found = page.driver.execute_script(CONTRAST, texts)
     page.ask("panda")

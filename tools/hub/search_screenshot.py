@@ -93,7 +93,8 @@ def opened(driver: webdriver.Chrome, url: str) -> WebElement:
     """Wait until the page is ready and its field for words has the cursor; gives that field."""
     driver.get(url)
     box = wait(lambda: driver.find_element(By.CSS_SELECTOR, "#words textarea, #words input"))
-    wait(lambda: driver.find_element(By.ID, "found"))
+    for part in ("#options button", "#found [data-do=try]"):
+        wait(lambda part=part: driver.find_element(By.CSS_SELECTOR, part))
     wait(lambda: driver.execute_script("return document.activeElement.closest('#words') !== null"))
     return box
 
