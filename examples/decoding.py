@@ -28,7 +28,7 @@ def decode(data: bytes, formats: tuple[str, ...] | None = None, max_pixels: int 
     """
     if not data:
         raise ValueError("an empty file")
-    too_large = f"has more pixels than the {max_pixels:,} that Pillow takes for safe"
+    too_large = f"has more than {max_pixels:,} pixels, the limit for safety"
     try:
         image = Image.open(io.BytesIO(data), formats=formats)  # reads the header, no pixels yet
         short, long = sorted(image.size)
@@ -38,11 +38,11 @@ def decode(data: bytes, formats: tuple[str, ...] | None = None, max_pixels: int 
         if not problem:
             image.load()
     except UnidentifiedImageError:  # its message holds an address in memory, which differs each time
-        problem = "no image of a format that Pillow reads"
+        problem = "not an image in a known format"
     except Image.DecompressionBombError:  # Pillow's own limit is twice `MAX_PIXELS`
         problem = too_large
     except DAMAGED as error:
-        problem = f"damaged: {type(error).__name__}: {error}"
+        problem = f"damaged: {str(error) or type(error).__name__}"
     if problem:
         raise ValueError(problem)
     return image

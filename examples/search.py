@@ -7,11 +7,12 @@
     python examples/search.py problems                      # files that are not indexed, and why
     python examples/search.py page                          # the same in a browser, on this machine only
 
-The default model is the tiny checkpoint of this repository, which knows emoji; for the published 14B add
-`--model PATH_OR_ID`. The index is in `.cache/search` of the clone, or in `--index`; it can hold any number of folders,
-but only one model and one `--crop`. The folders themselves are only read. A file is an image by its name or its first
-bytes; of an animation the first frame counts. An interrupted run loses at most the last ten seconds of work; the same
-command continues. Files that cannot be read do not stop it: `problems` lists them with the reason.
+For photographs use the 14B: add `--model ORG/InternVL-14B`, where ORG publishes this repository, or the path of your
+copy. The default model is the tiny checkpoint of this repository, which only knows emoji. The index is in
+`.cache/search` of the clone, or in `--index`; it can hold any number of folders, but only one model and one `--crop`.
+The folders themselves are only read. A file is an image by its name or its first bytes; of an animation the first frame
+counts. An interrupted run loses at most the last ten seconds of work; the same command continues. Files that cannot be
+read do not stop it: `problems` lists them with the reason.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from search_index import COLUMNS, Embedder, Index, Searcher, SearchError, check_question, printable
+from search_index import COLUMNS, EMOJI, NOTE, Embedder, Index, Searcher, SearchError, check_question, printable
 
 ROOT = Path(__file__).resolve().parents[1]
 MODES = tuple(COLUMNS)
@@ -47,7 +48,8 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 
     add = command(index, model, "bring the index up to date with folders")
     add("folders", nargs="+", type=Path, metavar="FOLDER")
-    add("--no-captions", action="store_true", help="write no captions, which is faster")
+    about = "write a caption for each image, which is slower (default: yes; for tiny only in examples/pictures)"
+    add("--captions", action=argparse.BooleanOptionalAction, help=about)
     add("--rebuild", action="store_true", help="delete the index first")
     add("--allow-empty", action="store_true", help="drop all images of a folder that has none now")
 
@@ -81,9 +83,14 @@ def index(options: argparse.Namespace) -> None:
     if missing:
         raise SearchError(f"FOLDER must be a folder; there is none of this name: {', '.join(missing)}")
     target, embedder = Index(options.index), load_embedder(options)
+    unknown = [embedder.is_tiny and not folder.resolve().is_relative_to(EMOJI) for folder in options.folders]
+    if any(unknown):
+        without = " It writes no captions here; `--captions` changes that." if options.captions is None else ""
+        print(f"{NOTE}{without}", file=sys.stderr)
     for number, folder in enumerate(options.folders):
         rebuild = options.rebuild and number == 0
-        report = target.update(folder, embedder, not options.no_captions, rebuild, options.allow_empty)
+        captions = not unknown[number] if options.captions is None else options.captions
+        report = target.update(folder, embedder, captions, rebuild, options.allow_empty)
         print(
             f"{printable(folder)}: {report.embedded} embedded, {report.taken_over} moved or touched, "
             f"{report.unchanged} unchanged, {report.dropped} dropped, {report.problems} with problems"
@@ -100,7 +107,10 @@ def query(options: argparse.Namespace) -> None:
     wanted = {name: getattr(options, name) for name in ("words", "picture", "k", "mode", "rerank", "labels")}
     found = Index(options.index)
     found.open()
-    results = Searcher(found, load_embedder(options)).search(**wanted)
+    searcher = Searcher(found, load_embedder(options))
+    if searcher.note:
+        print(searcher.note, file=sys.stderr)
+    results = searcher.search(**wanted)
     if options.json:
         rows = [dataclasses.asdict(result) for result in results]
         for row in rows:

@@ -53,6 +53,12 @@ MATCH_WEIGHT = 0.3  # as in tools/tiny/evaluate_tiny.py
 SHORTLIST = 24  # images to re-rank, unless more are requested
 NEW_TOKENS = 16  # per caption
 THUMBNAIL = 320  # pixels of the longer side
+TINY = 100_000_000  # a model with fewer parameters is tiny/, which has a few million; the published one has 14 billion
+EMOJI = Path(__file__).resolve().parent / "pictures"  # the images that tiny/ is shown on
+NOTE = (
+    "For photographs, index again with the 14B (28 GB): `--model ORG/InternVL-14B --index NEW_FOLDER`. ORG is where "
+    "this repository is published. The tiny model, now in use, only knows emoji."
+)
 MAX_BYTES = 500_000_000
 # Pillow only recognises these, or hands them to another program.
 NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
@@ -146,10 +152,10 @@ def read_bytes(path: str) -> bytes:
         raise SearchError(f"cannot be read: {error.strerror}") from error
 
 
-def make_thumbnail(image: Image.Image) -> bytes:
-    """A small copy of an RGB image, as WebP."""
+def make_thumbnail(image: Image.Image, side: int = THUMBNAIL) -> bytes:
+    """A copy of an RGB image with at most `side` x `side` pixels, as WebP."""
     small, file = image.copy(), io.BytesIO()
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.thumbnail((side, side))
     small.save(file, "WEBP", quality=80)
     return file.getvalue()
 
@@ -181,6 +187,7 @@ class Embedder:
         self.model.check_processor(self.processor)
         self.scale = float(self.model.logit_scale.detach().float().exp())
         self.width = int(self.model.config.clip_embed_dim)
+        self.is_tiny = self.model.num_parameters() < TINY
         self.about = {"model": model, "subfolder": subfolder, "crop": crop, "fingerprint": self.fingerprint()}
 
     def fingerprint(self) -> str:
@@ -215,27 +222,36 @@ class Embedder:
         ids = self.model.generate(seen, **prompt, max_new_tokens=NEW_TOKENS)
         return vectors, [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
 
+    def tokens(self, text: str | list[str], task: str) -> Any:
+        """The model's inputs for texts. Raises `SearchError` for a text that is too long."""
+        try:
+            return self.processor(text=text, task=task, truncation=False)
+        except (RuntimeError, ValueError) as error:
+            longest = text if isinstance(text, str) else max(text, key=len)
+            problem = f"is too long for the model ({len(longest):,} characters). Shorten it to a sentence or two."
+            if isinstance(error, RuntimeError):  # bytes of another encoding, on a command line
+                problem = "has characters that cannot be read."
+            raise SearchError(f"“{printable(longest[:40])}…” {problem}") from error
+
     @torch.inference_mode()
     def read(self, words: str) -> torch.Tensor:
         """[width], of length 1"""
-        tokens = self.processor(text=words, truncation=False).to(self.model.device)
+        tokens = self.tokens(words, "embed").to(self.model.device)
         return self._unit(self.model.embed_text(**tokens, normalize=False))[0]
 
     @torch.inference_mode()
     def match(self, pixels: torch.Tensor, words: str) -> torch.Tensor:
         """Log-probabilities [B] that the images [B, 3, H, W] match the words."""
-        tokens = self.processor(text=[words] * len(pixels), task="match", truncation=False).to(self.model.device)
+        tokens = self.tokens([words] * len(pixels), "match").to(self.model.device)
         logits = self.model.match(pixels.to(self.model.device, self.model.dtype), **tokens)  # [B, 2]
         return logits.float().log_softmax(-1)[:, 1].cpu()
 
     def classes(self, labels: list[str]) -> torch.Tensor:
         """[labels, width], of length 1. Raises `SearchError` for labels that cannot be classes."""
         if len(labels) < 2 or not all(label.strip() for label in labels):
-            raise SearchError(f"`labels` must be at least two, none of them empty, got {labels}.")
-        try:
-            return self._unit(self.model.embed_classes(self.processor, labels))
-        except ValueError as error:  # for example a label that is too long
-            raise SearchError(f"`labels`: {error}") from error
+            raise SearchError(f"Give two labels or more, none of them empty; got: {', '.join(labels)}.")
+        self.tokens(labels, "embed")  # `embed_classes` would cut a label that is too long
+        return self._unit(self.model.embed_classes(self.processor, labels))
 
     def _unit(self, embeds: torch.Tensor) -> torch.Tensor:
         """Normalise in float32: in half precision the length is only nearly 1."""
@@ -537,6 +553,19 @@ class Searcher:
     def __init__(self, index: Index, embedder: Embedder):
         index.check(embedder)
         self.index, self.table, self.embedder = index, index.open(), embedder
+        others = self.table.count_rows(f"NOT starts_with(uri, '{uri_of(EMOJI)}/')")
+        self.note = NOTE if embedder.is_tiny and others else ""
+
+    def row(self, path: str) -> dict | None:
+        """The row of an indexed image."""
+        rows = self.table.search().where(f"problem = '' AND uri = '{uri_of(path)}'").limit(1).to_list()
+        return rows[0] if rows else None
+
+    def sample(self, k: int) -> list[dict]:
+        """The paths and thumbnails of `k` images, or of all, in equal steps through the index."""
+        count, rows = self.index.count(), self.table.search().where("problem = ''").select(["uri", "thumbnail"])
+        k = min(k, count)
+        return [row for place in range(k) for row in rows.offset(place * count // k).limit(1).to_list()]
 
     def search(
         self,
@@ -546,6 +575,7 @@ class Searcher:
         mode: str = "InternVL-C",
         rerank: bool = False,
         labels: list[str] | None = None,
+        like: str = "",
     ) -> list[Result]:
         """The images nearest to words or to an image, best first.
 
@@ -556,20 +586,25 @@ class Searcher:
             mode: "InternVL-C" or "InternVL-G".
             rerank: reorder the best images by how well the model says that they match the words.
             labels: at least two, to classify each result.
+            like: the path of an indexed image, instead of `picture`; it is no result itself.
 
         Raises:
             SearchError: both words and an image, or neither; an unreadable image; re-ranking without words.
         """
         words = words.strip()
-        check_question(words, picture, rerank)
+        check_question(words, picture or like, rerank)
         if mode not in COLUMNS:
             raise SearchError(f"`mode` must be one of {', '.join(COLUMNS)}, got {mode!r}.")
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise SearchError(f"`k` must be a positive integer, got {k!r}.")
+            raise SearchError(f"The number of results must be an integer of at least 1, got {k!r}.")
         classes = None if labels is None else self.embedder.classes(labels)
-        vector, column = self.vector(words, picture, mode), COLUMNS[mode]
+        column, known = COLUMNS[mode], self.row(like) if like else None
+        if like and known is None:
+            raise SearchError(f"{printable(os.path.basename(like))} is not in the index any more.")
+        vector = torch.tensor(known[column]) if known else self.vector(words, picture, mode)
         query = self.table.search(vector.numpy(), vector_column_name=column).distance_type("cosine")
-        query = query.where("problem = ''").select(["uri", "caption", "thumbnail", column, "_distance"])
+        wanted = f"problem = '' AND uri != '{uri_of(like)}'" if like else "problem = ''"
+        query = query.where(wanted).select(["uri", "caption", "thumbnail", column, "_distance"])
         results = []
         for row in query.limit(max(k, SHORTLIST) if rerank else k).to_list():
             path, cosine, label, share = path_of(row["uri"]), 1 - row["_distance"], None, None
@@ -582,13 +617,12 @@ class Searcher:
 
     def vector(self, words: str, picture: str, mode: str) -> torch.Tensor:
         """[width], of length 1"""
+        if words:
+            return self.embedder.read(words)
         try:
-            if words:
-                return self.embedder.read(words)
             pixels = self.embedder.pixels(self.embedder.decode(read_bytes(picture)))
-        except DAMAGED as error:  # also SearchError, and what the processor refuses
-            about = f"`{words[:40]}`" if words else printable(os.path.basename(picture))
-            raise SearchError(f"{about}: {error}") from error
+        except DAMAGED as error:  # also SearchError
+            raise SearchError(f"{printable(os.path.basename(picture))}: {error}") from error
         return self.embedder.see(pixels[None], captions=False)[0][mode][0]
 
     def classify(self, picture: str, labels: list[str], mode: str = "InternVL-C") -> list[tuple[str, float]]:

@@ -277,7 +277,7 @@ def test_errors_of_rows_say_what_is_wrong_and_leave_the_others_alone(options, tm
         "no text": (png, None),
         "text": (png, " "),
         "ids": (png, "panda " * 100),
-        "no image of a format that Pillow reads": (b"GIF", "x"),
+        "not an image in a known format": (b"GIF", "x"),
         "empty": (b"", "x"),
         "also good": (png, "熊猫"),
     }

@@ -103,6 +103,23 @@ def test_an_image_finds_itself_first(indexed, embedder, mode):
         assert names(best)[0] == file and best[0].cosine == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.parametrize("mode", COLUMNS)
+def test_more_like_an_indexed_image_needs_no_model_and_leaves_it_out(indexed, embedder, mode, monkeypatch):
+    path = str(PICTURES / "lion.png")
+    searcher = Searcher(indexed, embedder)
+    wanted = searcher.search(picture=path, k=6, mode=mode)
+    monkeypatch.setattr(embedder, "see", None)
+    found = searcher.search(like=path, k=5, mode=mode)
+    assert names(found) == names(wanted)[1:] and "lion.png" not in names(found)
+    assert [result.cosine for result in found] == pytest.approx([r.cosine for r in wanted[1:]], abs=0.01)
+
+
+@pytest.mark.parametrize("k", [1, 7, 100])
+def test_a_sample_has_each_image_once(indexed, embedder, k):
+    found = [search_index.path_of(row["uri"]) for row in Searcher(indexed, embedder).sample(k)]
+    assert len(set(found)) == len(found) == min(k, len(NAMES)) and set(found) <= rows(indexed).keys()
+
+
 def test_scores_are_the_cosines_of_the_model(indexed, embedder, trained):
     """Computed here by the model's public calls, not by the example's."""
     model, processor = embedder.model, embedder.processor
@@ -168,12 +185,19 @@ def test_wrong_queries_are_refused_by_name(indexed, embedder, tmp_path):
         ({"words": " "}, "words or with an image"),
         ({"words": "a", "picture": str(PICTURES / "fox.png")}, "one of them"),
         ({"picture": str(PICTURES / "fox.png"), "rerank": True}, "Re-ranking compares images with words"),
-        ({"picture": str(broken)}, "broken.png: no image of a format"),
+        ({"picture": str(broken)}, "broken.png: not an image in a known format"),
+        ({"like": str(PICTURES / "fox.png"), "rerank": True}, "Re-ranking compares images with words"),
+        ({"like": str(broken)}, "broken.png is not in the index any more"),
         ({"picture": str(tmp_path / "nowhere.png")}, "nowhere.png: cannot be read: No such file"),
-        ({"words": "panda", "k": 0}, "`k` must be a positive integer, got 0"),
+        ({"words": "panda", "k": 0}, "The number of results must be an integer of at least 1, got 0"),
         ({"words": "panda", "mode": "G"}, "`mode` must be one of InternVL-C, InternVL-G, got 'G'"),
-        ({"words": "panda", "labels": ["fox"]}, "`labels` must be at least two"),
-        ({"words": "panda " * 200}, "Allow `truncation`|more than 80 ids"),
+        ({"words": "panda", "labels": ["fox"]}, "Give two labels or more, none of them empty; got: fox"),
+        (
+            {"words": "panda", "labels": ["fox", "lion " * 200]},
+            r"“lion lion .*…” is too long for the model \(1,000 char",
+        ),
+        ({"words": "panda " * 200}, r"“panda panda .*…” is too long for the model \(1,199 characters\). Shorten it"),
+        ({"words": os.fsdecode(b"caf\xe9")}, "has characters that cannot be read"),
     ):
         with pytest.raises(SearchError, match=said):
             searcher.search(**options)
@@ -350,12 +374,12 @@ def broken_png() -> bytes:
 # Files that cannot be indexed, and the reason that is listed.
 REFUSED = {
     "zero.png": (lambda: b"", "an empty file"),
-    "cut.jpg": (lambda: saved(on_white(), "JPEG")[:-400], "damaged: OSError: image file is truncated"),
+    "cut.jpg": (lambda: saved(on_white(), "JPEG")[:-400], "damaged: image file is truncated"),
     "cut.png": (lambda: saved(lion(), "PNG")[:60], "damaged: "),
     "broken.png": (broken_png, "damaged: "),
-    "text.png": (lambda: b"This is a text.\n" * 99, "no image of a format that Pillow reads"),
-    "bomb.png": (big_header, "has more pixels than the 89,478,485 that Pillow takes for safe"),
-    "95-million.gif": (lambda: saved(Image.new("1", (9800, 9800)), "GIF"), "has more pixels than the 89,478,485"),
+    "text.png": (lambda: b"This is a text.\n" * 99, "not an image in a known format"),
+    "bomb.png": (big_header, "has more than 89,478,485 pixels, the limit for safety"),
+    "95-million.gif": (lambda: saved(Image.new("1", (9800, 9800)), "GIF"), "has more than 89,478,485 pixels"),
     "needle.png": (
         lambda: saved(Image.new("L", (1, 4000)), "PNG"),
         "1 x 4000 pixels; one side may be at most 50",
@@ -750,6 +774,26 @@ def test_the_commands(folder, trained, tmp_path, capsys):
     assert len(lines) == 1 and lines[0].startswith("1.000") and "pizza.png" in lines[0]
 
 
+def test_tiny_says_that_it_knows_no_photographs(folder, trained, tmp_path, capsys):
+    """It stands for every image but the repository's own, and captions must be asked for there."""
+    model = ["--model", str(trained)]
+    for place, number, options, captions in (
+        (folder, 1, [], False),
+        (folder, 2, ["--captions"], True),
+        (PICTURES, 3, [], True),
+        (PICTURES, 4, ["--no-captions"], False),
+    ):
+        where = ["--index", str(tmp_path / str(number))]
+        search.main(["index", str(place), *where, *model, *options])
+        said = capsys.readouterr()
+        search.main(["query", "panda", *where, *model, "-k", "1", "--json"])
+        found = capsys.readouterr()
+        assert bool(json.loads(found.out)[0]["caption"]) is captions, "JSON alone on stdout"
+        for text in (said.err, found.err):
+            assert (search_index.NOTE in text) is (place is folder)
+        assert ("It writes no captions here; `--captions` changes that." in said.err) is (number == 1)
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
@@ -763,7 +807,10 @@ def test_the_commands(folder, trained, tmp_path, capsys):
             ["query", "--picture", "a.png", "--rerank", "--index", "{indexed}", "--model", "{tmp}"],
             "Re-ranking compares",
         ),
-        (["query", "a", "-k", "0", "--index", "{indexed}", "--model", "{trained}"], "`k` must be a positive"),
+        (
+            ["query", "a", "-k", "0", "--index", "{indexed}", "--model", "{trained}"],
+            "number of results must be .* at least 1",
+        ),
     ],
 )
 def test_wrong_arguments_end_in_a_message(arguments, said, tmp_path, indexed, trained):

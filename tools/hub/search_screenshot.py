@@ -93,7 +93,8 @@ def opened(driver: webdriver.Chrome, url: str) -> WebElement:
     """Wait until the page is ready and its field for words has the cursor; gives that field."""
     driver.get(url)
     box = wait(lambda: driver.find_element(By.CSS_SELECTOR, "#words textarea, #words input"))
-    wait(lambda: driver.find_element(By.ID, "found"))
+    for part in ("#options button", "#found [data-do=try]"):
+        wait(lambda part=part: driver.find_element(By.CSS_SELECTOR, part))
     wait(lambda: driver.execute_script("return document.activeElement.closest('#words') !== null"))
     return box
 
@@ -105,7 +106,7 @@ def screenshot(url: str, profile: Path, width: int, height: int, words: str) -> 
         if width >= PHONES:  # the bars of a window reduce its height
             driver.set_window_size(width, 2 * height - driver.execute_script("return window.innerHeight"))
         box.send_keys(words, Keys.ENTER)
-        wait(lambda: driver.find_elements(By.CSS_SELECTOR, "#found img"))
+        wait(lambda: driver.find_elements(By.CSS_SELECTOR, "#found [role=status]"))
         wait(lambda: driver.execute_script("return [...document.images].every(each => each.complete)"))
         driver.execute_script("document.activeElement.blur()")  # no cursor, which blinks
         time.sleep(1)  # for whatever fades in
