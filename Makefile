@@ -6,8 +6,11 @@ ROOT_MODULES = $(wildcard *.py)
 ENVIRONMENTS = .venv .venv-readers .venv-app
 # The interpreter that `make test-contract` uses, of any environment with the packages of tools/matrix.py.
 CONTRACT_PYTHON ?= .venv/bin/python
-# The folder that `make app` searches.
+# The folder that `make app` searches, and the folder or Hub id of its model, by default tiny/. An index belongs to one
+# model, so each model has its own.
 PICTURES ?= examples/pictures
+MODEL ?=
+SEARCH_MODEL = $(if $(MODEL),--model "$(MODEL)" --index ".cache/search-$(subst /,-,$(MODEL))")
 
 .PHONY: help demo app venv test test-heavy test-slow test-contract matrix lint bench tiny clean
 
@@ -17,9 +20,9 @@ help: ## list these commands
 demo: .venv-readers/ready ## show tiny/ on example images: zero-shot, retrieval, captions; writes demo.png
 	.venv-readers/bin/python examples/demo.py
 
-app: .venv-app/ready ## index a folder of images and open a page that searches it: PICTURES=FOLDER make app
-	.venv-app/bin/python examples/search.py index "$(PICTURES)"
-	.venv-app/bin/python examples/search.py page
+app: .venv-app/ready ## index a folder of images and open a page that searches it: PICTURES=FOLDER MODEL=PATH_OR_ID make app
+	.venv-app/bin/python examples/search.py index $(SEARCH_MODEL) "$(PICTURES)"
+	.venv-app/bin/python examples/search.py page $(SEARCH_MODEL)
 
 venv: .venv-readers/ready ## make the environment of the pages' snippets: .venv-readers/bin/python
 
@@ -65,7 +68,7 @@ clean: ## remove the environments and everything cached
 .venv/ready: tests/requirements.txt
 
 .venv-readers/ready: WHAT = torch, transformers and what the pages' snippets import: 2 GB
-.venv-app/ready: WHAT = torch, transformers, lancedb and gradio: 1.7 GB
+.venv-app/ready: WHAT = torch, transformers, accelerate, lancedb and gradio: 1.7 GB
 .venv/ready: WHAT = the test environment, with Ray, gradio, torchao and bitsandbytes: 3 GB
 
 $(ENVIRONMENTS:%=%/ready):

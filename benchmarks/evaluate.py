@@ -393,6 +393,7 @@ def _check_captioning(options: argparse.Namespace) -> None:
             raise ValueError(f"`--prompt` must give a prompt for {language!r}, such as {language}=TEXT.")
         if language in WITHOUT_SPACES and options.tokenizer != "characters":
             raise ValueError(f"`--tokenizer` must be characters for {language!r}, got {options.tokenizer!r}.")
+    metrics.check_scorers()
 
 
 def output_paths(options: argparse.Namespace, sets: dict[str, dict]) -> dict[tuple, Path]:

@@ -8,6 +8,7 @@ considers more candidates than there are is None.
 import re
 import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import torch
 
@@ -85,12 +86,11 @@ def captioning(captions: list[str], references: list[list[str]], tokenizer: str)
             "characters", without white space and punctuation, for languages without spaces. Only scores with "ptb" can
             be compared with published ones.
     """
-    try:
-        from pycocoevalcap.bleu.bleu import Bleu
-        from pycocoevalcap.cider.cider import Cider
-        from pycocoevalcap.rouge.rouge import Rouge
-    except ImportError as error:
-        raise ImportError("`--task captioning` needs `pip install pycocoevalcap`.") from error
+    check_scorers()
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
     written = tokenized([[caption] for caption in captions], tokenizer)
     right = tokenized(references, tokenizer)
     bleu, _ = Bleu(4).compute_score(right, written, verbose=0)
@@ -110,6 +110,14 @@ def tokenized(texts: list[list[str]], tokenizer: str) -> dict[int, list[str]]:
         return PTBTokenizer().tokenize(groups)
     pattern = r"[^\W_]+" if tokenizer == "words" else r"[^\W_]"
     return {key: [" ".join(re.findall(pattern, text.lower())) for text in group] for key, group in enumerate(one_line)}
+
+
+def check_scorers() -> None:
+    """Raises:
+    ValueError: pycocoevalcap is not installed.
+    """
+    if find_spec("pycocoevalcap") is None:
+        raise ValueError("`--task captioning` needs pycocoevalcap for its scores. Run `pip install pycocoevalcap`.")
 
 
 def check_tokenizer(tokenizer: str) -> None:

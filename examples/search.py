@@ -8,8 +8,9 @@
     python examples/search.py page                          # the same in a browser, on this machine only
 
 For photographs use the 14B: add `--model ORG/InternVL-14B`, where ORG publishes this repository, or the path of your
-copy. The default model is the tiny checkpoint of this repository, which only knows emoji. The index is in
-`.cache/search` of the clone, or in `--index`; it can hold any number of folders, but only one model and one `--crop`.
+copy. The default model is the tiny checkpoint of this repository, which only knows emoji. With a GPU and accelerate,
+what does not fit on the GPU stays in RAM. The index is in `.cache/search` of the repository, or in `--index`; it can
+hold any number of folders, but only one model and one `--crop`.
 The folders themselves are only read. A file is an image by its name or its first bytes; of an animation the first frame
 counts. An interrupted run loses at most the last ten seconds of work; the same command continues. Files that cannot be
 read do not stop it: `problems` lists them with the reason.
@@ -33,8 +34,8 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--index", default=ROOT / ".cache" / "search", help="folder of the index")
     model = argparse.ArgumentParser(add_help=False, parents=[common])
-    model.add_argument("--model", default=str(ROOT), help="folder or Hub id of the model")
-    model.add_argument("--subfolder", help="of the model (tiny without --model, otherwise none)")
+    model.add_argument("--model", help="folder or Hub id of the model; this repository's tiny checkpoint if not given")
+    model.add_argument("--subfolder", default="", help="of the model")
     model.add_argument("--crop", default="squash", choices=("squash", "center"), help="how images become square")
     about, _, more = __doc__.partition("\n")
     layout = argparse.RawDescriptionHelpFormatter
@@ -69,8 +70,8 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     add("--port", type=int, default=7860)
 
     options = parser.parse_args(arguments)
-    if "model" in options and options.subfolder is None:
-        options.subfolder = "tiny" if options.model == str(ROOT) else ""
+    if "model" in options and options.model is None:
+        options.model, options.subfolder = str(ROOT), options.subfolder or "tiny"
     return options
 
 
@@ -86,7 +87,7 @@ def index(options: argparse.Namespace) -> None:
     unknown = [embedder.is_tiny and not folder.resolve().is_relative_to(EMOJI) for folder in options.folders]
     if any(unknown):
         without = " It writes no captions here; `--captions` changes that." if options.captions is None else ""
-        print(f"{NOTE}{without}", file=sys.stderr)
+        print(f"{NOTE} With make: `PICTURES=FOLDER MODEL=ORG/InternVL-14B make app`.{without}", file=sys.stderr)
     for number, folder in enumerate(options.folders):
         rebuild = options.rebuild and number == 0
         captions = not unknown[number] if options.captions is None else options.captions

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -163,6 +164,11 @@ def make_thumbnail(image: Image.Image, side: int = THUMBNAIL) -> bytes:
 # --------------------------------------------------------------------------------------------------------- model
 
 
+def placement(device: str) -> dict[str, Any]:
+    """Options of `from_pretrained`: with accelerate, what does not fit on the GPU stays in RAM."""
+    return {"device_map": "auto"} if device == "cuda" and find_spec("accelerate") else {}
+
+
 class Embedder:
     """A checkpoint and its settings for images.
 
@@ -177,9 +183,11 @@ class Embedder:
 
     def __init__(self, model: str, subfolder: str = "", crop: str = "squash"):
         where = {"subfolder": subfolder, "trust_remote_code": True}
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"  # of the inputs
+        placed = placement(self.device)
         try:
-            self.model = AutoModel.from_pretrained(model, dtype="auto", **where).eval().to(device)
+            self.model = AutoModel.from_pretrained(model, dtype="auto", **where, **placed).eval()
+            self.model = self.model if placed else self.model.to(self.device)
             self.processor = AutoProcessor.from_pretrained(model, **where)
             self.load_images = get_class_from_dynamic_module("images_internvl.load_images", model)
         except (OSError, ValueError) as error:
@@ -198,10 +206,22 @@ class Embedder:
         about = [[getattr(part, name, None) for name in sizes] for part in parts]
         about += [list(recipe.image_mean), list(recipe.image_std), int(recipe.resample), dict(recipe.crop_size)]
         digest = hashlib.sha256(json.dumps(about).encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
+        for name in sorted(self.model.state_dict()):
+            tensor = self.weight(name)
             digest.update(f"{name} {list(tensor.shape)}".encode())
             digest.update(tensor.flatten()[:64].float().cpu().numpy().tobytes())
         return digest.hexdigest()
+
+    def weight(self, name: str) -> torch.Tensor:
+        """A tensor of the checkpoint, also where the model only fetches it for a call."""
+        place, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(place)
+        if not getattr(module, leaf).is_meta:
+            return getattr(module, leaf).detach()
+        from accelerate.utils import align_module_device  # it put the tensor elsewhere, so it is installed
+
+        with align_module_device(module, torch.device("cpu")):
+            return getattr(module, leaf).detach()
 
     def decode(self, data: bytes) -> Image.Image:
         """An RGB image, upright and opaque on white. Raises `ValueError` if the data cannot be decoded."""
@@ -214,11 +234,11 @@ class Embedder:
     @torch.inference_mode()
     def see(self, pixels: torch.Tensor, captions: bool) -> tuple[dict[str, torch.Tensor], list[str | None]]:
         """Images [B, 3, H, W] -> embeddings [B, width] of length 1 for each mode, and captions; towers run once."""
-        seen = self.model.look_at(pixels.to(self.model.device, self.model.dtype))
+        seen = self.model.look_at(pixels.to(self.device, self.model.dtype))
         vectors = {mode: self._unit(self.model.embed_image(seen, mode=mode, normalize=False)) for mode in COLUMNS}
         if not captions:
             return vectors, [None] * len(pixels)
-        prompt = self.processor(text="English caption:", task="caption").to(self.model.device)
+        prompt = self.processor(text="English caption:", task="caption").to(self.device)
         ids = self.model.generate(seen, **prompt, max_new_tokens=NEW_TOKENS)
         return vectors, [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
 
@@ -236,14 +256,14 @@ class Embedder:
     @torch.inference_mode()
     def read(self, words: str) -> torch.Tensor:
         """[width], of length 1"""
-        tokens = self.tokens(words, "embed").to(self.model.device)
+        tokens = self.tokens(words, "embed").to(self.device)
         return self._unit(self.model.embed_text(**tokens, normalize=False))[0]
 
     @torch.inference_mode()
     def match(self, pixels: torch.Tensor, words: str) -> torch.Tensor:
         """Log-probabilities [B] that the images [B, 3, H, W] match the words."""
-        tokens = self.tokens([words] * len(pixels), "match").to(self.model.device)
-        logits = self.model.match(pixels.to(self.model.device, self.model.dtype), **tokens)  # [B, 2]
+        tokens = self.tokens([words] * len(pixels), "match").to(self.device)
+        logits = self.model.match(pixels.to(self.device, self.model.dtype), **tokens)  # [B, 2]
         return logits.float().log_softmax(-1)[:, 1].cpu()
 
     def classes(self, labels: list[str]) -> torch.Tensor:

@@ -1,10 +1,10 @@
 """benchmarks/evaluate.py: figures against hand-made ones, sources against each other, the cache against loss."""
 
-import importlib.util
 import io
 import json
 import shutil
 import tarfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ from conftest import ROOT, TOLERANCE, load
 NAMES = ("fox", "lion", "panda", "pizza", "rocket", "sushi")
 CAPTIONS = {name: [f"a photo of a {name}", f"{name} on white"] for name in NAMES}
 TEMPLATES = ("{c}", "a photo of a {c}")
-HAS = {name: importlib.util.find_spec(name) is not None for name in ("datasets", "webdataset", "pycocoevalcap")}
+HAS = {name: find_spec(name) is not None for name in ("datasets", "webdataset", "pycocoevalcap")}
 needs_datasets = pytest.mark.skipif(not HAS["datasets"], reason="datasets is not installed")
 needs_scorers = pytest.mark.skipif(not HAS["pycocoevalcap"], reason="pycocoevalcap is not installed")
 
@@ -124,6 +124,14 @@ def test_the_coco_tokenizer_is_refused_without_java(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match="needs Java.*--tokenizer words"):
         metrics.captioning(["a"], [["a"]], "ptb") if HAS["pycocoevalcap"] else metrics.check_tokenizer("ptb")
+
+
+def test_captions_are_refused_without_their_scorers(monkeypatch):
+    """Before any data is read or caption written."""
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None if name == "pycocoevalcap" else find_spec(name))
+    monkeypatch.setattr(evaluate, "read_images", None)
+    with pytest.raises(ValueError, match="pip install pycocoevalcap"):
+        evaluate.main(["--task", "captioning", "--data", "x", "--tokenizer", "words"])
 
 
 # ------------------------------------------------------------------------------------------------------- sources

@@ -575,6 +575,37 @@ def test_the_same_model_elsewhere_is_the_same(trained, tmp_path):
     assert copy.about["fingerprint"] == Embedder(str(trained)).about["fingerprint"]
 
 
+def test_a_model_larger_than_the_gpu_is_the_same(trained, embedder, monkeypatch):
+    """Its weights wait elsewhere until they are needed: here on the disk."""
+    pytest.importorskip("accelerate")
+    monkeypatch.setattr(search_index, "placement", lambda device: {"device_map": {"": "disk", "vision_model": "cpu"}})
+    split = Embedder(str(trained))
+    assert next(split.model.qllama.parameters()).is_meta
+    assert (split.about, split.scale) == (embedder.about, embedder.scale)
+    pixels = torch.stack([embedder.pixels(Image.open(PICTURES / name)) for name in SOME])
+    (found, captions), (wanted, known) = (each.see(pixels, captions=True) for each in (split, embedder))
+    assert captions == known and all(torch.allclose(found[mode], wanted[mode], atol=1e-3) for mode in COLUMNS)
+    assert torch.allclose(split.read("panda"), embedder.read("panda"), atol=1e-3)
+    assert torch.allclose(split.match(pixels, "panda"), embedder.match(pixels, "panda"), atol=1e-2)
+    assert torch.allclose(split.classes(["panda", "fox"]), embedder.classes(["panda", "fox"]), atol=1e-3)
+
+
+@pytest.mark.parametrize("gpu, accelerate, wanted", [(1, 1, {"device_map": "auto"}), (1, 0, {}), (0, 1, {})])
+def test_a_gpu_takes_what_fits(monkeypatch, gpu, accelerate, wanted):
+    class Stop(Exception):
+        pass
+
+    def stopped(model, **options):
+        assert {name: options[name] for name in options if name == "device_map"} == wanted
+        raise Stop
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpu))
+    monkeypatch.setattr(search_index, "find_spec", lambda name: accelerate or None)
+    monkeypatch.setattr(search_index.AutoModel, "from_pretrained", stopped)
+    with pytest.raises(Stop):
+        Embedder("any")
+
+
 def test_one_process_writes_at_a_time(folder, embedder, tmp_path):
     index = Index(tmp_path / "index")
     update(index, folder, embedder)
@@ -791,7 +822,29 @@ def test_tiny_says_that_it_knows_no_photographs(folder, trained, tmp_path, capsy
         assert bool(json.loads(found.out)[0]["caption"]) is captions, "JSON alone on stdout"
         for text in (said.err, found.err):
             assert (search_index.NOTE in text) is (place is folder)
+        assert ("PICTURES=FOLDER MODEL=ORG/InternVL-14B make app" in said.err) is (place is folder)
         assert ("It writes no captions here; `--captions` changes that." in said.err) is (number == 1)
+
+
+def test_only_the_default_model_is_tiny():
+    def chosen(*options: str) -> tuple[str, str]:
+        found = search.parsed(["query", "panda", *options])
+        return found.model, found.subfolder
+
+    assert chosen() == (str(ROOT), "tiny")
+    assert chosen("--model", str(ROOT)) == (str(ROOT), ""), "a clone's root is the 14B, however its path is written"
+    assert chosen("--model", "a", "--subfolder", "b") == ("a", "b")
+
+
+def test_a_model_has_its_own_index_in_make_app():
+    def commands(*options: str) -> list[str]:
+        make = ["make", "-n", "app", "-o", ".venv-app/ready", "PICTURES=my images", *options]
+        done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True)
+        return [line.partition("search.py ")[2] for line in done.stdout.splitlines() if "search.py " in line]
+
+    assert commands() == ['index  "my images"', "page "]
+    where = '--model "/my models/ORG/Name" --index ".cache/search--my models-ORG-Name"'
+    assert commands("MODEL=/my models/ORG/Name") == [f'index {where} "my images"', f"page {where}"]
 
 
 @pytest.mark.parametrize(

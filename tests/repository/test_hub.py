@@ -211,9 +211,39 @@ def test_wrong_checkpoints_and_clones(clone, tmp_path):
     for checkpoint in ("absent", "tools", "tin"):
         with pytest.raises(ValueError, match="`checkpoint`"):
             publish.assemble(tmp_path / "to", checkpoint)
-    shutil.rmtree(clone / ".git")
-    with pytest.raises(ValueError, match="git repository"):
+    shutil.rmtree(clone / ".git" / "objects")
+    with pytest.raises(ValueError, match="git must list the files"):
         publish.assemble(tmp_path / "to")
+
+
+RUBBISH = (".venv/lib/x.py", "env/pyvenv.cfg", "env/lib/x.py", ".cache/huggingface/download/config.json.metadata")
+RUBBISH += (".env", "tools/.env", "tools/__pycache__/z.pyc", "docs/.ipynb_checkpoints/page.md", "out/config.json")
+RUBBISH += ("demo.png", "notes.txt", "mine/holiday.jpg", "optimizer.pt")
+
+
+def test_a_download_without_git_gives_the_same(clone, tmp_path, capsys):
+    (clone / "secret.py").unlink()
+    (clone / "untracked.json").unlink()
+    wanted = {checkpoint: publish.assemble(tmp_path / "to", checkpoint) for checkpoint in (None, "tiny")}
+    assert capsys.readouterr().err.count("git clone") == 0
+    (clone / ".git").rename(tmp_path / "git")
+    for name in RUBBISH:
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / name).write_text("{}")
+    for checkpoint, names in wanted.items():
+        assert publish.assemble(tmp_path / "to", checkpoint) == names
+        assert "is no git clone, so this takes *.py, *.json" in capsys.readouterr().err
+    own = publish.assemble(tmp_path / "to", str(clone / "out"))
+    assert "config.json" in own and "notes.txt" not in own, "a checkpoint that was trained there is found as elsewhere"
+
+
+def test_a_download_of_this_repository_is_known_without_git(full, tmp_path, monkeypatch):
+    """So that a new folder or kind of files is not forgotten in PARTS and KINDS."""
+    shutil.copytree(full, tmp_path / "download")
+    (tmp_path / "download" / "my notes.txt").write_text("private")
+    monkeypatch.setattr(publish, "ROOT", tmp_path / "download")
+    (tmp_path / "download" / ".cache").mkdir()
+    assert set(publish.full_files()) == contents(full) - {".gitattributes"}
 
 
 def test_every_binary_file_goes_to_large_file_storage(full):

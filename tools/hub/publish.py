@@ -19,6 +19,10 @@ Nothing leaves this machine without `--upload`. The folder gets:
 * `.gitattributes` in both, from tools/hub/gitattributes. At the root of this repository its filters would stop `git
   add` where git-lfs is not installed, and elsewhere store pointers instead of tiny/'s weights.
 
+In a downloaded repository (`hf download --local-dir`) no git says what belongs to it. There the files of KINDS at the
+root and all in the folders of PARTS do, except hidden files and `__pycache__`. Files that you added there are published
+too, and the output says so.
+
 Large files are hard links where the disk allows it. The folder must be new, empty or made by this script; then it is
 emptied first. The check runs in separate processes, without network and with an empty cache of code.
 """
@@ -44,6 +48,9 @@ from tools import ROOT, step
 
 MARK = ".published.json"  # lists the files of the folder; it is not uploaded
 LEFT_OUT = (".ci/", ".gitignore")
+# What belongs to the repository where no git says so; environments and what was trained there do not.
+PARTS = ("benchmarks", "docs", "examples", "tests", "tiny", "tools")
+KINDS = ("*.py", "*.json", "*.md", "*.cff", "LICENSE", "Makefile", "requirements.txt")
 WEIGHTS = ("*.safetensors", "tokenizer.model")
 FLAT_FOLDERS = ("examples/", "tools/")
 FLAT_FILES = ("LICENSE", "requirements.txt")
@@ -70,11 +77,21 @@ LINK = re.compile(r"\]\(([^)\s#]+)[^)]*\)")
 # ------------------------------------------------------------------------------------------------------------ files
 
 
+def is_clone() -> bool:
+    return (ROOT / ".git").exists()  # a file in a worktree of git
+
+
 def tracked() -> list[str]:
-    """Paths that git tracks: committed or added files, and no others of the clone."""
+    """Paths that git tracks: committed or added files, and no others of the clone. Without git, those of PARTS."""
+    if not is_clone():
+        paths = [path for kind in KINDS for path in ROOT.glob(kind)]
+        paths += [path for part in PARTS for path in (ROOT / part).rglob("*")]
+        names = sorted(path.relative_to(ROOT).as_posix() for path in paths if path.is_file())
+        return [name for name in names if not re.search(r"(^|/)(\.|__pycache__/)", name)]
     done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0 or not done.stdout:
-        raise ValueError(f"{ROOT} must be a git repository, which says what belongs to it. {done.stderr.strip()}")
+        reason = done.stderr.strip() or "it tracks none"
+        raise ValueError(f"git must list the files of {ROOT}, and does not: {reason}")
     return [name for name in done.stdout.split("\0") if name]
 
 
@@ -141,10 +158,16 @@ def assemble(folder: str | Path, checkpoint: str | None = None) -> list[str]:
         `list[str]`: its paths, sorted.
 
     Raises:
-        `ValueError`: the folder holds other files, the checkpoint is not one or has only adapters, the clone is not a
-            git repository, or a page shows or links a missing file.
+        `ValueError`: the folder holds other files, the checkpoint is not one or has only adapters, git does not list
+            the clone's files, or a page shows or links a missing file.
     """
     folder = Path(folder)
+    if not is_clone():
+        print(
+            f"{ROOT} is no git clone, so this takes {', '.join(KINDS)} of its root and the folders {', '.join(PARTS)}, "
+            "without hidden files. Files that you added there are included.",
+            file=sys.stderr,
+        )
     files = full_files() if checkpoint is None else flat_files(checkpoint)
     make_room(folder)
     written = sorted({*files, "README.md", ".gitattributes"})
