@@ -151,8 +151,8 @@ def common_table(rows: list[Row]) -> str:
 def machines_table(rows: list[Row], results: dict) -> str:
     packages = versions("torch", "transformers", "accelerate")
     source = (
-        f"Written by `python -m tools.machines.what_fits`. GPUs are simulated: bfloat16, {sim.BATCH}; {packages}. The"
-        " last rows were measured on a synthetic checkpoint by `python -m benchmarks.full_size` on"
+        f"Written by `python -m tools.machines.what_fits`. GPUs are simulated: bfloat16, {sim.BATCH}; {packages}.\n\n"
+        "The rows without a GPU were measured on a synthetic checkpoint by `python -m benchmarks.full_size` on"
         f" {results['machine']}."
     )
     return f"{table(HEAD, rows)}\n\n{source}"
