@@ -38,8 +38,9 @@ ROWS = {
     "Flickr30K and COCO, mean of R@1, R@5 and R@10": ("flickr30k and mscoco_captions", "mean_recall"),
 }
 NOTE = (
-    "Zero-shot, English, in per cent; – means that we found no source. We measured none of these figures.\n\n**The column"
-    " InternVL-C is not about this checkpoint**: the authors measured it with their file `internvl_c_13b_224px.pth`."
+    "Zero-shot, English, in per cent; – means that we found no source. We measured none of these figures.\n\n"
+    "**The column InternVL-C is not about this checkpoint**: the authors measured it with their file"
+    " `internvl_c_13b_224px.pth`."
 )
 
 
