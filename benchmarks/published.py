@@ -17,7 +17,7 @@ README = ROOT / "README.md"
 PUBLISHED = ROOT / "benchmarks" / "published.json"
 # The images' sides in pixels are those of the checkpoints that the sources name.
 MODELS = {
-    "InternVL-C": "InternVL-C, 224 px",
+    "InternVL-C": "InternVL-C, 224 px (another file)",
     "InternVL-G": "InternVL-G, 224 px",
     "CLIP ViT-L/14-336": "CLIP ViT-L/14, 336 px",
     "EVA-CLIP-18B": "EVA-CLIP-18B, 224 px",
@@ -38,8 +38,9 @@ ROWS = {
     "Flickr30K and COCO, mean of R@1, R@5 and R@10": ("flickr30k and mscoco_captions", "mean_recall"),
 }
 NOTE = (
-    "Zero-shot, English, in per cent; – means that we found no source. We measured none of these figures. Those of"
-    " InternVL-C were measured with another file of the same authors, `internvl_c_13b_224px.pth`."
+    "Zero-shot, English, in per cent; – means that we found no source. We measured none of these figures.\n\n"
+    "**The column InternVL-C is not about this checkpoint**: the authors measured it with their file"
+    " `internvl_c_13b_224px.pth`."
 )
 
 
@@ -69,8 +70,8 @@ def published_table() -> str:
             else:
                 cells.append("–")
         rows.append((title, *cells))
-    sources = ", ".join(f"{number} {known['sources'][name]['link']}" for name, number in numbers.items())
-    return f"{table(('', *MODELS.values()), rows)}\n\n{NOTE} Sources: {sources}."
+    sources = "\n".join(f"{number}. {known['sources'][name]['link']}" for name, number in numbers.items())
+    return f"{table(('', *MODELS.values()), rows)}\n\n{NOTE}\n\nSources:\n\n{sources}"
 
 
 def main() -> None:

@@ -383,7 +383,8 @@ def zero_shot(images: torch.Tensor, texts: torch.Tensor) -> float:
 
 def table(report: dict[str, Any]) -> str:
     """The files of a report and the results of their check, as Markdown."""
-    head = ["file", "MB", "noise: largest difference", "noise: least cosine", "examples: least, mean cosine", "time"]
+    noise = ["noise: largest difference", "noise: least cosine"]
+    head = ["file", "MB", *noise, "examples: least, mean cosine", "time / torch's"]
     rows = []
     for name, size in report["megabytes"].items():
         row = report["checks"][name]
@@ -394,8 +395,8 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         pages.table(head, rows),
         "",
-        "Compared with the model: noise and random ids in many shapes, and the example images and their names. Time is",
-        "that of a few examples, as a multiple of the model's in torch.",
+        "Compared with the model: noise and random ids in many shapes, and the example images and their names. The",
+        "last column is the time for a few examples, divided by that of the model in torch: below 1 is faster.",
     ]
     if found := [f"{name} {share:.3f}" for name, share in report["zero_shot"].items()]:
         lines += ["", f"Share of example images whose own name is the nearest: {', '.join(found)}."]

@@ -188,7 +188,7 @@ def outcome(case: ElementTree.Element) -> str:
 
 def table(results: dict[str, Result]) -> str:
     """Markdown: a row for each version that ran, and for each other version in KNOWN_BAD."""
-    columns = [*LIBRARIES, *SUBJECTS.values(), "seconds (CPU)"]
+    columns = [*LIBRARIES, *SUBJECTS.values(), "seconds (CPU time)"]
     rows = [[*(each.versions[name] for name in LIBRARIES), *cells(each)] for each in results.values()]
     run_versions = {each.versions["transformers"] for each in results.values()}
     for package, version, feature, reason in known_bad():

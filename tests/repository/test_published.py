@@ -31,7 +31,7 @@ def test_every_figure_has_a_source():
         assert all(figure is None or 0 < figure < 10 for figure in entry["metrics"].values())
         source = KNOWN["sources"][entry["source"]]
         assert source["where"].startswith("https://") and re.fullmatch(r"\[[^]]+\]\(https://[^)]+\)", source["link"])
-    links = re.findall(r"(\d+) \[", TABLE.rpartition("Sources:")[2])
+    links = re.findall(r"(\d+)\. \[", TABLE.rpartition("Sources:")[2])
     assert set(links) == set(re.findall(r"<sup>(\d+)</sup>", TABLE))
 
 

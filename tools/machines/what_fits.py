@@ -43,7 +43,7 @@ COMMON = (
     "one GPU of 24 GB, and RAM",
     "one GPU, bitsandbytes 8-bit",
     "one GPU, bitsandbytes 4-bit, double quantisation",
-    "16 GiB of RAM or much less, no GPU",
+    "16 GiB of RAM, no GPU",
 )
 Row = tuple[str, str, str]
 
@@ -96,8 +96,9 @@ def rows_of_processes() -> list[Row]:
     model, rows = empty_model(ROOT), []
     for ranks in (2, 4, 8):
         held = gigabytes(sum(tensor_parallel_plan.bytes_held(model, ranks).values()))
-        call = f'`distributed_config={{"tp_size": {ranks}}}` under `torchrun --nproc-per-node {ranks}`'
-        rows.append((f"{ranks} GPUs that work on each layer together", call, f"{held} of weights each"))
+        size = f'`distributed_config={{"tp_size": {ranks}}}` (before transformers 5.13 `tp_plan="auto"`)'
+        call = f"{size} under `torchrun --nproc-per-node {ranks}`"
+        rows.append((f"{ranks} GPUs, tensor parallelism", call, f"{held} of weights each"))
     return rows
 
 
@@ -118,8 +119,8 @@ def rows_of_formats() -> list[Row]:
 def rows_of_cpus(results: dict) -> list[Row]:
     calls = {
         "mapped": ("RAM of any size, no GPU", '`dtype="auto"`'),
-        "disk": ("16 GiB of RAM or much less, no GPU", '`device_map={"": "disk"}`'),
-        "ram+disk": ("16 GiB of RAM, no GPU", '`device_map="auto", max_memory={"cpu": "8GiB"}`'),
+        "disk": ("16 GiB of RAM, no GPU", '`device_map={"": "disk"}`'),
+        "ram+disk": ("16 GiB of RAM, 8 of them for weights, no GPU", '`device_map="auto", max_memory={"cpu": "8GiB"}`'),
         "int8": (
             "18 GiB of RAM, no GPU, and no reading from the disk once it is loaded",
             "`quantization_config=TorchAoConfig(Int8WeightOnlyConfig())`",
@@ -133,8 +134,9 @@ def cost(plan: dict) -> str:
     seconds = f"an image {stages['image C']} s (C), {stages['image G']} s (G), 3 texts {stages['texts']} s"
     resident = max(cost["peak"]["anonymous"] for cost in [plan["load"], *plan["stages"].values()])
     limit = plan["memory"]["limit"]
-    held = f"limited to {gibibytes(limit)} with all file pages" if limit else "file pages fill the rest of the RAM"
-    return f"{gibibytes(resident)} of its own, {held}; loads in {round(plan['load']['seconds'])} s; {seconds}"
+    limited = f"measured with RAM limited to {gibibytes(limit)} including the disk cache" if limit else ""
+    held = limited or "the disk cache fills the rest of the RAM"
+    return f"uses {gibibytes(resident)}; {held}; loads in {round(plan['load']['seconds'])} s; {seconds}"
 
 
 def all_rows(reports: dict[str, sim.Report], results: dict) -> list[Row]:
@@ -149,8 +151,8 @@ def common_table(rows: list[Row]) -> str:
 def machines_table(rows: list[Row], results: dict) -> str:
     packages = versions("torch", "transformers", "accelerate")
     source = (
-        f"Written by `python -m tools.machines.what_fits`. GPUs are simulated: bfloat16, {sim.BATCH}; {packages}. The"
-        " last rows were measured on a synthetic checkpoint by `python -m benchmarks.full_size` on"
+        f"Written by `python -m tools.machines.what_fits`. GPUs are simulated: bfloat16, {sim.BATCH}; {packages}.\n\n"
+        "The rows without a GPU were measured on a synthetic checkpoint by `python -m benchmarks.full_size` on"
         f" {results['machine']}."
     )
     return f"{table(HEAD, rows)}\n\n{source}"
