@@ -63,7 +63,7 @@ NOTE = (
 MAX_BYTES = 500_000_000
 # Pillow only recognises these, or hands them to another program.
 NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
-# Formats that the first bytes of a file identify, whatever its name.
+# Formats that are recognised by the first bytes, under any file name.
 SIGNED = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PSD", "TIFF", "WEBP")
 
 Image.init()

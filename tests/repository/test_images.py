@@ -15,7 +15,7 @@ ALT = re.compile(r"""\balt=(["'])(.*?)\1""")
 
 
 def images(page: str) -> list[tuple[str, str]]:
-    """Alternative text and address of each image of a Markdown page, code excepted."""
+    """Alternative text and address of each image of a Markdown page, outside its code."""
     prose = re.sub(r"`[^`\n]*`", "", FENCE.sub("", page))
     tags = re.findall(r"<img\b[^>]*>", prose)
     found = [
